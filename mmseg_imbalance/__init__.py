@@ -1,0 +1,15 @@
+"""Class-balanced training for MMSegmentation. Importing it registers everything the package offers."""
+
+from mmseg_imbalance.version import __version__
+
+try:
+    import mmseg.registry  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'mmseg_imbalance extends MMSegmentation, which cannot be imported here '
+        f'({error}). Install one of the two stacks: '
+        "pip install 'mmseg-imbalance[onedl]' (maintained fork, plain pip) or "
+        "pip install 'mmseg-imbalance[openmmlab]' (upstream; builds mmcv)."
+    ) from error
+
+__all__ = ['__version__']

@@ -1,0 +1,201 @@
+"""The sums over pixels that losses are arithmetic on: contract, validation, choice of backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from importlib import import_module
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BACKENDS = ('eager', 'strips')
+
+
+@dataclass(frozen=True)
+class SoftStats:
+    """Sums over the valid pixels of each image, by class; see :func:`soft_stats`.
+
+    ``nll``, ``intersection``, ``prediction`` and ``log_prob`` are differentiable. ``group_nll`` and
+    ``group_count`` are sums over the whole batch. A field that was not asked for is None.
+    """
+
+    nll: Tensor  # (B, C)
+    intersection: Tensor  # (B, C)
+    prediction: Tensor  # (B, C)
+    truth: Tensor  # (B, C)
+    correct: Tensor  # (B,) int64
+    log_prob: Tensor | None = None  # (B, C)
+    group_nll: Tensor | None = None  # (S,)
+    group_count: Tensor | None = None  # (S,) int64
+
+    def sum_images(self, across_ranks: bool = False) -> SoftStats:
+        """The same sums over the whole batch, as a batch of one image: (1, C) in place of (B, C).
+
+        With ``across_ranks`` the (B, C) fields are also summed over all ranks, in one all-reduce.
+        ``correct`` and the group fields stay those of this rank.
+        """
+        names = [f.name for f in fields(self)[:6] if f.name != 'correct']
+        rows = {n: v.sum(0) for n in names if (v := getattr(self, n)) is not None}
+        total = torch.stack(list(rows.values()))
+        if across_ranks:
+            total = sum_over_ranks(total)
+        summed = dict(zip(rows, total[:, None].unbind(), strict=True))
+        summed['truth'] = summed['truth'].detach()
+        return SoftStats(
+            correct=self.correct.sum(0, keepdim=True),
+            group_nll=self.group_nll,
+            group_count=self.group_count,
+            **summed,
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The validated options of one pass, as the backends receive them."""
+
+    pixel_weight: Tensor | None
+    ignore_index: int
+    logit_bias: Tensor | None
+    focal_gamma: float
+    square_prediction: bool
+    with_log_prob: bool
+    group: Tensor | None
+    num_groups: int
+    align_corners: bool
+
+
+def soft_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = 255,
+    logit_bias: Tensor | None = None,
+    focal_gamma: float = 0.0,
+    square_prediction: bool = False,
+    with_log_prob: bool = False,
+    group: Tensor | None = None,
+    num_groups: int = 0,
+    align_corners: bool = False,
+    backend: str = 'auto',
+) -> SoftStats:
+    r"""Sums of cross-entropy, soft overlap and soft area, by image and class, in one pass.
+
+    With p = softmax(z + logit_bias), z the logits resized bilinearly to the label's size, and m the
+    weight of a pixel, over the pixels whose label y is not ``ignore_index``:
+    ``nll[c]`` = sum_{y=c} -m (1 - p_c)^focal_gamma log p_c, ``intersection[c]`` = sum_{y=c} m p_c,
+    ``truth[c]`` = sum_{y=c} m, ``prediction[c]`` = sum m p_c (m p_c^2 with ``square_prediction``),
+    ``log_prob[c]`` = sum m log p_c, ``correct`` = number of pixels with argmax p = y, and for group
+    ids g: ``group_nll[s]`` = sum_{g=s} -log p_y, ``group_count[s]`` = number of pixels with g = s.
+
+    Args:
+        logits: (B, C, h, w), floating point, C >= 2. Half precision is summed in float32.
+        target: (B, H, W), integers in [0, C) or ``ignore_index``.
+        pixel_weight: (B, H, W), >= 0; a pixel of weight k counts as k pixels. Not differentiated.
+        logit_bias: (C,), added to the logits of every pixel. Not differentiated.
+        focal_gamma: >= 0; 0 is the plain negative log-likelihood.
+        group: (B, H, W), integers in [0, num_groups) on valid pixels; gives the ``group`` sums.
+        align_corners: as in ``F.interpolate``; matters where (h, w) != (H, W).
+        backend: 'eager' (the definition), 'strips' (bounded memory, any device) or 'auto'.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range. Values of ``target``
+            and ``group`` are checked on CPU; a CUDA device asserts, as it does in torch's own losses.
+    """
+    _check_shapes(logits, target, pixel_weight, group, logit_bias)
+    if not focal_gamma >= 0:
+        raise ValueError(f'focal_gamma must be at least 0, got {focal_gamma}')
+    if (group is not None) != (num_groups > 0):
+        raise ValueError(
+            f'group and num_groups go together: num_groups is {num_groups} while group is '
+            f'{"given" if group is not None else "None"}'
+        )
+    if backend not in ('auto', *BACKENDS):
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    if target.device.type == 'cpu':
+        valid = target != ignore_index
+        _check_range('target', target, valid, logits.shape[1], f' or ignore_index={ignore_index}')
+        if group is not None:
+            _check_range('group', group, valid, num_groups, ' wherever target is valid')
+    options = Options(
+        None if pixel_weight is None else pixel_weight.detach(),
+        ignore_index,
+        None if logit_bias is None else logit_bias.detach(),
+        focal_gamma,
+        square_prediction,
+        with_log_prob,
+        group,
+        num_groups,
+        align_corners,
+    )
+    name = 'strips' if backend == 'auto' else backend
+    # the sums are float32 or better under autocast too
+    with torch.autocast(logits.device.type, enabled=False):
+        return import_module(f'mmseg_imbalance.ops.{name}').soft_stats(logits, target, options)
+
+
+def _check_shapes(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    group: Tensor | None,
+    logit_bias: Tensor | None,
+) -> None:
+    if logits.ndim != 4 or not logits.is_floating_point() or logits.shape[1] < 2:
+        raise ValueError(
+            'logits must be floating point of shape (B, C, h, w) with C >= 2, got '
+            f'{logits.dtype} of shape {tuple(logits.shape)}'
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f'target must hold integer class indices, got {target.dtype}')
+    if target.ndim != 3 or len(target) != len(logits):
+        raise ValueError(
+            f'target must be of shape (B, H, W) with B = {len(logits)} as in logits, got '
+            f'{tuple(target.shape)}'
+        )
+    for name, value in (('pixel_weight', pixel_weight), ('group', group)):
+        if value is not None and value.shape != target.shape:
+            raise ValueError(
+                f'{name} must be of the shape of target {tuple(target.shape)}, got {tuple(value.shape)}'
+            )
+    if logit_bias is not None and logit_bias.shape != logits.shape[1:2]:
+        raise ValueError(
+            f'logit_bias must be of shape ({logits.shape[1]},), one number per class, got '
+            f'{tuple(logit_bias.shape)}'
+        )
+
+
+def _check_range(name: str, ids: Tensor, valid: Tensor, end: int, also: str) -> None:
+    bad = (ids < 0).logical_or_(ids >= end).logical_and_(valid)
+    if bad.any():
+        found = ids[bad].unique().tolist()
+        raise ValueError(
+            f'{name} holds {found[:10]}{" and more" if len(found) > 10 else ""} on '
+            f'{int(bad.sum())} pixels; allowed are 0 to {end - 1}{also}'
+        )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    # The loss of every rank depends on the sums of all of them, so the gradients of all ranks' losses are
+    # summed too; an all-reduce that passes its gradient through would leave it world_size times too small.
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of ``x`` over all ranks, differentiable; ``x`` itself where nothing is distributed."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return _SumOverRanks.apply(x)
