@@ -1,4 +1,4 @@
-"""Class-balanced training for MMSegmentation. Importing it registers everything the package offers."""
+"""Class-balanced training for MMSegmentation; importing the package registers all it offers."""
 
 from mmseg_imbalance.version import __version__
 
@@ -11,5 +11,7 @@ except ImportError as error:
         "pip install 'mmseg-imbalance[onedl]' (maintained fork, plain pip) or "
         "pip install 'mmseg-imbalance[openmmlab]' (upstream; builds mmcv)."
     ) from error
+
+from mmseg_imbalance import losses  # noqa: E402, F401
 
 __all__ = ['__version__']

@@ -1,0 +1,93 @@
+"""Losses as arithmetic on the sums of :class:`~mmseg_imbalance.ops.SoftStats`; autograd does the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmseg_imbalance.ops import SoftStats
+
+
+def cross_entropy(
+    stats: SoftStats, class_weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Weighted mean of the negative log-likelihood: sum_c w_c nll_c / sum_c w_c truth_c over the batch.
+
+    Equals ``F.cross_entropy(weight=, ignore_index=, label_smoothing=)``, focal if ``stats`` is.
+
+    Args:
+        stats: with ``log_prob`` where ``label_smoothing`` > 0.
+        class_weight: (C,), >= 0; None: all 1.
+        label_smoothing: in [0, 1), the share of the label spread evenly over all classes.
+
+    Returns:
+        Scalar; 0 where no pixel has any weight.
+    """
+    weight = torch.ones_like(stats.nll[0]) if class_weight is None else class_weight.to(stats.nll)
+    total = (weight * stats.nll).sum()
+    if label_smoothing > 0:
+        if stats.log_prob is None:
+            raise ValueError('label_smoothing needs the field log_prob; call soft_stats with_log_prob=True')
+        even = -(weight * stats.log_prob).sum() / len(weight)
+        total = (1 - label_smoothing) * total + label_smoothing * even
+    norm = (weight * stats.truth).sum()
+    return total / norm.where(norm > 0, torch.inf)
+
+
+def tversky(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) -> Tensor:
+    """Tversky index (I + s) / (I + alpha (P - I) + beta (T - I) + s) of each image and class.
+
+    I, P, T are intersection, prediction and truth; alpha weighs false positives, beta false negatives.
+
+    Returns:
+        (B, C), in [0, 1]; 1 where a class of no area meets smooth = 0.
+
+    Source: Salehi et al. 2017, https://arxiv.org/abs/1706.05721, equation 4; the smoothing is ours.
+    """
+    i, p, t = stats.intersection, stats.prediction, stats.truth
+    area = i + alpha * (p - i) + beta * (t - i) + smooth
+    return torch.where(area > 0, (i + smooth) / area.where(area > 0, 1), 1)
+
+
+def dice(stats: SoftStats, smooth: float = 1.0) -> Tensor:
+    """Dice coefficient (2 I + s) / (P + T + s) of each image and class, (B, C): Tversky with 1/2, 1/2.
+
+    Source: Milletari et al. 2016, https://arxiv.org/abs/1606.04797, section 3; there P is squared.
+    """
+    return tversky(stats, 0.5, 0.5, smooth / 2)
+
+
+def jaccard(stats: SoftStats, smooth: float = 1.0) -> Tensor:
+    """Jaccard index (I + s) / (P + T - I + s) of each image and class, (B, C): Tversky with 1, 1."""
+    return tversky(stats, 1.0, 1.0, smooth)
+
+
+def region_loss(
+    index: Tensor,
+    truth: Tensor,
+    class_weight: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    absent_classes: str = 'include',
+) -> Tensor:
+    """Mean over images of sum_c w_c (1 - index_c)^gamma / sum_c w_c.
+
+    Args:
+        index: (B, C) overlap of each image and class, in [0, 1]; of one image for sums of a batch.
+        truth: (B, C) true pixels.
+        class_weight: (C,), >= 0; None: all 1.
+        gamma: > 0, applied to each class before the mean (Abraham & Khan 2018,
+            https://arxiv.org/abs/1810.07842, equation 4, with gamma for 1 / gamma).
+        absent_classes: 'include', or 'ignore' to leave classes without a true pixel out of the mean.
+
+    Returns:
+        Scalar; an image in which no class has any weight counts as 0.
+    """
+    loss = 1 - index
+    if gamma != 1:
+        loss = loss.clamp_min(torch.finfo(loss.dtype).eps) ** gamma  # a finite slope at index = 1
+    weight = torch.ones_like(loss) if class_weight is None else class_weight.to(loss).expand_as(loss)
+    if absent_classes == 'ignore':
+        weight = weight * (truth > 0)
+    norm = weight.sum(1)
+    return ((weight * loss).sum(1) / norm.where(norm > 0, torch.inf)).mean()

@@ -1,0 +1,92 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmseg_imbalance import functional
+from mmseg_imbalance.ops import soft_stats
+
+WEIGHT = torch.tensor([0.2, 3.0, 1.0, 0.0, 1.7], dtype=torch.float64)
+
+
+@pytest.fixture
+def batch(make_batch):
+    logits, target = make_batch((5, 7), (13, 17))
+    stats = soft_stats(logits, target, with_log_prob=True)
+    return logits, target, stats, oracle.soft_stats(logits.numpy(), target.numpy())
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.13])
+@pytest.mark.parametrize('weight', [None, WEIGHT])
+def test_cross_entropy_is_that_of_torch_and_of_the_loops(batch, weight, smoothing):
+    logits, target, stats, sums = batch
+    value = functional.cross_entropy(stats, weight, smoothing)
+    resized = F.interpolate(logits, target.shape[1:], mode='bilinear')
+    torch.testing.assert_close(
+        value, F.cross_entropy(resized, target, weight, ignore_index=255, label_smoothing=smoothing)
+    )
+    plain = np.ones(5) if weight is None else weight.numpy()
+    assert value.item() == pytest.approx(oracle.cross_entropy(sums, plain, smoothing), rel=1e-10)
+
+
+@pytest.mark.parametrize('absent', ['include', 'ignore'])
+@pytest.mark.parametrize('reduction', ['image', 'batch'])
+@pytest.mark.parametrize('gamma', [0.75, 1.0, 1.5])
+@pytest.mark.parametrize(('alpha', 'beta'), [(0.3, 0.7), (0.9, 0.2), (0.5, 0.5)])
+def test_tversky_losses_are_those_of_the_loops(batch, alpha, beta, gamma, reduction, absent):
+    *_, stats, sums = batch
+    if reduction == 'batch':
+        stats = stats.sum_images()
+    index = functional.tversky(stats, alpha, beta, smooth=2.5)
+    value = functional.region_loss(index, stats.truth, WEIGHT, gamma=gamma, absent_classes=absent)
+    expected = oracle.region_loss(sums, WEIGHT.numpy(), alpha, beta, 2.5, gamma, reduction, absent)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_dice_and_jaccard_are_written_out_as_in_the_textbook(batch):
+    *_, stats, _ = batch
+    i, p, t = stats.intersection, stats.prediction, stats.truth
+    torch.testing.assert_close(functional.dice(stats, 3.0), (2 * i + 3) / (p + t + 3))
+    torch.testing.assert_close(functional.jaccard(stats, 3.0), (i + 3) / (p + t - i + 3))
+    torch.testing.assert_close(functional.tversky(stats, 0.5, 0.5, 1.5), functional.dice(stats, 3.0))
+    torch.testing.assert_close(functional.tversky(stats, 1, 1, 3.0), functional.jaccard(stats, 3.0))
+
+
+def test_swapping_alpha_and_beta_changes_an_asymmetric_case(batch):
+    *_, stats, _ = batch
+    one, other = functional.tversky(stats, 0.3, 0.7), functional.tversky(stats, 0.7, 0.3)
+    assert (one - other).abs().max() > 0.01
+
+
+def test_alpha_weighs_false_positives_and_beta_false_negatives():
+    # everything predicted as class 0, half of it truly class 0: class 0 has false positives, class 1 misses
+    logits = torch.tensor([50.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+    stats = soft_stats(logits, torch.tensor([[[0, 0], [1, 1]]]))
+    torch.testing.assert_close(functional.tversky(stats, 1.0, 0.0), torch.tensor([[3 / 5, 1.0]]))
+    torch.testing.assert_close(functional.tversky(stats, 0.0, 1.0), torch.tensor([[1.0, 1 / 3]]))
+
+
+def test_dice_without_a_true_pixel_still_charges_false_positives():
+    logits = torch.tensor([50.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8)
+    stats = soft_stats(logits, torch.ones(1, 8, 8, dtype=torch.long))
+    assert functional.dice(stats)[0, 0] < 0.02
+
+
+def test_no_weight_anywhere_is_zero_with_zero_gradient(make_batch):
+    logits, target = make_batch()
+    target = torch.where(target == 3, target, 255)  # only the class of weight 0
+    leaf = logits.requires_grad_()
+    stats = soft_stats(leaf, target)
+    index = functional.dice(stats, smooth=0.0)
+    value = functional.cross_entropy(stats, WEIGHT) + functional.region_loss(
+        index, stats.truth, WEIGHT, absent_classes='ignore'
+    )
+    value.backward()
+    assert value == 0
+    assert (leaf.grad == 0).all()
+
+
+def test_label_smoothing_without_its_sum_says_what_to_ask_for(make_batch):
+    with pytest.raises(ValueError, match='with_log_prob=True'):
+        functional.cross_entropy(soft_stats(*make_batch()), label_smoothing=0.1)

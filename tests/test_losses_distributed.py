@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedDiceLoss
+from mmseg_imbalance.ops import sum_over_ranks
+
+WEIGHT = [0.2, 3.0, 1.0, 0.5, 1.7]
+CASES = {
+    'combined': lambda: CombinedWeightedLoss(
+        class_weight=WEIGHT, region_reduction='batch', sync_region=True, label_smoothing=0.1
+    ),
+    'absent': lambda: WeightedDiceLoss(
+        WEIGHT, region_reduction='batch', sync_region=True, absent_classes='ignore'
+    ),
+}
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 9, 11, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 4, (4, 9, 11), generator=generator)
+    target[2:][target[2:] == 1] = 255  # class 1 on the first rank alone, and unequal numbers of pixels
+    return x, target
+
+
+def train_step(images):
+    """(value, gradient) of each case for one backward of a small model over the given images."""
+    results = {}
+    for name, loss in CASES.items():
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 5, 3, padding=1).double()
+        if dist.is_initialized():
+            model = DistributedDataParallel(model)
+        x, target = (t[images] for t in batch())
+        value = loss()(model(x), target)
+        value.backward()
+        results[name] = value.item(), next(model.parameters()).grad.numpy()
+    return results
+
+
+def share_of_rank():
+    return train_step(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+
+
+def test_two_ranks_of_two_images_are_one_rank_of_four():
+    alone = train_step(slice(None))
+    for rank in on_ranks(2, share_of_rank):
+        for name, (value, gradient) in alone.items():
+            assert rank[name][0] == pytest.approx(value, rel=1e-12), name
+            np.testing.assert_allclose(rank[name][1], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
+
+
+def summed():
+    x = torch.full((3,), dist.get_rank() + 1.0).requires_grad_()
+    total = sum_over_ranks(x)
+    (total * torch.tensor([1.0, 2.0, 3.0]) * (dist.get_rank() + 1)).sum().backward()
+    return total.tolist(), x.grad.tolist()
+
+
+def test_the_gradient_of_the_sum_over_ranks_is_summed_too():
+    assert on_ranks(2, summed) == [([3.0] * 3, [3.0, 6.0, 9.0])] * 2
