@@ -1,7 +1,5 @@
 """Class-balanced training for MMSegmentation; importing the package registers all it offers."""
 
-from mmseg_imbalance.version import __version__
-
 try:
     import mmseg.registry  # noqa: F401
 except ImportError as error:
@@ -12,6 +10,7 @@ except ImportError as error:
         "pip install 'mmseg-imbalance[openmmlab]' (upstream; builds mmcv)."
     ) from error
 
-from mmseg_imbalance import losses  # noqa: E402, F401
+from mmseg_imbalance import compat, datasets, hooks, losses, metrics  # noqa: F401
+from mmseg_imbalance.version import __version__
 
 __all__ = ['__version__']

@@ -5,9 +5,9 @@ works under ``default_scope = 'mmseg'``. The empty child registries make the pre
 for ``type='mmseg_imbalance.CombinedWeightedLoss'`` MMEngine imports this module, and so the package, itself.
 """
 
-from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, Registry
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, Registry
 
-__all__ = ['DATASETS', 'HOOKS', 'METRICS', 'MODELS']
+__all__ = ['DATASETS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS']
 
-for _root in (DATASETS, HOOKS, METRICS, MODELS):
+for _root in (DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS):
     Registry(_root.name, parent=_root, scope='mmseg_imbalance')

@@ -3,6 +3,10 @@
 An image is walked in strips of rows that fit the cache. From small logits, the columns are resized once
 per image, (C, h, w) to (C, h, W), and a strip takes its rows from there: (r, k) @ (k, W), k a few rows.
 
+Strips, not operations, are what the CPU's threads share: a strip is dozens of short operations, and if each
+were split among the threads, all would wait for the slowest dozens of times, which costs a multiple where
+other processes, data loaders among them, want the same cores.
+
 Backward, with p recomputed and the gradients gN, gI, gP, gL of nll, intersection, prediction, log_prob, for a
 pixel of label y and weight m:
 
@@ -17,7 +21,12 @@ and its sum over classes divides the per-pixel factors instead, C times fewer nu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from threading import Barrier
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from mmseg_imbalance.ops.soft_stats import Options, SoftStats
 
-# pixels of a strip: its few (C, r, W) buffers stay in the cache and each operation still has work to share
+# pixels of a strip: its (C, r, W) buffers stay in the cache, and Python's share of the time is small
 STRIP_PIXELS = 32768
 
 
@@ -35,14 +44,38 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     return SoftStats(*_SoftStats.apply(logits, target, options))
 
 
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads whose operations run on one core each; of this process, as a fork keeps no threads."""
+    pool = ThreadPoolExecutor(threads, 'soft_stats', torch.set_num_threads, (1,))
+    started = Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))
+    torch.set_num_threads(threads)  # what a thread sets for itself is also the default of later ones
+    return pool
+
+
+def _each(function: Callable[[_Strip], object], strips: list[_Strip]) -> Iterator:
+    """``function`` of each strip, in their order; on CPU computed by all of torch's threads."""
+
+    @torch.no_grad()
+    def quietly(strip: _Strip) -> object:
+        return function(strip)
+
+    threads = torch.get_num_threads()
+    if threads == 1 or len(strips) == 1 or not strips[0].image.z.is_cpu:
+        return map(quietly, strips)
+    return _pool(os.getpid(), threads).map(quietly, strips)
+
+
 class _Image:
-    """The strips of one image: logits at label size, labels and pixel weights, a few rows at a time."""
+    """One image: its logits, with the columns at label size, its labels and its pixel weights."""
 
     def __init__(self, logits: Tensor, target: Tensor, o: Options, index: int) -> None:
         self.o = o
         self.z = logits.detach()[index]  # (C, h, w)
         self.target = target[index]  # (H, W)
         self.weight = None if o.pixel_weight is None else o.pixel_weight[index]
+        self.group = None if o.group is None else o.group[index]
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         self.resized = self.z.shape[1:] != self.target.shape
         if o.logit_bias is not None:
@@ -64,48 +97,47 @@ class _Image:
                 0, 0
             ]  # (H, h): row i holds the one or two coefficients of output row i
 
-    def strips(self) -> Iterator[_Strip]:
+    def strips(self) -> list[_Strip]:
         height, width = self.target.shape
-        step = max(1, STRIP_PIXELS // width)
-        buffer = self.z.new_empty((len(self.z), min(step, height), width), dtype=self.dtype)
-        for start in range(0, height, step):
-            yield _Strip(self, slice(start, min(start + step, height)), buffer)
+        share = math.ceil(height / torch.get_num_threads())
+        step = max(1, min(STRIP_PIXELS // width, share))
+        return [_Strip(self, slice(i, min(i + step, height))) for i in range(0, height, step)]
 
 
 class _Strip:
-    """Rows of one image: labels ``y``, weights ``m``, and the band of source rows they are resized from."""
+    """Rows of one image, and the band of source rows that they are resized from."""
 
-    def __init__(self, image: _Image, rows: slice, buffer: Tensor) -> None:
+    def __init__(self, image: _Image, rows: slice) -> None:
         self.image = image
-        self.index = rows
-        self.buffer = buffer[:, : rows.stop - rows.start]
-        target = image.target[rows]
-        self.valid = target != image.o.ignore_index
-        self.y = torch.where(self.valid, target, 0).long()[None]  # (1, r, W)
-        self.m = self.valid.to(image.dtype)
-        if image.weight is not None:
-            self.m *= image.weight[rows]
+        self.rows = rows
         if image.resized:
             h, height = image.rows.shape[1], len(image.target)
             # one row more on either side covers both conventions of align_corners
             first = max(0, math.floor(rows.start * h / height) - 2)
             self.band = slice(first, min(h, math.ceil(rows.stop * h / height) + 2))
+            self.taken = image.rows[rows, self.band]  # (r, k)
 
-    def logits(self) -> Tensor:
-        """(C, r, W): the logits at label size with their bias, in the buffer or where they lie."""
+    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels y (1, r, W) with 0 for ignored ones, validity and weight m of each pixel (r, W)."""
         image = self.image
-        if image.resized:
-            source = image.z[:, self.band]
-            return torch.matmul(image.rows[self.index, self.band], source, out=self.buffer)
-        z = image.z[:, self.index]
-        if image.o.logit_bias is not None:
-            return torch.add(z, image.bias, out=self.buffer)
-        return z if z.dtype == image.dtype else self.buffer.copy_(z)
+        target = image.target[self.rows]
+        valid = target != image.o.ignore_index
+        m = valid.to(image.dtype)
+        if image.weight is not None:
+            m *= image.weight[self.rows]
+        return torch.where(valid, target, 0).long()[None], valid, m
 
     def below_top(self) -> Tensor:
-        """z - max z over the classes, (C, r, W), in the buffer."""
-        z = self.logits()
-        return torch.sub(z, z.amax(0), out=self.buffer)
+        """z - max z over the classes, (C, r, W), z the logits at label size with their bias."""
+        image = self.image
+        if image.resized:
+            z = torch.matmul(self.taken, image.z[:, self.band])
+            return z.sub_(z.amax(0))
+        z = image.z[:, self.rows].to(image.dtype)
+        if image.o.logit_bias is not None:
+            z = z + image.bias
+        # contiguous, whatever the memory format of the logits
+        return torch.sub(z, z.amax(0), out=z.new_empty(z.shape))
 
 
 def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -117,7 +149,7 @@ def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
 
 
 def _hit(difference: Tensor, y: Tensor) -> Tensor:
-    """Whether the largest logit is that of y, the first one among equals; ``difference`` is z - max z."""
+    """Whether the largest logit is that of y, the first one among equals; difference is z - max z."""
     pixels = y.numel()
     if difference.is_cpu and difference.count_nonzero() == difference.numel() - pixels:
         # one maximum in each pixel, as nearly always: argmax takes a hundred times as long on CPU
@@ -125,90 +157,46 @@ def _hit(difference: Tensor, y: Tensor) -> Tensor:
     return difference.argmax(0) == y[0]
 
 
-class _SoftStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, target, o):  # type: ignore[no-untyped-def]
-        batch, channels = logits.shape[:2]
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        # by class of the label: nll, intersection, truth; strips and pixels are added in double
-        by_label = logits.new_zeros((batch, 3, channels), dtype=torch.float64)
-        prediction = logits.new_zeros((batch, channels), dtype=torch.float64)
-        log_prob = torch.zeros_like(prediction) if o.with_log_prob else None
-        correct = logits.new_zeros(batch, dtype=torch.int64)
-        group = logits.new_zeros((2, o.num_groups), dtype=torch.float64)
+class _Sums(NamedTuple):
+    by_label: Tensor  # (3, C): nll, intersection, truth
+    prediction: Tensor  # (C,)
+    correct: Tensor  # scalar
+    log_prob: Tensor | None  # (C,)
+    group: Tensor | None  # (2, S): nll, count
 
-        for b in range(batch):
-            for strip in _Image(logits, target, o, b).strips():
-                y, m = strip.y, strip.m
-                e = strip.below_top()
-                correct[b] += (_hit(e, y) & strip.valid).sum()
-                below = e.gather(0, y)[0]  # z_y - max z, exact for logits of any size
-                if o.with_log_prob:
-                    # before the exponentials overwrite the logits
-                    shifted = e.flatten(1) @ m.flatten()
-                total = e.exp_().sum(0)
-                log_total = total.log()
-                log_p = below - log_total
-                p = log_p.exp()
-                loss = _focal(log_p, o.focal_gamma)[0] if o.focal_gamma > 0 else -log_p
-                sums = torch.stack([m * loss, m * p, m]).flatten(1).double()
-                by_label[b].scatter_add_(1, y.flatten().expand(3, -1), sums)
-                if o.square_prediction:
-                    prediction[b] += e.square().flatten(1) @ (m / total.square()).flatten()
-                else:
-                    prediction[b] += e.flatten(1) @ (m / total).flatten()
-                if log_prob is not None:
-                    log_prob[b] += shifted.double() - (m * log_total).sum(dtype=torch.float64)
-                if o.group is not None:
-                    ids = torch.where(strip.valid, o.group[b, strip.index], 0).flatten().long()
-                    sums = torch.where(strip.valid, torch.stack([-log_p, torch.ones_like(p)]), 0)
-                    group.scatter_add_(1, ids.expand(2, -1), sums.flatten(1).double())
 
-        ctx.save_for_backward(logits, target)
-        ctx.options = o
-        ctx.set_materialize_grads(False)
-        nll, intersection, truth = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
-        log_prob = None if log_prob is None else log_prob.to(dtype)
-        group_nll = group_count = None
-        if o.group is not None:
-            group_nll, group_count = group[0].to(dtype, copy=True), group[1].long()
-        fixed = (truth, correct, group_nll, group_count)
-        ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
-        return nll, intersection, prediction.to(dtype), truth, correct, log_prob, group_nll, group_count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, _truth, _correct, g_log_prob, *_):  # type: ignore[no-untyped-def]
-        logits, target = ctx.saved_tensors
-        o = ctx.options
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        with torch.autocast(logits.device.type, enabled=False):
-            for b in range(len(logits)):
-                image = _Image(logits, target, o, b)
-                rows = [
-                    None if g is None else g[b].to(image.dtype)
-                    for g in (g_nll, g_intersection, g_prediction, g_log_prob)
-                ]
-                if image.resized:
-                    columns = torch.zeros_like(image.z)
-                in_place = not image.resized and grad.dtype == image.dtype
-                scratch: Tensor | None = None
-                for strip in image.strips():
-                    if in_place:
-                        dz = grad[b, :, strip.index]
-                    else:
-                        if scratch is None:
-                            scratch = torch.empty_like(strip.buffer)
-                        dz = scratch[:, : strip.buffer.shape[1]]
-                    _strip_gradient(strip, *rows, out=dz)
-                    if image.resized:
-                        taken = image.rows[strip.index, strip.band]
-                        columns[:, strip.band] += torch.matmul(taken.T, dz)
-                    elif not in_place:
-                        grad[b, :, strip.index] = dz
-                if image.resized:
-                    grad[b] = torch.autograd.grad(image.columns, image.small, columns)[0]
-        return grad, None, None
+def _strip_sums(strip: _Strip) -> _Sums:
+    """The sums of one strip; added up in double, by the caller too."""
+    o = strip.image.o
+    y, valid, m = strip.labels()
+    e = strip.below_top()
+    correct = (_hit(e, y) & valid).sum()
+    below = e.gather(0, y)[0]  # z_y - max z, exact for logits of any size
+    if o.with_log_prob:
+        log_prob = (e.flatten(1) @ m.flatten()).double()
+    total = e.exp_().sum(0)
+    log_total = total.log()
+    log_p = below - log_total
+    p = log_p.exp()
+    loss = _focal(log_p, o.focal_gamma)[0] if o.focal_gamma > 0 else -log_p
+    by_label = torch.zeros(3, len(e), dtype=torch.float64, device=e.device)
+    values = torch.stack([m * loss, m * p, m]).flatten(1).double()
+    by_label.scatter_add_(1, y.flatten().expand(3, -1), values)
+    group = None
+    if strip.image.group is not None:
+        ids = torch.where(valid, strip.image.group[strip.rows], 0).flatten().long()
+        values = torch.where(valid, torch.stack([-log_p, torch.ones_like(p)]), 0).flatten(1).double()
+        group = by_label.new_zeros(2, o.num_groups).scatter_add_(1, ids.expand(2, -1), values)
+    factor = m / total
+    if o.square_prediction:
+        e, factor = e.square_(), factor / total
+    return _Sums(
+        by_label,
+        (e.flatten(1) @ factor.flatten()).double(),
+        correct,
+        log_prob - (m * log_total).sum(dtype=torch.float64) if o.with_log_prob else None,
+        group,
+    )
 
 
 def _strip_gradient(
@@ -217,11 +205,11 @@ def _strip_gradient(
     g_intersection: Tensor | None,
     g_prediction: Tensor | None,
     g_log_prob: Tensor | None,
-    *,
-    out: Tensor,
-) -> None:
-    """Gradient by the logits of a strip, (C, r, W), into ``out``; the formula heads this file."""
-    y, m, o = strip.y, strip.m, strip.image.o
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient by the logits of a strip, (C, r, W), into ``out`` if given; the formula heads this file."""
+    o = strip.image.o
+    y, _, m = strip.labels()
     e = strip.below_top()
     below = e.gather(0, y)[0] if o.focal_gamma > 0 else None
     e.exp_()
@@ -235,6 +223,7 @@ def _strip_gradient(
     a *= m
     common = a if g_log_prob is None else a + m * g_log_prob.sum()
 
+    out = torch.empty_like(e) if out is None else out
     if g_prediction is None:
         torch.mul(e, -common / total, out=out)
     elif o.square_prediction:
@@ -246,4 +235,65 @@ def _strip_gradient(
         out.sub_((m * mean + common) / total).mul_(e)
     if g_log_prob is not None:
         out.add_(m * g_log_prob[:, None, None])
-    out.scatter_add_(0, y, a[None])
+    return out.scatter_add_(0, y, a[None])
+
+
+class _SoftStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, o):  # type: ignore[no-untyped-def]
+        images = []
+        for b in range(len(logits)):
+            parts = list(_each(_strip_sums, _Image(logits, target, o, b).strips()))
+            images.append([None if p[0] is None else sum(p) for p in zip(*parts, strict=True)])
+        sums = [None if s[0] is None else torch.stack(s) for s in zip(*images, strict=True)]
+        by_label, prediction, correct, log_prob, group = sums
+
+        ctx.save_for_backward(logits, target)
+        ctx.options = o
+        ctx.set_materialize_grads(False)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        nll, intersection, truth = (s.to(dtype, copy=True) for s in by_label.unbind(1))
+        log_prob = None if log_prob is None else log_prob.to(dtype)
+        group_nll = group_count = None
+        if group is not None:
+            group_nll, group_count = group.sum(0)
+            group_nll, group_count = group_nll.to(dtype, copy=True), group_count.long()
+        fixed = (truth, correct, group_nll, group_count)
+        ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
+        return nll, intersection, prediction.to(dtype), truth, correct, log_prob, group_nll, group_count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_nll, g_intersection, g_prediction, _truth, _correct, g_log_prob, *_):  # type: ignore[no-untyped-def]
+        logits, target = ctx.saved_tensors
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        with torch.autocast(logits.device.type, enabled=False):
+            for b in range(len(logits)):
+                image = _Image(logits, target, ctx.options, b)
+                upstream = [
+                    None if g is None else g[b].to(image.dtype)
+                    for g in (g_nll, g_intersection, g_prediction, g_log_prob)
+                ]
+                _image_gradient(image, upstream, out=grad[b])
+        return grad, None, None
+
+
+def _image_gradient(image: _Image, upstream: list[Tensor | None], out: Tensor) -> None:
+    """Gradient by the logits of an image, (C, h, w), into ``out``."""
+    strips = image.strips()
+    if not image.resized:
+
+        def write(strip: _Strip) -> None:
+            rows = out[:, strip.rows]
+            if out.dtype == image.dtype:
+                _strip_gradient(strip, *upstream, out=rows)
+            else:
+                rows.copy_(_strip_gradient(strip, *upstream))
+
+        list(_each(write, strips))
+        return
+    columns = torch.zeros_like(image.z)  # (C, h, W)
+    to_band = _each(lambda strip: strip.taken.T @ _strip_gradient(strip, *upstream), strips)
+    for strip, part in zip(strips, to_band, strict=True):
+        columns[:, strip.band] += part
+    out.copy_(torch.autograd.grad(image.columns, image.small, columns)[0])

@@ -1,0 +1,44 @@
+# make demo           train with and without class balancing on generated data, compare, show the files
+# make test           the tests, on the maintained fork of MMSegmentation
+# make test-openmmlab the tests, on upstream MMSegmentation; builds mmcv, about 10 minutes the first time
+# make lint           ruff and mypy
+#
+# Each makes the environment that it needs by itself, once. PYTHON and TORCH choose another interpreter
+# and another build of torch: make test PYTHON=python3.12 TORCH='torch==2.11.0'
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP = -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-openmmlab lint clean
+
+demo: .venv/installed
+	.venv/bin/python tools/demo.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+test-openmmlab: .venv-openmmlab/installed
+	.venv-openmmlab/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+# torch first: what depends on it would otherwise bring another build
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) $(TORCH)
+	.venv/bin/python $(PIP) -e '.[onedl,test,dev]'
+	touch $@
+
+# mmcv 2.1 has no wheel for recent versions of torch and needs what pip's build isolation hides from it
+.venv-openmmlab/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-openmmlab
+	.venv-openmmlab/bin/python $(PIP) $(TORCH) 'setuptools<81' wheel
+	.venv-openmmlab/bin/python $(PIP) --no-build-isolation mmcv==2.1.0
+	.venv-openmmlab/bin/python $(PIP) --no-build-isolation -e '.[openmmlab,test]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-openmmlab demo

@@ -1,0 +1,74 @@
+"""What the two framework stacks, and training without a GPU, need; no function is replaced.
+
+- The fork is installed as onedl-mmsegmentation, but MMEngine looks for the configs of ``mmseg::`` bases in
+  the distribution mmsegmentation. A registration in MMEngine's table of names mends it.
+- Upstream cannot resume with torch >= 2.6, which refuses to unpickle MMEngine's log history unless its
+  classes are registered as safe.
+- MMEngine's distributed wrapper and SyncBN ask for a GPU, and so does its mixed precision.
+"""
+
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.device import get_device
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import OptimWrapper
+
+from mmseg_imbalance.registry import OPTIM_WRAPPERS
+
+
+def _register() -> None:
+    try:
+        distribution('mmsegmentation')
+    except PackageNotFoundError:
+        MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
+    if hasattr(torch.serialization, 'add_safe_globals'):
+        values = np.arange(2.0), np.arange(2)
+        reconstruct = values[0].__reduce__()[0]
+        scalar = values[0][0].__reduce__()[0]
+        safe = [HistoryBuffer, reconstruct, scalar, np.ndarray, np.dtype, *{type(v.dtype) for v in values}]
+        torch.serialization.add_safe_globals(safe)
+
+
+_register()
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on CPU: bfloat16 autocast, and no loss scaling, since its range is float32's."""
+
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module):
+        with super().optim_context(model), torch.autocast('cpu', torch.bfloat16):
+            yield
+
+
+def adapt_to_cpu(cfg: Config) -> None:
+    """Make a config, in place, run where there is no GPU; with a launcher, join its processes by gloo."""
+    if get_device() != 'cpu':
+        return
+    if cfg.get('optim_wrapper', {}).get('type') == 'AmpOptimWrapper':
+        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
+        for option in ('loss_scale', 'dtype', 'use_fsdp'):
+            cfg.optim_wrapper.pop(option, None)
+    if cfg.get('launcher', 'none') == 'none':
+        return
+    if not dist.is_initialized():
+        dist.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', device_ids=None))
+    _without_sync_bn(cfg.model)
+
+
+def _without_sync_bn(node: object) -> None:
+    if isinstance(node, dict):
+        if node.get('type') == 'SyncBN':
+            node['type'] = 'BN'
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for child in node:
+            _without_sync_bn(child)

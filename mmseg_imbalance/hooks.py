@@ -1,0 +1,115 @@
+"""Hooks of a training run."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import dump
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from mmseg_imbalance.frequency import ClassFrequency, count_classes, default_cache_dir
+from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.registry import HOOKS
+from mmseg_imbalance.visualization import class_table, plot_class_weights, table_text
+from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
+
+
+@HOOKS.register_module()
+class ClassWeightHook(Hook):
+    """Before training, fill every loss with ``class_weight='auto'`` from the training annotations.
+
+    The annotations are counted once and the counts cached, so another scheme or run costs nothing. Logs a
+    table and writes ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes
+    the weights from its checkpoint, unless the options below have changed.
+
+    Args:
+        scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
+        cache_dir: folder of the counts; None: ``~/.cache/mmseg_imbalance``.
+        max_images: count a random sample of so many images; None: all.
+        num_workers: worker processes of each rank.
+        **options: of the scheme: beta, unit, k, power, max_ratio.
+    """
+
+    def __init__(
+        self,
+        scheme: str = 'sqrt_inv_freq',
+        cache_dir: str | os.PathLike[str] | None = None,
+        max_images: int | None = None,
+        num_workers: int = 2,
+        **options: object,
+    ) -> None:
+        if scheme not in SCHEMES:
+            raise ValueError(f'scheme must be one of {SCHEMES}, got {scheme!r}')
+        parameters = inspect.signature(class_weights).parameters.values()
+        known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+        if unknown := sorted(set(options) - set(known)):
+            raise TypeError(f'ClassWeightHook has no option {unknown}; those of the schemes are {known}')
+        self.scheme = scheme
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self.max_images = max_images
+        self.num_workers = num_workers
+        self.options = options
+
+    def before_train(self, runner) -> None:
+        # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
+        waiting = {name: loss for name, loss in ours.items() if loss.pending == 'auto'}
+        self._name_losses_left_alone(runner, model)
+        if not waiting:
+            runner.logger.warning("ClassWeightHook has nothing to do: no loss says class_weight='auto'")
+            return
+        asked = dict(scheme=self.scheme, options=self.options, max_images=self.max_images)
+        record = runner.message_hub.get_info('class_weights')
+        if record is None or any(record[key] != value for key, value in asked.items()):
+            frequency = count_classes(
+                runner.train_dataloader.dataset,
+                max_images=self.max_images,
+                ignore_index=_ignore_index(model, waiting),
+                num_workers=self.num_workers,
+                cache_dir=self.cache_dir,
+                progress=True,
+            )
+            record = self._weigh(runner, frequency) | asked
+            runner.message_hub.update_info('class_weights', record)
+            if is_main_process():
+                dump(record, os.path.join(runner.work_dir, 'class_weights.json'), indent=2)
+        else:
+            runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {record["weights"]}')
+        for loss in waiting.values():
+            loss.set_class_weight(record['weights'])
+        runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(waiting)}')
+
+    def _weigh(self, runner, frequency: ClassFrequency) -> dict:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            weights = class_weights(frequency, self.scheme, **self.options)
+        for warning in caught:
+            runner.logger.warning(str(warning.message))
+        runner.logger.info('\n' + table_text(class_table(frequency, {self.scheme: weights})))
+        if is_main_process():
+            chart = os.path.join(runner.work_dir, 'class_weights.png')
+            plot_class_weights(frequency, weights, chart, label=f'{self.scheme} weight')
+        return weight_record(frequency, weights)
+
+    def _name_losses_left_alone(self, runner, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            weighted = 'loss' in name and getattr(module, 'class_weight', None) is not None
+            if weighted and not isinstance(module, WeightedLoss):
+                runner.logger.warning(
+                    f'ClassWeightHook leaves {name} alone: the class_weight of {type(module).__name__} fails '
+                    "on ignored pixels. dict(type='WeightedCrossEntropyLoss', class_weight='auto') takes both"
+                )
+
+
+def _ignore_index(model: nn.Module, losses: dict[str, nn.Module]) -> int | None:
+    """The label that the heads of these losses ignore, which is what training sees; None if they differ."""
+    heads = {name.rpartition('loss_decode')[0].rstrip('.') for name in losses}
+    found = {getattr(model.get_submodule(head), 'ignore_index', None) for head in heads}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,192 @@
+"""Schemes against numbers worked out by hand and laws that hold for any counts."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
+from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
+
+
+def frequency(pixels, images=None, image_pixels=None):
+    images = [1] * len(pixels) if images is None else images
+    names = tuple(f'class {number}' for number in range(len(pixels)))
+    total = sum(pixels)
+    return ClassFrequency(
+        classes=names,
+        pixels=pixels,
+        images=[held if count else 0 for held, count in zip(images, pixels, strict=True)],
+        image_pixels=image_pixels or [total if count else 0 for count in pixels],
+        ignored=0,
+        num_images=10,
+        dataset_images=10,
+    )
+
+
+def mean_one(weights):
+    return [weight * len(weights) / sum(weights) for weight in weights]
+
+
+PIXELS, IMAGES, IMAGE_PIXELS = [600, 300, 100], [10, 8, 2], [1000, 800, 250]
+# Shares 0.6, 0.3, 0.1; shares within the images that hold the class 0.6, 0.375, 0.4.
+BY_HAND = {
+    'inverse_freq': [1 / 1.8, 1 / 0.9, 1 / 0.3],
+    'sqrt_inv_freq': [1.2909944487, 1.8257418584, 3.1622776602],
+    'effective_num': [0.1 / (1 - 0.9**10), 0.1 / (1 - 0.9**8), 0.1 / 0.19],
+    'median_freq': [0.4 / 0.6, 0.4 / 0.375, 1.0],
+    'log_inv_freq': [1 / math.log(1.62), 1 / math.log(1.32), 1 / math.log(1.12)],
+}
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_equals_the_formula_by_hand(scheme):
+    counted = frequency(PIXELS, IMAGES, IMAGE_PIXELS)
+    assert class_weights(counted, scheme, beta=0.9) == pytest.approx(mean_one(BY_HAND[scheme]))
+
+
+def test_inverse_and_log_k_and_pixel_unit_follow_their_options():
+    counted = frequency([6, 3, 1])
+    want = mean_one([1 / math.log(1.7), 1 / math.log(1.4), 1 / math.log(1.2)])
+    assert class_weights(counted, 'log_inv_freq', k=1.1) == pytest.approx(want)
+    want = mean_one([0.5 / (1 - 0.5**6), 0.5 / (1 - 0.5**3), 1])
+    got = class_weights(counted, 'effective_num', beta=0.5, unit='pixel')
+    assert got == pytest.approx(want)
+
+
+def test_the_default_is_sqrt_inv_freq():
+    assert tuple(BY_HAND) == SCHEMES
+    default, named = (class_weights(CITYSCAPES_TRAIN, *args) for args in ((), ('sqrt_inv_freq',)))
+    assert default.tolist() == named.tolist()
+    assert default.dtype == np.float64
+
+
+def test_power_tempers_before_max_ratio_clips():
+    counted = frequency([100, 10, 1])
+    assert class_weights(counted, 'inverse_freq', power=0.5) == pytest.approx(
+        class_weights(counted, 'sqrt_inv_freq')
+    )
+    assert class_weights(counted, 'inverse_freq', power=0).tolist() == [1, 1, 1]
+    clipped = class_weights(counted, 'inverse_freq', max_ratio=20)
+    assert clipped == pytest.approx(mean_one([1, 10, 20]))
+    both = class_weights(counted, 'inverse_freq', power=0.5, max_ratio=5)
+    assert both == pytest.approx(mean_one([1, math.sqrt(10), 5]))
+
+
+@pytest.mark.parametrize(('beta', 'ratio'), [(0.9999, 1), (0.99999, 1), (1 - 1e-7, 2.4), (1 - 1e-9, 160)])
+def test_effective_number_of_pixels_on_cityscapes(beta, ratio):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        weights = class_weights(CITYSCAPES_TRAIN, 'effective_num', beta=beta, unit='pixel')
+    assert weights.max() / weights.min() == pytest.approx(ratio, rel=0.02)
+    assert len(caught) == (ratio == 1)
+    if caught:
+        message = str(caught[0].message)
+        for part in ('same weight', f'beta={beta}', '5449152 to 2036416525', "unit='image'"):
+            assert part in message
+        assert caught[0].filename == __file__
+
+
+def test_effective_number_of_images_differs_on_cityscapes():
+    weights = class_weights(CITYSCAPES_TRAIN, 'effective_num')
+    assert CITYSCAPES_TRAIN.classes[weights.argmax()] == 'train'
+    assert weights.max() / weights.min() > 15
+
+
+def test_effective_number_is_exact_near_beta_one_and_zero():
+    counted = frequency([10**9, 10**6, 10])
+    near_one = class_weights(counted, 'effective_num', beta=1 - 2**-53, unit='pixel')
+    assert near_one == pytest.approx(class_weights(counted, 'inverse_freq'), rel=1e-6)
+    with pytest.warns(UserWarning, match='same weight'):
+        assert class_weights(counted, 'effective_num', beta=0, unit='pixel').tolist() == [1, 1, 1]
+
+
+def test_median_frequency_of_cityscapes_is_over_the_images_that_hold_a_class():
+    shares = CITYSCAPES_TRAIN.pixels / (CITYSCAPES_TRAIN.images * 2048.0 * 1024.0)
+    weights = class_weights(CITYSCAPES_TRAIN, 'median_freq')
+    assert weights == pytest.approx(mean_one(list(np.median(shares) / shares)))
+
+
+def test_classes_that_never_occur_get_zero_and_one_warning():
+    counted = frequency([60, 0, 40, 0])
+    for scheme in SCHEMES:
+        with pytest.warns(UserWarning, match='weight 0: class 1, class 3') as caught:
+            weights = class_weights(counted, scheme, beta=0.999, unit='pixel')
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        assert weights[[1, 3]].tolist() == [0, 0]
+        present = class_weights(frequency([60, 40]), scheme, beta=0.999, unit='pixel')
+        assert weights[[0, 2]] == pytest.approx(present)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'scheme': 'auto'}, "scheme='auto' is unknown.*sqrt_inv_freq"),
+        ({'unit': 'pixels'}, "unit='pixels', allowed are 'image' and 'pixel'"),
+        ({'beta': 1.0}, r'beta=1.0, allowed is \[0, 1\)'),
+        ({'beta': -0.1}, 'beta=-0.1'),
+        ({'beta': math.nan}, 'beta=nan'),
+        ({'k': 1.0}, 'k=1.0.*above 1'),
+        ({'k': math.inf}, 'k=inf'),
+        ({'power': -1.0}, 'power=-1.0, allowed'),
+        ({'power': math.nan}, 'power=nan'),
+        ({'max_ratio': 0.5}, 'max_ratio=0.5, allowed is 1 and more'),
+        ({'max_ratio': math.nan}, 'max_ratio=nan'),
+    ],
+)
+def test_an_option_out_of_range_names_value_and_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        class_weights(frequency(PIXELS), **options)
+
+
+def test_nothing_to_weigh_is_an_error():
+    with pytest.raises(ValueError, match='none of the 2 classes has a pixel'):
+        class_weights(frequency([0, 0]))
+
+
+def test_a_record_holds_the_weights_exactly_after_json():
+    weights = class_weights(CITYSCAPES_TRAIN)
+    record = json.loads(json.dumps(weight_record(CITYSCAPES_TRAIN, weights)))
+    assert record['weights'] == weights.tolist()
+    assert record['pixels'] == CITYSCAPES_TRAIN.pixels.tolist()
+    assert tuple(record['classes']) == CITYSCAPES_TRAIN.classes
+
+
+counts = st.lists(st.integers(1, 10**9), min_size=2, max_size=30)
+schemes = st.sampled_from(SCHEMES)
+
+
+@given(counts, schemes, st.floats(0, 2), st.none() | st.floats(1, 100))
+@pytest.mark.filterwarnings('ignore:effective_num gives')
+def test_weights_are_positive_with_mean_one_and_never_heavier_for_more_pixels(
+    pixels, scheme, power, max_ratio
+):
+    weights = class_weights(
+        frequency(pixels), scheme, beta=1 - 1e-9, unit='pixel', power=power, max_ratio=max_ratio
+    )
+    assert (weights > 0).all()
+    assert weights.mean() == pytest.approx(1)
+    assert (np.diff(weights[np.argsort(pixels)]) <= 1e-12 * weights.max()).all()
+    if max_ratio is not None:
+        assert weights.max() / weights.min() <= max_ratio * (1 + 1e-12)
+
+
+@given(counts, st.sampled_from(sorted(set(SCHEMES) - {'effective_num'})), st.integers(2, 1000))
+def test_frequency_schemes_do_not_depend_on_the_size_of_the_data_set(pixels, scheme, times):
+    small, large = frequency(pixels), frequency([count * times for count in pixels])
+    assert class_weights(large, scheme) == pytest.approx(class_weights(small, scheme))
+
+
+@given(counts, schemes, st.randoms(use_true_random=False))
+@pytest.mark.filterwarnings('ignore:effective_num gives')
+def test_reordered_classes_reorder_weights(pixels, scheme, random):
+    order = list(range(len(pixels)))
+    random.shuffle(order)
+    weights = class_weights(frequency(pixels), scheme, unit='pixel')
+    moved = class_weights(frequency([pixels[place] for place in order]), scheme, unit='pixel')
+    assert moved == pytest.approx(weights[order])

@@ -1,0 +1,34 @@
+"""Test a segmentor, as the framework's tools/test.py does, on GPUs or CPU."""
+
+from launch import build_runner, parser, read_config
+
+
+def main(argv=None):
+    options = parser(__doc__)
+    options.add_argument('checkpoint', help='checkpoint file')
+    options.add_argument('--out', help='folder for predicted label maps')
+    options.add_argument('--show', action='store_true', help='show predictions in a window')
+    options.add_argument('--show-dir', help='folder for painted predictions')
+    options.add_argument('--wait-time', type=float, default=2, help='seconds that --show waits')
+    options.add_argument('--tta', action='store_true', help='test time augmentation')
+    args = options.parse_args(argv)
+
+    cfg = read_config(args)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        if 'visualization' not in cfg.default_hooks:
+            options.error("--show needs dict(type='SegVisualizationHook') among the default_hooks")
+        cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
+        if args.show_dir:
+            cfg.visualizer.save_dir = args.show_dir
+    if args.tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.tta_model.module = cfg.model
+        cfg.model = cfg.tta_model
+    if args.out:
+        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+    build_runner(cfg).test()
+
+
+if __name__ == '__main__':
+    main()
