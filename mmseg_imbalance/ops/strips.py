@@ -1,7 +1,8 @@
 """The soft statistics strip by strip: bounded memory, softmax recomputed in backward.
 
 An image is walked in strips of rows that fit the cache. From small logits, the columns are resized once
-per image, (C, h, w) to (C, h, W), and a strip takes its rows from there: (r, k) @ (k, W), k a few rows.
+per image, (C, h, w) to (C, h, W), block by block of a banded matrix, and a strip takes its rows from there.
+The gradient goes back through the transposed matrices.
 
 Strips, not operations, are what the CPU's threads share: a strip is dozens of short operations, and if each
 were split among the threads, all would wait for the slowest dozens of times, which costs a multiple where
@@ -29,7 +30,6 @@ from threading import Barrier
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,6 +37,7 @@ from mmseg_imbalance.ops.soft_stats import Options, SoftStats
 
 # pixels of a strip: its (C, r, W) buffers stay in the cache, and Python's share of the time is small
 STRIP_PIXELS = 32768
+COLUMN_BLOCK = 128
 
 
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
@@ -81,27 +82,68 @@ class _Image:
         if o.logit_bias is not None:
             self.bias = o.logit_bias.to(self.dtype)[:, None, None]
         if self.resized:
-            h, (height, width) = self.z.shape[1], self.target.shape
+            (h, w), (height, width) = self.z.shape[1:], self.target.shape
+            self.row_axis = _Axis.make(h, height, o.align_corners, self.z)
+            self.column_matrix = _Axis.make(w, width, o.align_corners, self.z).matrix
             small = self.z.to(self.dtype)
             if o.logit_bias is not None:
                 small = small + self.bias
-            # recorded, so that autograd's own transposed resize brings the gradient back to (h, w)
-            with torch.enable_grad():
-                self.small = small.requires_grad_()
-                self.columns = F.interpolate(
-                    self.small[None], (h, width), mode='bilinear', align_corners=o.align_corners
-                )[0]
-            self.z = self.columns.detach()  # (C, h, W)
-            rows = torch.eye(h, dtype=self.dtype, device=self.z.device)[None, None]
-            self.rows = F.interpolate(rows, (height, h), mode='bilinear', align_corners=o.align_corners)[
-                0, 0
-            ]  # (H, h): row i holds the one or two coefficients of output row i
+            self.z = small.new_empty(len(small), h, width)
+            for cells, columns in self.column_blocks():
+                self.z[:, :, columns] = small[:, :, cells] @ self.column_matrix[columns, cells].T
+
+    def column_blocks(self) -> Iterator[tuple[slice, slice]]:
+        """(source columns, label columns): few of each, since the matrix between them is banded."""
+        width, w = self.column_matrix.shape
+        for start in range(0, width, COLUMN_BLOCK):
+            columns = slice(start, min(start + COLUMN_BLOCK, width))
+            yield _band(columns, w, width), columns
+
+    def to_small(self, grad: Tensor) -> Tensor:
+        """The transposed resize of the columns: (C, h, W) to (C, h, w)."""
+        small = grad.new_zeros(*grad.shape[:2], self.column_matrix.shape[1])
+        for cells, columns in self.column_blocks():
+            small[:, :, cells] += grad[:, :, columns] @ self.column_matrix[columns, cells]
+        return small
 
     def strips(self) -> list[_Strip]:
         height, width = self.target.shape
         share = math.ceil(height / torch.get_num_threads())
         step = max(1, min(STRIP_PIXELS // width, share))
         return [_Strip(self, slice(i, min(i + step, height))) for i in range(0, height, step)]
+
+
+class _Axis(NamedTuple):
+    """Bilinear resize of one axis: output i is (1 - fraction) of cell low plus fraction of cell high."""
+
+    low: Tensor  # (large,)
+    high: Tensor  # (large,)
+    fraction: Tensor  # (large,)
+    matrix: Tensor  # (large, small), banded: the same numbers as a product
+
+    @classmethod
+    def make(cls, small: int, large: int, align_corners: bool, like: Tensor) -> _Axis:
+        i = torch.arange(large, dtype=torch.float64)
+        if align_corners:
+            x = i * ((small - 1) / max(large - 1, 1))
+        else:
+            x = ((i + 0.5) * (small / large) - 0.5).clamp_min(0)
+        low = x.long().clamp_max(small - 1)
+        high = (low + 1).clamp_max(small - 1)
+        fraction = x - low
+        matrix = torch.zeros(large, small, dtype=torch.float64)
+        matrix.scatter_add_(1, low[:, None], 1 - fraction[:, None])
+        matrix.scatter_add_(1, high[:, None], fraction[:, None])
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        weights = fraction.to(device, dtype), matrix.to(device, dtype)
+        return cls(low.to(device), high.to(device), *weights)
+
+
+def _band(outputs: slice, small: int, large: int) -> slice:
+    """The cells of one axis that these outputs are resized from."""
+    # one more on either side than the scale says covers both conventions of align_corners
+    first = max(0, math.floor(outputs.start * small / large) - 2)
+    return slice(first, min(small, math.ceil(outputs.stop * small / large) + 2))
 
 
 class _Strip:
@@ -111,11 +153,8 @@ class _Strip:
         self.image = image
         self.rows = rows
         if image.resized:
-            h, height = image.rows.shape[1], len(image.target)
-            # one row more on either side covers both conventions of align_corners
-            first = max(0, math.floor(rows.start * h / height) - 2)
-            self.band = slice(first, min(h, math.ceil(rows.stop * h / height) + 2))
-            self.taken = image.rows[rows, self.band]  # (r, k)
+            height, h = image.row_axis.matrix.shape
+            self.band = _band(rows, h, height)
 
     def labels(self) -> tuple[Tensor, Tensor, Tensor]:
         """Labels y (1, r, W) with 0 for ignored ones, validity and weight m of each pixel (r, W)."""
@@ -127,11 +166,17 @@ class _Strip:
             m *= image.weight[self.rows]
         return torch.where(valid, target, 0).long()[None], valid, m
 
+    def to_band(self, grad: Tensor) -> Tensor:
+        """The transposed resize of the rows: (C, r, W) to (C, k, W), the source rows of the band."""
+        return self.image.row_axis.matrix[self.rows, self.band].T @ grad
+
     def below_top(self) -> Tensor:
         """z - max z over the classes, (C, r, W), z the logits at label size with their bias."""
         image = self.image
         if image.resized:
-            z = torch.matmul(self.taken, image.z[:, self.band])
+            low, high, fraction = (part[self.rows] for part in image.row_axis[:3])
+            z, below = image.z.index_select(1, low), image.z.index_select(1, high)
+            z.lerp_(below, fraction[:, None])
             return z.sub_(z.amax(0))
         z = image.z[:, self.rows].to(image.dtype)
         if image.o.logit_bias is not None:
@@ -148,13 +193,15 @@ def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     return -power * log_p, gamma * power / miss * p * log_p - power
 
 
-def _hit(difference: Tensor, y: Tensor) -> Tensor:
-    """Whether the largest logit is that of y, the first one among equals; difference is z - max z."""
-    pixels = y.numel()
-    if difference.is_cpu and difference.count_nonzero() == difference.numel() - pixels:
-        # one maximum in each pixel, as nearly always: argmax takes a hundred times as long on CPU
-        return difference.gather(0, y)[0] == 0
-    return difference.argmax(0) == y[0]
+def _hit(e: Tensor, below: Tensor, total: Tensor, y: Tensor) -> Tensor:
+    """Whether the largest logit is that of y, the first one among equals, (r, W)."""
+    if not e.is_cpu:
+        return e.argmax(0) == y[0]
+    # slow on CPU, so it is done only where two classes may share the maximum
+    hit = (below == 0).flatten()
+    tied = (hit & (total >= 2).flatten()).nonzero()[:, 0]
+    hit[tied] = e.flatten(1).index_select(1, tied).max(0).indices == y.flatten()[tied]
+    return hit.view_as(below)
 
 
 class _Sums(NamedTuple):
@@ -170,11 +217,11 @@ def _strip_sums(strip: _Strip) -> _Sums:
     o = strip.image.o
     y, valid, m = strip.labels()
     e = strip.below_top()
-    correct = (_hit(e, y) & valid).sum()
     below = e.gather(0, y)[0]  # z_y - max z, exact for logits of any size
     if o.with_log_prob:
         log_prob = (e.flatten(1) @ m.flatten()).double()
     total = e.exp_().sum(0)
+    correct = (_hit(e, below, total, y) & valid).sum()
     log_total = total.log()
     log_p = below - log_total
     p = log_p.exp()
@@ -216,10 +263,10 @@ def _strip_gradient(
     total = e.sum(0)
     a = torch.zeros_like(m)
     if g_intersection is not None:
-        a += g_intersection[y[0]] * (e.gather(0, y)[0] / total)
+        a += g_intersection.take(y[0]) * (e.gather(0, y)[0] / total)
     if g_nll is not None:
         slope = -1 if below is None else _focal(below - total.log(), o.focal_gamma)[1]
-        a += g_nll[y[0]] * slope
+        a += g_nll.take(y[0]) * slope
     a *= m
     common = a if g_log_prob is None else a + m * g_log_prob.sum()
 
@@ -293,7 +340,7 @@ def _image_gradient(image: _Image, upstream: list[Tensor | None], out: Tensor) -
         list(_each(write, strips))
         return
     columns = torch.zeros_like(image.z)  # (C, h, W)
-    to_band = _each(lambda strip: strip.taken.T @ _strip_gradient(strip, *upstream), strips)
+    to_band = _each(lambda strip: strip.to_band(_strip_gradient(strip, *upstream)), strips)
     for strip, part in zip(strips, to_band, strict=True):
         columns[:, strip.band] += part
-    out.copy_(torch.autograd.grad(image.columns, image.small, columns)[0])
+    out.copy_(image.to_small(columns))
