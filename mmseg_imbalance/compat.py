@@ -9,6 +9,7 @@
 
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -18,8 +19,16 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
+from mmengine.utils import digit_version
 
 from mmseg_imbalance.registry import OPTIM_WRAPPERS
+
+
+def _history_method(owner: object, name: str) -> object:
+    """What the pickle of a log history needs of ``getattr``, and no more of it."""
+    if owner is not HistoryBuffer or name not in vars(HistoryBuffer):
+        raise UnpicklingError(f'a log history has no use for {name!r} of {owner!r}')
+    return getattr(owner, name)
 
 
 def _register() -> None:
@@ -27,12 +36,13 @@ def _register() -> None:
         distribution('mmsegmentation')
     except PackageNotFoundError:
         MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
-    if hasattr(torch.serialization, 'add_safe_globals'):
+    if digit_version(torch.__version__) >= digit_version('2.6'):
         values = np.arange(2.0), np.arange(2)
         reconstruct = values[0].__reduce__()[0]
         scalar = values[0][0].__reduce__()[0]
-        safe = [HistoryBuffer, reconstruct, scalar, np.ndarray, np.dtype, *{type(v.dtype) for v in values}]
-        torch.serialization.add_safe_globals(safe)
+        dtypes = {type(value.dtype) for value in values}
+        safe = [HistoryBuffer, (_history_method, 'builtins.getattr')]
+        torch.serialization.add_safe_globals([*safe, reconstruct, scalar, np.ndarray, np.dtype, *dtypes])
 
 
 _register()

@@ -33,9 +33,11 @@ def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) ->
 
 
 def table_text(table: Table) -> str:
-    """The table as plain text, for a log file."""
+    """The table as plain text as wide as it needs, for log files and pipes."""
     out = StringIO()
-    Console(file=out, width=200).print(table)
+    console = Console(file=out, width=1000)
+    console.width = console.measure(table).maximum
+    console.print(table)
     return out.getvalue().rstrip()
 
 
@@ -50,6 +52,7 @@ def plot_class_weights(
     shares.barh(names, 100 * frequency.share[order], color='#4878a8')
     if frequency.pixels.any():
         shares.set_xscale('log')
+        shares.set_xlim(left=50 * frequency.share[frequency.pixels > 0].min())
     shares.set_xlabel('share of valid pixels (%)')
     bars.barh(names, weights[order], color='#d1783c')
     bars.axvline(1, color='0.4', linewidth=0.8, linestyle=':')

@@ -1,6 +1,85 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from PIL import Image
+
+import mmseg_imbalance  # noqa: F401  registers everything, and where mmseg:: bases are found
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / 'tools'))
+
+
+@pytest.fixture(autouse=True, scope='session')
+def user_cache(tmp_path_factory):
+    """The user's own cache folder is left alone, by the commands that tests start too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory):
+    """A small generated data set in the Cityscapes layout: 6 train and 2 val images of 128x64."""
+    from make_longtail_cityscapes import generate
+
+    root = tmp_path_factory.mktemp('data') / 'scenes'
+    generate(root, train=6, val=2, size=(128, 64), workers=1)
+    return root
+
+
+@pytest.fixture(scope='session')
+def camvid(tmp_path_factory):
+    """Noise in the CamVid layout: 4 train and 2 val images of 96x72, labels 0 to 11."""
+    root = tmp_path_factory.mktemp('data') / 'camvid'
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 4), ('val', 2)):
+        for kind in ('images', 'annotations'):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image = Image.fromarray(rng.integers(0, 256, (72, 96, 3), dtype=np.uint8))
+            image.save(root / 'images' / split / f'{i}.jpg')
+            label = np.kron(rng.integers(0, 12, (6, 8), dtype=np.uint8), np.ones((12, 12), np.uint8))
+            Image.fromarray(label).save(root / 'annotations' / split / f'{i}.png')
+    return root
+
+
+@pytest.fixture
+def small_config(scenes, camvid, tmp_path):
+    """Factory of a config of this repository made small: two iterations on 64x64 crops, no weights loaded."""
+
+    def shrink(pipeline):
+        for step in pipeline:
+            if 'scale' in step:
+                step.scale = (128, 64)
+            if 'crop_size' in step:
+                step.crop_size = (64, 64)
+
+    def make(name, **options):
+        cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
+        data = camvid if 'camvid' in name else scenes
+        for split in ('train', 'val', 'test'):
+            loader = cfg[f'{split}_dataloader']
+            loader.update(num_workers=0, persistent_workers=False)
+            loader.dataset.data_root = str(data)
+            shrink(loader.dataset.pipeline)
+        cfg.train_dataloader.batch_size = 2
+        cfg.train_cfg.update(max_iters=2, val_interval=2)
+        cfg.model.update(pretrained=None, test_cfg=dict(mode='whole'))
+        cfg.model.backbone.init_cfg = None
+        cfg.model.data_preprocessor.size = (64, 64)
+        cfg.default_hooks.logger.interval = 1
+        cfg.randomness = dict(seed=0)
+        cfg.work_dir = str(tmp_path / 'work_dir')
+        # MMEngine's instances are global by name
+        cfg.experiment_name = cfg.visualizer.name = tmp_path.name
+        cfg.merge_from_dict(options)
+        return cfg
+
+    return make
 
 
 @pytest.fixture

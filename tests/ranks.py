@@ -24,7 +24,7 @@ def on_ranks(world_size, function, *args, timeout=120):
     context = multiprocessing.get_context('spawn')
     queue = context.Queue()
     workers = [
-        context.Process(target=_worker, args=(rank, world_size, port, function, args, queue), daemon=True)
+        context.Process(target=_worker, args=(rank, world_size, port, function, args, queue))
         for rank in range(world_size)
     ]
     for worker in workers:

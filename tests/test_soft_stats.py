@@ -363,6 +363,7 @@ def test_plain_sums_are_those_of_torch(make_batch):
         (dict(target=torch.full((2, 13, 17), -1)), ValueError, r'target holds \[-1\]'),
         (dict(pixel_weight=torch.ones(2, 13)), ValueError, 'pixel_weight must be of the shape'),
         (dict(logit_bias=torch.ones(4)), ValueError, r'logit_bias must be of shape \(5,\)'),
+        (dict(logits=torch.zeros(0, 5, 3, 3), target=torch.zeros(0, 3, 3).long()), ValueError, 'no pixels'),
         (dict(focal_gamma=-1.0), ValueError, 'focal_gamma must be at least 0, got -1'),
         (dict(group=torch.zeros(2, 13, 17, dtype=torch.long)), ValueError, 'go together'),
         (dict(num_groups=2), ValueError, 'go together'),

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmseg_imbalance.frequency import count_classes, default_cache_dir
 from mmseg_imbalance.registry import DATASETS
-from mmseg_imbalance.visualization import class_table, plot_class_weights
+from mmseg_imbalance.visualization import class_table, plot_class_weights, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
 
 
@@ -51,7 +51,8 @@ def main(argv=None):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         weights = {scheme: class_weights(frequency, scheme) for scheme in SCHEMES}
-    console.print(class_table(frequency, weights))
+    # a table of this width is better scrolled than squeezed
+    print(table_text(class_table(frequency, weights)))
     for message in sorted({str(warning.message) for warning in caught}):
         console.print(f'warning: {message}', style='yellow')
     if args.out:

@@ -155,6 +155,8 @@ def _check_shapes(
             f'target must be of shape (B, H, W) with B = {len(logits)} as in logits, got '
             f'{tuple(target.shape)}'
         )
+    if logits.numel() == 0 or target.numel() == 0:
+        raise ValueError(f'there are no pixels: logits {tuple(logits.shape)}, target {tuple(target.shape)}')
     for name, value in (('pixel_weight', pixel_weight), ('group', group)):
         if value is not None and value.shape != target.shape:
             raise ValueError(

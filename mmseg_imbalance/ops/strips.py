@@ -246,14 +246,16 @@ def _strip_sums(strip: _Strip) -> _Sums:
     )
 
 
-def _strip_gradient(
-    strip: _Strip,
-    g_nll: Tensor | None,
-    g_intersection: Tensor | None,
-    g_prediction: Tensor | None,
-    g_log_prob: Tensor | None,
-    out: Tensor | None = None,
-) -> Tensor:
+class _Upstream(NamedTuple):
+    """The gradients by the differentiable sums of one image, (C,) each."""
+
+    nll: Tensor | None
+    intersection: Tensor | None
+    prediction: Tensor | None
+    log_prob: Tensor | None
+
+
+def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor | None = None) -> Tensor:
     """Gradient by the logits of a strip, (C, r, W), into ``out`` if given; the formula heads this file."""
     o = strip.image.o
     y, _, m = strip.labels()
@@ -262,26 +264,26 @@ def _strip_gradient(
     e.exp_()
     total = e.sum(0)
     a = torch.zeros_like(m)
-    if g_intersection is not None:
-        a += g_intersection.take(y[0]) * (e.gather(0, y)[0] / total)
-    if g_nll is not None:
+    if g.intersection is not None:
+        a += g.intersection.take(y[0]) * (e.gather(0, y)[0] / total)
+    if g.nll is not None:
         slope = -1 if below is None else _focal(below - total.log(), o.focal_gamma)[1]
-        a += g_nll.take(y[0]) * slope
+        a += g.nll.take(y[0]) * slope
     a *= m
-    common = a if g_log_prob is None else a + m * g_log_prob.sum()
+    common = a if g.log_prob is None else a + m * g.log_prob.sum()
 
     out = torch.empty_like(e) if out is None else out
-    if g_prediction is None:
+    if g.prediction is None:
         torch.mul(e, -common / total, out=out)
     elif o.square_prediction:
-        q = torch.mul(e, 2 * g_prediction[:, None, None], out=out).mul_(m / total)
+        q = torch.mul(e, 2 * g.prediction[:, None, None], out=out).mul_(m / total)
         q.sub_((q * e).sum(0) / total + common).mul_(e.div_(total))
     else:
-        mean = (g_prediction @ e.flatten(1)).view_as(m) / total
-        torch.mul(g_prediction[:, None, None], m / total, out=out)
+        mean = (g.prediction @ e.flatten(1)).view_as(m) / total
+        torch.mul(g.prediction[:, None, None], m / total, out=out)
         out.sub_((m * mean + common) / total).mul_(e)
-    if g_log_prob is not None:
-        out.add_(m * g_log_prob[:, None, None])
+    if g.log_prob is not None:
+        out.add_(m * g.log_prob[:, None, None])
     return out.scatter_add_(0, y, a[None])
 
 
@@ -317,15 +319,13 @@ class _SoftStats(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             for b in range(len(logits)):
                 image = _Image(logits, target, ctx.options, b)
-                upstream = [
-                    None if g is None else g[b].to(image.dtype)
-                    for g in (g_nll, g_intersection, g_prediction, g_log_prob)
-                ]
+                sums = (g_nll, g_intersection, g_prediction, g_log_prob)
+                upstream = _Upstream(*(None if g is None else g[b].to(image.dtype) for g in sums))
                 _image_gradient(image, upstream, out=grad[b])
         return grad, None, None
 
 
-def _image_gradient(image: _Image, upstream: list[Tensor | None], out: Tensor) -> None:
+def _image_gradient(image: _Image, upstream: _Upstream, out: Tensor) -> None:
     """Gradient by the logits of an image, (C, h, w), into ``out``."""
     strips = image.strips()
     if not image.resized:
@@ -333,14 +333,14 @@ def _image_gradient(image: _Image, upstream: list[Tensor | None], out: Tensor) -
         def write(strip: _Strip) -> None:
             rows = out[:, strip.rows]
             if out.dtype == image.dtype:
-                _strip_gradient(strip, *upstream, out=rows)
+                _strip_gradient(strip, upstream, out=rows)
             else:
-                rows.copy_(_strip_gradient(strip, *upstream))
+                rows.copy_(_strip_gradient(strip, upstream))
 
         list(_each(write, strips))
         return
     columns = torch.zeros_like(image.z)  # (C, h, W)
-    to_band = _each(lambda strip: strip.to_band(_strip_gradient(strip, *upstream)), strips)
+    to_band = _each(lambda strip: strip.to_band(_strip_gradient(strip, upstream)), strips)
     for strip, part in zip(strips, to_band, strict=True):
         columns[:, strip.band] += part
     out.copy_(image.to_small(columns))

@@ -1,0 +1,63 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+from mmseg_imbalance.compat import adapt_to_cpu
+
+
+def test_configs_of_the_framework_are_found_under_mmseg(tmp_path):
+    (tmp_path / 'config.py').write_text("_base_ = 'mmseg::_base_/models/segformer_mit-b0.py'")
+    assert Config.fromfile(tmp_path / 'config.py').model.type == 'EncoderDecoder'
+
+
+def test_a_log_history_is_loaded_as_safe_weights_only(tmp_path):
+    buffer = HistoryBuffer([0.5, 0.25], [1, 2])
+    torch.save(dict(loss=buffer), tmp_path / 'checkpoint.pth')
+    loaded = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['loss']
+    assert loaded.mean(2) == pytest.approx(buffer.mean(2))
+    assert loaded.statistics('max') == 0.5
+
+
+def test_that_opens_no_way_to_other_attributes(tmp_path):
+    class Foreign:
+        def __reduce__(self):
+            return getattr, (HistoryBuffer, '__init__')
+
+    class Escaping:
+        def __reduce__(self):
+            return getattr, (Foreign(), '__globals__')
+
+    torch.save(Escaping(), tmp_path / 'checkpoint.pth')
+    with pytest.raises(Exception, match='__globals__'):
+        torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
+
+
+def test_the_package_without_the_framework_names_both_ways_to_install_it(tmp_path):
+    # a module that cannot be imported stands in for a missing one
+    (tmp_path / 'mmseg').mkdir()
+    (tmp_path / 'mmseg' / '__init__.py').write_text("raise ImportError('No module named mmseg')")
+    command = f'import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(REPOSITORY)!r}]; import mmseg_imbalance'
+    done = subprocess.run([sys.executable, '-c', command], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('ImportError')
+    assert 'mmseg-imbalance[onedl]' in last
+    assert 'mmseg-imbalance[openmmlab]' in last
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU, and nothing to adapt')
+def test_on_a_cpu_amp_becomes_bfloat16_and_nothing_else_changes():
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad=None)))
+    adapt_to_cpu(cfg)
+    assert cfg.to_dict() == dict(optim_wrapper=dict(type='CPUAmpOptimWrapper', clip_grad=None))
+
+
+def test_nothing_of_mmcv_ops_is_imported():
+    sources = [path.read_text() for path in (REPOSITORY / 'mmseg_imbalance').rglob('*.py')]
+    assert len(sources) > 10
+    assert not any('mmcv.ops' in source for source in sources)

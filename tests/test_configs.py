@@ -1,0 +1,59 @@
+"""Every config of the repository builds and trains; pairs of a comparison differ in the loss alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+CONFIGS = sorted(
+    str(path.relative_to(REPOSITORY / 'configs').with_suffix(''))
+    for path in (REPOSITORY / 'configs').glob('[!_]*/*.py')
+)
+BALANCED = [name for name in CONFIGS if '-combined' in name]
+
+
+def test_there_is_a_pair_for_every_model_and_data_set():
+    assert len(CONFIGS) == 12
+    assert sorted(name.replace('-combined', '') for name in BALANCED) == sorted(set(CONFIGS) - set(BALANCED))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_two_iterations_and_an_evaluation(small_config, name):
+    cfg = small_config(name)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    lines = Path(runner._log_dir, 'vis_data', 'scalars.json').read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = [record for record in records if 'loss' in record]
+    assert [record['iter'] for record in losses] == [1, 2]
+    parts = [key for key in losses[0] if '.loss_' in key]
+    assert losses[0]['loss'] == pytest.approx(sum(losses[0][key] for key in parts), rel=1e-4)
+    if name in BALANCED:
+        heads = ['decode', 'aux'] if 'deeplabv3' in name else ['decode']
+        for head in heads:
+            assert {f'{head}.loss_combined', f'{head}.combined_ce', f'{head}.combined_dice'} <= set(losses[0])
+        assert Path(cfg.work_dir, 'class_weights.json').exists()
+    assert any('IoU.car' in record for record in records)
+
+
+@pytest.mark.parametrize('name', BALANCED)
+def test_a_pair_differs_in_the_loss_and_its_hook_alone(name):
+    pair = [
+        Config.fromfile(REPOSITORY / 'configs' / f'{n}.py') for n in (name, name.replace('-combined', ''))
+    ]
+    plain, balanced = pair[1].to_dict(), pair[0].to_dict()
+    assert balanced.pop('custom_hooks') == [dict(type='ClassWeightHook')]
+    for model in (plain['model'], balanced['model']):
+        for head in ('decode_head', 'auxiliary_head'):
+            if head in model:
+                model[head].pop('loss_decode')
+    assert balanced == plain
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if '_cityscapes' in name])
+def test_published_settings_keep_the_pretrained_weights(name):
+    cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
+    assert 'resnet50_v1c' in str(cfg.model.pretrained) or 'mit_b0' in cfg.model.backbone.init_cfg.checkpoint

@@ -1,0 +1,195 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from PIL import Image
+from ranks import on_ranks
+
+from mmseg_imbalance.frequency import count_classes
+from mmseg_imbalance.hooks import ClassWeightHook
+from mmseg_imbalance.weighting import class_weights
+
+BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
+TWO_HEADS = 'deeplabv3/deeplabv3_r18-d8-small-combined_1xb8-2k_camvid-240x180'
+
+
+def filled(runner):
+    """Weights of every loss of ours in the model, by name."""
+    return {
+        name: module.class_weight.tolist()
+        for name, module in runner.model.named_modules()
+        if getattr(module, 'class_weight', None) is not None
+    }
+
+
+def log_of(runner):
+    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
+
+
+def recoloured(camvid, folder, label=None):
+    """A copy of the data in which a label has become road."""
+    shutil.copytree(camvid, folder, dirs_exist_ok=True)
+    for path in (folder / 'annotations' / 'train').glob('*.png'):
+        pixels = np.array(Image.open(path))
+        Image.fromarray(np.where(pixels == label, 3, pixels).astype(np.uint8)).save(path)
+    return str(folder)
+
+
+def test_every_auto_loss_of_both_heads_gets_the_counted_weights(small_config):
+    runner = Runner.from_cfg(small_config(TWO_HEADS))
+    runner.train()
+    expected = class_weights(count_classes(runner.train_dataloader.dataset)).tolist()
+    assert filled(runner) == {
+        'decode_head.loss_decode': pytest.approx(expected),
+        'auxiliary_head.loss_decode': pytest.approx(expected),
+    }
+    record = json.loads(Path(runner.work_dir, 'class_weights.json').read_text())
+    assert record['classes'][:2] == ['sky', 'building']
+    assert record['weights'] == pytest.approx(expected)
+    assert Image.open(Path(runner.work_dir, 'class_weights.png')).size[0] > 500
+    text = log_of(runner)
+    for word in ('class', 'pixels', 'share', 'images', 'sqrt_inv_freq', 'bicyclist'):
+        assert word in text
+
+
+def test_losses_of_the_framework_are_left_alone_and_named(small_config, camvid, tmp_path):
+    cfg = small_config(TWO_HEADS)
+    cfg.model.auxiliary_head.loss_decode = dict(type='CrossEntropyLoss', class_weight=[1.0] * 11)
+    # the framework's class weights fail on ignored pixels, so there are none in this run
+    cfg.train_dataloader.dataset.data_root = recoloured(camvid, tmp_path / 'camvid', 11)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.model.auxiliary_head.loss_decode.class_weight == [1.0] * 11
+    assert 'leaves auxiliary_head.loss_decode alone' in log_of(runner)
+    assert "type='WeightedCrossEntropyLoss', class_weight='auto'" in log_of(runner)
+
+
+def test_without_an_auto_loss_it_says_that_there_is_nothing_to_do(small_config):
+    plain = small_config(BALANCED.replace('-combined', ''), custom_hooks=[dict(type='ClassWeightHook')])
+    runner = Runner.from_cfg(plain)
+    runner.train()
+    assert "nothing to do: no loss says class_weight='auto'" in log_of(runner)
+    assert not Path(runner.work_dir, 'class_weights.json').exists()
+
+
+def test_options_reach_the_scheme(small_config):
+    hook = dict(type='ClassWeightHook', scheme='inverse_freq', power=0.5, max_ratio=2.0, max_images=3)
+    runner = Runner.from_cfg(small_config(BALANCED, custom_hooks=[hook]))
+    runner.train()
+    frequency = count_classes(runner.train_dataloader.dataset, max_images=3)
+    expected = class_weights(frequency, 'inverse_freq', power=0.5, max_ratio=2.0)
+    assert filled(runner)['decode_head.loss_decode'] == pytest.approx(expected.tolist())
+    assert 'a sample of 4' in log_of(runner)
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(scheme='freq'), ValueError, r"scheme must be one of .*'sqrt_inv_freq'.*got 'freq'"),
+        (dict(alpha=1.0), TypeError, r"no option \['alpha'\].*'beta'"),
+    ],
+)
+def test_unknown_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        ClassWeightHook(**options)
+
+
+def test_plain_and_prefixed_names_build_it():
+    for name in ('ClassWeightHook', 'mmseg_imbalance.ClassWeightHook'):
+        assert isinstance(HOOKS.build(dict(type=name)), ClassWeightHook)
+
+
+def test_a_resumed_run_gets_the_weights_of_its_checkpoint(small_config, camvid, tmp_path):
+    root = recoloured(camvid, tmp_path / 'camvid')
+    first = small_config(BALANCED)
+    first.train_dataloader.dataset.data_root = root
+    first.default_hooks.checkpoint.interval = 2
+    runner = Runner.from_cfg(first)
+    runner.train()
+    before = filled(runner)
+    recoloured(camvid, tmp_path / 'camvid', 10)
+
+    def resumed(name, hook=None):
+        cfg = small_config(BALANCED, resume=True, experiment_name=f'{tmp_path.name}-{name}')
+        cfg.train_cfg.max_iters = 3
+        cfg.train_dataloader.dataset.data_root = root
+        if hook:
+            cfg.custom_hooks = [hook]
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        assert runner.iter == 3
+        return runner
+
+    same = resumed('same')
+    assert filled(same) == before
+    assert 'weights of the checkpoint' in log_of(same)
+    changed = filled(resumed('changed', dict(type='ClassWeightHook', scheme='median_freq')))
+    assert changed != before
+    assert changed['decode_head.loss_decode'][10] == 0  # counted anew
+
+
+def test_an_absent_class_is_named_once_in_the_log(small_config, camvid, tmp_path):
+    cfg = small_config(BALANCED)
+    cfg.train_dataloader.dataset.data_root = recoloured(camvid, tmp_path / 'camvid', 10)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert log_of(runner).count('bicyclist') >= 2
+    assert log_of(runner).count('never occur') == 1
+
+
+def test_a_head_that_ignores_another_label_is_counted_so(small_config):
+    # without the label map of CamVidDataset, 11 is in the labels and only the head says what it means
+    cfg = small_config(BALANCED)
+    classes = tuple(f'c{i}' for i in range(11))
+    cfg.train_dataloader.dataset.update(type='BaseSegDataset', metainfo=dict(classes=classes))
+    cfg.model.decode_head.ignore_index = 11
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert len(filled(runner)['decode_head.loss_decode']) == 11
+
+
+def train_on_ranks(cfg_text, root):
+    from mmengine.config import Config
+
+    from mmseg_imbalance.compat import adapt_to_cpu
+
+    cfg = Config.fromstring(cfg_text, '.py')
+    cfg.launcher = 'pytorch'
+    rank = str(dist.get_rank())
+    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    adapt_to_cpu(cfg)
+    if root:
+        Path(root, 'annotations', 'train', '1.png').write_bytes(b'no image')
+    dist.barrier()
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    weights = {n: m.class_weight.tolist() for n, m in runner.model.named_modules() if hasattr(m, 'pending')}
+    return weights, next(runner.model.parameters()).sum().item()
+
+
+def test_two_ranks_train_with_the_same_weights_and_an_error_of_one_ends_both(small_config, camvid, tmp_path):
+    alone = Runner.from_cfg(small_config(BALANCED))
+    alone.train()
+    cfg = small_config(BALANCED, experiment_name=f'{tmp_path.name}-ranks')
+    (weights, parameter), (other_weights, other_parameter) = on_ranks(
+        2, train_on_ranks, cfg.pretty_text, None
+    )
+    assert weights == other_weights
+    assert weights['module.decode_head.loss_decode'] == filled(alone)['decode_head.loss_decode']
+    assert parameter == other_parameter
+
+    root = recoloured(camvid, tmp_path / 'camvid')
+    cfg.train_dataloader.dataset.data_root = root
+    errors = on_ranks(2, train_on_ranks, cfg.pretty_text, root)
+    assert all(isinstance(error, ValueError) for error in errors), errors
+    assert str(errors[0]) == str(errors[1])
+    assert '1.png' in str(errors[0])

@@ -1,0 +1,187 @@
+"""The commands, run as a user runs them: as processes, from the repository's folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PLAIN = 'configs/segformer/segformer_mit-b0-small_1xb8-2k_longtail-cityscapes-256x128.py'
+BALANCED = 'configs/segformer/segformer_mit-b0-small-combined_1xb8-2k_longtail-cityscapes-256x128.py'
+
+
+def run(*command, **env):
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env=os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}') | env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+def succeed(*command, **env):
+    code, output = run(*command, **env)
+    assert code == 0, output[-4000:]
+    return output
+
+
+def small(scenes, iterations=2):
+    """The options that make a run of these configs small."""
+    splits = ('train', 'val', 'test')
+    return [
+        '--cfg-options',
+        *(f'{split}_dataloader.dataset.data_root={scenes}' for split in splits),
+        *(f'{split}_dataloader.num_workers=0' for split in splits),
+        *(f'{split}_dataloader.persistent_workers=False' for split in splits),
+        'train_dataloader.batch_size=2',
+        f'train_cfg.max_iters={iterations}',
+        f'train_cfg.val_interval={iterations}',
+        'default_hooks.checkpoint.interval=1',
+        'default_hooks.logger.interval=1',
+    ]
+
+
+def losses(output):
+    return [float(value) for value in re.findall(r'Iter\(train\).* loss: ([\d.]+)', output)]
+
+
+def test_train_resume_and_test(scenes, tmp_path):
+    train = [sys.executable, 'tools/train.py', BALANCED, '--work-dir', tmp_path]
+    assert len(losses(succeed(*train, *small(scenes)))) == 2
+    resumed = succeed(*train, '--resume', *small(scenes, iterations=3))
+    assert 'resumed epoch: 0, iter: 2' in resumed
+    assert 'weights of the checkpoint' in resumed
+    assert len(losses(resumed)) == 1
+
+    checkpoint = tmp_path / 'iter_3.pth'
+    test = [sys.executable, 'tools/test.py', BALANCED, checkpoint, '--work-dir', tmp_path / 'test']
+    output = succeed(
+        *test,
+        '--out',
+        tmp_path / 'maps',
+        '--show-dir',
+        tmp_path / 'painted',
+        *small(scenes),
+        'default_hooks.visualization.interval=1',
+    )
+    assert 'mIoU' in output
+    assert len(list((tmp_path / 'maps').glob('*.png'))) == 2
+    assert len(list((tmp_path / 'painted').rglob('*.png'))) == 2
+    results = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
+    assert {'mIoU', 'IoU.road', 'IoU.car'} <= set(results)
+
+
+def test_amp_trains(scenes, tmp_path):
+    output = succeed(
+        sys.executable, 'tools/train.py', BALANCED, '--amp', '--work-dir', tmp_path, *small(scenes)
+    )
+    plain = succeed(sys.executable, 'tools/train.py', BALANCED, '--work-dir', tmp_path, *small(scenes))
+    assert 'AmpOptimWrapper' in output
+    assert losses(output) == pytest.approx(losses(plain), rel=0.05)
+
+
+def test_two_processes_train_through_dist_train(scenes, tmp_path):
+    output = succeed('tools/dist_train.sh', BALANCED, 2, '--work-dir', tmp_path, *small(scenes), PORT='29731')
+    assert 'GPU number: 2' in output or 'Distributed training: True' in output
+    assert len(losses(output)) == 2
+    assert (tmp_path / 'iter_2.pth').exists()
+
+
+def test_dist_train_without_arguments_says_how():
+    code, output = run('tools/dist_train.sh')
+    assert code == 2
+    assert 'CONFIG GPUS' in output
+
+
+def test_the_frameworks_own_train_script_needs_custom_imports_alone(scenes, tmp_path):
+    import mmseg
+
+    framework = Path(mmseg.__file__).parent / '.mim'
+    config = tmp_path / 'config.py'
+    config.write_text(f"""
+_base_ = [
+    r'{framework}/configs/_base_/models/segformer_mit-b0.py',
+    r'{framework}/configs/_base_/datasets/cityscapes.py',
+    r'{framework}/configs/_base_/default_runtime.py',
+    r'{framework}/configs/_base_/schedules/schedule_40k.py',
+]
+custom_imports = dict(imports=['mmseg_imbalance'])
+custom_hooks = [dict(type='ClassWeightHook')]
+crop_size = (64, 64)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    decode_head=dict(
+        loss_decode=dict(_delete_=True, type='CombinedWeightedLoss', class_weight='auto')
+    ),
+)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomCrop', crop_size=crop_size),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+""")
+    output = succeed(
+        sys.executable,
+        framework / 'tools' / 'train.py',
+        config,
+        '--work-dir',
+        tmp_path / 'run',
+        *small(scenes),
+    )
+    assert len(losses(output)) == 2
+    assert 'decode.combined_dice' in output
+
+
+def test_class_weights_prints_every_scheme_and_writes_what_a_loss_reads(scenes, tmp_path):
+    from mmseg_imbalance.losses import WeightedDiceLoss
+
+    data = ['--cfg-options', f'train_dataloader.dataset.data_root={scenes}']
+    command = [sys.executable, 'tools/class_weights.py', BALANCED, '--scheme', 'median_freq']
+    command += [
+        '--cache-dir',
+        tmp_path,
+        '--out',
+        tmp_path / 'w.json',
+        '--plot',
+        tmp_path / 'w.png',
+        '--workers',
+        1,
+        *data,
+    ]
+    output = succeed(*command, COLUMNS='80')
+    for word in ('inverse_freq', 'sqrt_inv_freq', 'effective_num', 'median_freq', 'log_inv_freq'):
+        assert f' {word} ' in output
+    assert '6 images' in output
+    assert 'Counting' in output
+    assert (tmp_path / 'w.png').stat().st_size > 5000
+    record = json.loads((tmp_path / 'w.json').read_text())
+    assert record['scheme'] == 'median_freq'
+    assert WeightedDiceLoss(str(tmp_path / 'w.json')).class_weight.tolist() == pytest.approx(
+        record['weights']
+    )
+    assert 'Counting' not in succeed(*command)  # from the cache
+
+
+def test_class_weights_ends_with_one_clear_error(tmp_path):
+    data = ['--cfg-options', f'train_dataloader.dataset.data_root={tmp_path}/nowhere']
+    code, output = run(sys.executable, 'tools/class_weights.py', BALANCED, *data)
+    assert code == 1
+    assert 'nowhere' in output
+    assert 'Traceback' not in output
+
+
+def test_unknown_config_and_options_end_without_a_traceback(tmp_path):
+    code, output = run(sys.executable, 'tools/train.py', tmp_path / 'nothing.py')
+    assert code != 0
+    assert 'nothing.py' in output
