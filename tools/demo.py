@@ -50,6 +50,7 @@ def train_and_test(config, data):
         f'train_cfg.max_iters={ITERATIONS}',
         f'train_cfg.val_interval={ITERATIONS}',
         f'param_scheduler.1.end={ITERATIONS}',
+        'train_dataloader.batch_size=4',
         'randomness.seed=0',
     ]
     start = time.monotonic()

@@ -1,10 +1,10 @@
 """The soft statistics strip by strip: bounded memory, softmax recomputed in backward.
 
-An image is walked in strips of rows that fit the cache. From small logits, the columns are resized once
-per image, (C, h, w) to (C, h, W), block by block of a banded matrix, and a strip takes its rows from there.
-The gradient goes back through the transposed matrices.
+Each thread takes some rows of an image and walks them in strips that fit the cache. From small logits, it
+first resizes the columns of the source rows that it needs, (C, k, w) to (C, k, W), block by block of a banded
+matrix; a strip takes its rows from there, and the gradient goes back through the transposed matrices.
 
-Strips, not operations, are what the CPU's threads share: a strip is dozens of short operations, and if each
+Rows, not operations, are what the CPU's threads share: a strip is dozens of short operations, and if each
 were split among the threads, all would wait for the slowest dozens of times, which costs a multiple where
 other processes, data loaders among them, want the same cores.
 
@@ -26,8 +26,9 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from threading import Barrier
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from mmseg_imbalance.ops.soft_stats import Options, SoftStats
 # pixels of a strip: its (C, r, W) buffers stay in the cache, and Python's share of the time is small
 STRIP_PIXELS = 32768
 COLUMN_BLOCK = 128
+T = TypeVar('T')
 
 
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
@@ -45,72 +47,32 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     return SoftStats(*_SoftStats.apply(logits, target, options))
 
 
+def _take_one_core() -> None:
+    torch.get_num_threads()  # the first use sets a thread's number to the process's: before, not after
+    torch.set_num_threads(1)
+
+
 @lru_cache(maxsize=1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads whose operations run on one core each; of this process, as a fork keeps no threads."""
-    pool = ThreadPoolExecutor(threads, 'soft_stats', torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(threads, 'soft_stats', _take_one_core)
     started = Barrier(threads)
     list(pool.map(lambda _: started.wait(), range(threads)))
     torch.set_num_threads(threads)  # what a thread sets for itself is also the default of later ones
     return pool
 
 
-def _each(function: Callable[[_Strip], object], strips: list[_Strip]) -> Iterator:
-    """``function`` of each strip, in their order; on CPU computed by all of torch's threads."""
+def _each(function: Callable[[_Rows], T], parts: list[_Rows]) -> Iterator[T]:
+    """``function`` of each part, in their order; on CPU computed by as many threads as torch uses."""
 
     @torch.no_grad()
-    def quietly(strip: _Strip) -> object:
-        return function(strip)
+    def quietly(part: _Rows) -> T:
+        return function(part)
 
     threads = torch.get_num_threads()
-    if threads == 1 or len(strips) == 1 or not strips[0].image.z.is_cpu:
-        return map(quietly, strips)
-    return _pool(os.getpid(), threads).map(quietly, strips)
-
-
-class _Image:
-    """One image: its logits, with the columns at label size, its labels and its pixel weights."""
-
-    def __init__(self, logits: Tensor, target: Tensor, o: Options, index: int) -> None:
-        self.o = o
-        self.z = logits.detach()[index]  # (C, h, w)
-        self.target = target[index]  # (H, W)
-        self.weight = None if o.pixel_weight is None else o.pixel_weight[index]
-        self.group = None if o.group is None else o.group[index]
-        self.dtype = torch.promote_types(logits.dtype, torch.float32)
-        self.resized = self.z.shape[1:] != self.target.shape
-        if o.logit_bias is not None:
-            self.bias = o.logit_bias.to(self.dtype)[:, None, None]
-        if self.resized:
-            (h, w), (height, width) = self.z.shape[1:], self.target.shape
-            self.row_axis = _Axis.make(h, height, o.align_corners, self.z)
-            self.column_matrix = _Axis.make(w, width, o.align_corners, self.z).matrix
-            small = self.z.to(self.dtype)
-            if o.logit_bias is not None:
-                small = small + self.bias
-            self.z = small.new_empty(len(small), h, width)
-            for cells, columns in self.column_blocks():
-                self.z[:, :, columns] = small[:, :, cells] @ self.column_matrix[columns, cells].T
-
-    def column_blocks(self) -> Iterator[tuple[slice, slice]]:
-        """(source columns, label columns): few of each, since the matrix between them is banded."""
-        width, w = self.column_matrix.shape
-        for start in range(0, width, COLUMN_BLOCK):
-            columns = slice(start, min(start + COLUMN_BLOCK, width))
-            yield _band(columns, w, width), columns
-
-    def to_small(self, grad: Tensor) -> Tensor:
-        """The transposed resize of the columns: (C, h, W) to (C, h, w)."""
-        small = grad.new_zeros(*grad.shape[:2], self.column_matrix.shape[1])
-        for cells, columns in self.column_blocks():
-            small[:, :, cells] += grad[:, :, columns] @ self.column_matrix[columns, cells]
-        return small
-
-    def strips(self) -> list[_Strip]:
-        height, width = self.target.shape
-        share = math.ceil(height / torch.get_num_threads())
-        step = max(1, min(STRIP_PIXELS // width, share))
-        return [_Strip(self, slice(i, min(i + step, height))) for i in range(0, height, step)]
+    if threads == 1 or len(parts) == 1 or not parts[0].logits.is_cpu:
+        return map(quietly, parts)
+    return _pool(os.getpid(), threads).map(quietly, parts)
 
 
 class _Axis(NamedTuple):
@@ -138,51 +100,115 @@ class _Axis(NamedTuple):
         weights = fraction.to(device, dtype), matrix.to(device, dtype)
         return cls(low.to(device), high.to(device), *weights)
 
+    def band(self, outputs: slice) -> slice:
+        """The cells that these outputs are resized from."""
+        large, small = self.matrix.shape
+        # one more on either side than the scale says covers both conventions of align_corners
+        first = max(0, math.floor(outputs.start * small / large) - 2)
+        return slice(first, min(small, math.ceil(outputs.stop * small / large) + 2))
 
-def _band(outputs: slice, small: int, large: int) -> slice:
-    """The cells of one axis that these outputs are resized from."""
-    # one more on either side than the scale says covers both conventions of align_corners
-    first = max(0, math.floor(outputs.start * small / large) - 2)
-    return slice(first, min(small, math.ceil(outputs.stop * small / large) + 2))
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(cells, outputs, their block of the matrix), few of each."""
+        large = len(self.matrix)
+        for start in range(0, large, COLUMN_BLOCK):
+            outputs = slice(start, min(start + COLUMN_BLOCK, large))
+            cells = self.band(outputs)
+            yield cells, outputs, self.matrix[outputs, cells]
+
+
+class _Rows:
+    """Rows of one image's label, and the band of source rows where the logits are smaller."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        o: Options,
+        axes: tuple[_Axis, _Axis] | None,
+        image: int,
+        rows: slice,
+    ) -> None:
+        self.logits, self.target = logits.detach()[image], target[image]  # (C, h, w), (H, W)
+        self.o, self.axes, self.image, self.rows = o, axes, image, rows
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        if axes is not None:
+            self.band = axes[0].band(rows)
+
+    def strips(self) -> Iterator[_Strip]:
+        z = self.logits if self.axes is None else self._columns(self.axes[1])
+        width = self.target.shape[1]
+        step = max(1, STRIP_PIXELS // width)
+        numel = len(z) * min(step, self.rows.stop - self.rows.start) * width
+        # of all strips: fresh ones would be paged in again each time
+        buffers = torch.empty(2, numel, dtype=self.dtype, device=z.device)
+        for start in range(self.rows.start, self.rows.stop, step):
+            yield _Strip(self, z, buffers, slice(start, min(start + step, self.rows.stop)))
+
+    def _columns(self, axis: _Axis) -> Tensor:
+        """The source rows with their columns at label size, (C, k, W)."""
+        small = self.logits[:, self.band].to(self.dtype)
+        if self.o.logit_bias is not None:
+            small = small + self.o.logit_bias.to(self.dtype)[:, None, None]
+        columns = small.new_empty(*small.shape[:2], self.target.shape[1])
+        for cells, outputs, block in axis.blocks():
+            columns[:, :, outputs] = small[:, :, cells] @ block.T
+        return columns
+
+    def from_columns(self, grad: Tensor, axis: _Axis) -> Tensor:
+        """The transposed resize: (C, k, W) to (C, k, w)."""
+        small = grad.new_zeros(*grad.shape[:2], self.logits.shape[2])
+        for cells, outputs, block in axis.blocks():
+            small[:, :, cells] += grad[:, :, outputs] @ block
+        return small
+
+
+def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Rows]:
+    """All images, each in as many parts as there are threads that have something to do."""
+    (batch, height, width), (h, w) = target.shape, logits.shape[2:]
+    axes = None
+    if (h, w) != (height, width):
+        axes = (
+            _Axis.make(h, height, o.align_corners, logits),
+            _Axis.make(w, width, o.align_corners, logits),
+        )
+    strips = math.ceil(height * width / STRIP_PIXELS)
+    parts = min(torch.get_num_threads(), 2 * strips, height) if logits.is_cpu else 1
+    ends = [height * i // parts for i in range(parts + 1)]
+    rows = [slice(start, stop) for start, stop in pairwise(ends)]
+    return [_Rows(logits, target, o, axes, b, r) for b in range(batch) for r in rows]
 
 
 class _Strip:
-    """Rows of one image, and the band of source rows that they are resized from."""
+    """A few rows: labels ``y`` (1, r, W) with 0 for ignored ones, validity and weight ``m`` (r, W)."""
 
-    def __init__(self, image: _Image, rows: slice) -> None:
-        self.image = image
-        self.rows = rows
-        if image.resized:
-            height, h = image.row_axis.matrix.shape
-            self.band = _band(rows, h, height)
-
-    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels y (1, r, W) with 0 for ignored ones, validity and weight m of each pixel (r, W)."""
-        image = self.image
-        target = image.target[self.rows]
-        valid = target != image.o.ignore_index
-        m = valid.to(image.dtype)
-        if image.weight is not None:
-            m *= image.weight[self.rows]
-        return torch.where(valid, target, 0).long()[None], valid, m
-
-    def to_band(self, grad: Tensor) -> Tensor:
-        """The transposed resize of the rows: (C, r, W) to (C, k, W), the source rows of the band."""
-        return self.image.row_axis.matrix[self.rows, self.band].T @ grad
+    def __init__(self, part: _Rows, z: Tensor, buffers: Tensor, rows: slice) -> None:
+        o = part.o
+        self.part, self.z, self.rows = part, z, rows
+        target = part.target[rows]
+        shape = (2, len(z), *target.shape)
+        self.buffers = buffers[:, : math.prod(shape[1:])].view(shape)  # two of (C, r, W)
+        self.valid = target != o.ignore_index
+        self.y = torch.where(self.valid, target, 0).long()[None]
+        self.m = self.valid.to(part.dtype)
+        if o.pixel_weight is not None:
+            self.m *= o.pixel_weight[part.image, rows]
 
     def below_top(self) -> Tensor:
-        """z - max z over the classes, (C, r, W), z the logits at label size with their bias."""
-        image = self.image
-        if image.resized:
-            low, high, fraction = (part[self.rows] for part in image.row_axis[:3])
-            z, below = image.z.index_select(1, low), image.z.index_select(1, high)
-            z.lerp_(below, fraction[:, None])
-            return z.sub_(z.amax(0))
-        z = image.z[:, self.rows].to(image.dtype)
-        if image.o.logit_bias is not None:
-            z = z + image.bias
-        # contiguous, whatever the memory format of the logits
-        return torch.sub(z, z.amax(0), out=z.new_empty(z.shape))
+        """z - max z over the classes, (C, r, W), in buffer 0; z: logits at label size with their bias."""
+        part, out = self.part, self.buffers[0]
+        if part.axes is not None:
+            low, high, fraction = (values[self.rows] for values in part.axes[0][:3])
+            first = part.band.start
+            torch.index_select(self.z, 1, low - first, out=out)
+            torch.index_select(self.z, 1, high - first, out=self.buffers[1])
+            out.lerp_(self.buffers[1], fraction[:, None])
+            return out.sub_(out.amax(0))
+        z = self.z[:, self.rows]
+        if part.o.logit_bias is not None:
+            z = torch.add(z, part.o.logit_bias.to(part.dtype)[:, None, None], out=out)
+        elif z.dtype != part.dtype:
+            z = out.copy_(z)
+        return torch.sub(z, z.amax(0), out=out)
 
 
 def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -212,16 +238,23 @@ class _Sums(NamedTuple):
     group: Tensor | None  # (2, S): nll, count
 
 
+def _add(sums: list[_Sums]) -> _Sums:
+    def total(field: str) -> Tensor | None:
+        values = [getattr(s, field) for s in sums]
+        return None if values[0] is None else torch.stack(values).sum(0)
+
+    return _Sums._make(total(field) for field in _Sums._fields)
+
+
 def _strip_sums(strip: _Strip) -> _Sums:
-    """The sums of one strip; added up in double, by the caller too."""
-    o = strip.image.o
-    y, valid, m = strip.labels()
+    """The sums of one strip, in double, as they are added up."""
+    o, y, m = strip.part.o, strip.y, strip.m
     e = strip.below_top()
     below = e.gather(0, y)[0]  # z_y - max z, exact for logits of any size
     if o.with_log_prob:
         log_prob = (e.flatten(1) @ m.flatten()).double()
     total = e.exp_().sum(0)
-    correct = (_hit(e, below, total, y) & valid).sum()
+    correct = (_hit(e, below, total, y) & strip.valid).sum()
     log_total = total.log()
     log_p = below - log_total
     p = log_p.exp()
@@ -230,9 +263,10 @@ def _strip_sums(strip: _Strip) -> _Sums:
     values = torch.stack([m * loss, m * p, m]).flatten(1).double()
     by_label.scatter_add_(1, y.flatten().expand(3, -1), values)
     group = None
-    if strip.image.group is not None:
-        ids = torch.where(valid, strip.image.group[strip.rows], 0).flatten().long()
-        values = torch.where(valid, torch.stack([-log_p, torch.ones_like(p)]), 0).flatten(1).double()
+    if o.group is not None:
+        ids = torch.where(strip.valid, o.group[strip.part.image, strip.rows], 0).flatten().long()
+        values = torch.stack([-log_p, torch.ones_like(p)])
+        values = torch.where(strip.valid, values, 0).flatten(1).double()
         group = by_label.new_zeros(2, o.num_groups).scatter_add_(1, ids.expand(2, -1), values)
     factor = m / total
     if o.square_prediction:
@@ -247,7 +281,7 @@ def _strip_sums(strip: _Strip) -> _Sums:
 
 
 class _Upstream(NamedTuple):
-    """The gradients by the differentiable sums of one image, (C,) each."""
+    """The gradients by the differentiable sums, (B, C) or, of one image, (C,)."""
 
     nll: Tensor | None
     intersection: Tensor | None
@@ -255,10 +289,9 @@ class _Upstream(NamedTuple):
     log_prob: Tensor | None
 
 
-def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor | None = None) -> Tensor:
-    """Gradient by the logits of a strip, (C, r, W), into ``out`` if given; the formula heads this file."""
-    o = strip.image.o
-    y, _, m = strip.labels()
+def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor) -> Tensor:
+    """Gradient by the logits of a strip, (C, r, W), into ``out``; the formula heads this file."""
+    o, y, m = strip.part.o, strip.y, strip.m
     e = strip.below_top()
     below = e.gather(0, y)[0] if o.focal_gamma > 0 else None
     e.exp_()
@@ -272,7 +305,6 @@ def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor | None = None) -> T
     a *= m
     common = a if g.log_prob is None else a + m * g.log_prob.sum()
 
-    out = torch.empty_like(e) if out is None else out
     if g.prediction is None:
         torch.mul(e, -common / total, out=out)
     elif o.square_prediction:
@@ -287,21 +319,43 @@ def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor | None = None) -> T
     return out.scatter_add_(0, y, a[None])
 
 
+def _gradient(part: _Rows, g: _Upstream, grad: Tensor) -> Tensor | None:
+    """Write the gradient of a part into grad (B, C, H, W), or return that of its band, (C, k, w)."""
+    g = _Upstream(*(None if rows is None else rows[part.image].to(part.dtype) for rows in g))
+    if part.axes is None:
+        for strip in part.strips():
+            rows = grad[part.image, :, strip.rows]
+            if grad.dtype == part.dtype:
+                _strip_gradient(strip, g, out=rows)
+            else:
+                rows.copy_(_strip_gradient(strip, g, out=strip.buffers[1]))
+        return None
+    row_axis, column_axis = part.axes
+    size = (len(part.logits), part.band.stop - part.band.start, part.target.shape[1])
+    columns = grad.new_zeros(size)  # (C, k, W)
+    for strip in part.strips():
+        cells = row_axis.band(strip.rows)
+        here = slice(cells.start - part.band.start, cells.stop - part.band.start)
+        dz = _strip_gradient(strip, g, out=strip.buffers[1])
+        columns[:, here] += row_axis.matrix[strip.rows, cells].T @ dz
+    return part.from_columns(columns, column_axis)
+
+
 class _SoftStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, o):  # type: ignore[no-untyped-def]
-        images = []
-        for b in range(len(logits)):
-            parts = list(_each(_strip_sums, _Image(logits, target, o, b).strips()))
-            images.append([None if p[0] is None else sum(p) for p in zip(*parts, strict=True)])
-        sums = [None if s[0] is None else torch.stack(s) for s in zip(*images, strict=True)]
-        by_label, prediction, correct, log_prob, group = sums
-
+        parts = _split(logits, target, o)
+        counted = list(_each(lambda part: _add([_strip_sums(s) for s in part.strips()]), parts))
+        each = len(parts) // len(logits)
+        images = [_add(counted[i : i + each]) for i in range(0, len(parts), each)]
+        by_label, prediction, correct, log_prob, group = (
+            None if of[0] is None else torch.stack(of) for of in zip(*images, strict=True)
+        )
         ctx.save_for_backward(logits, target)
         ctx.options = o
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        nll, intersection, truth = (s.to(dtype, copy=True) for s in by_label.unbind(1))
+        nll, intersection, truth = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
         log_prob = None if log_prob is None else log_prob.to(dtype)
         group_nll = group_count = None
         if group is not None:
@@ -315,32 +369,15 @@ class _SoftStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_nll, g_intersection, g_prediction, _truth, _correct, g_log_prob, *_):  # type: ignore[no-untyped-def]
         logits, target = ctx.saved_tensors
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob)
         with torch.autocast(logits.device.type, enabled=False):
-            for b in range(len(logits)):
-                image = _Image(logits, target, ctx.options, b)
-                sums = (g_nll, g_intersection, g_prediction, g_log_prob)
-                upstream = _Upstream(*(None if g is None else g[b].to(image.dtype) for g in sums))
-                _image_gradient(image, upstream, out=grad[b])
-        return grad, None, None
-
-
-def _image_gradient(image: _Image, upstream: _Upstream, out: Tensor) -> None:
-    """Gradient by the logits of an image, (C, h, w), into ``out``."""
-    strips = image.strips()
-    if not image.resized:
-
-        def write(strip: _Strip) -> None:
-            rows = out[:, strip.rows]
-            if out.dtype == image.dtype:
-                _strip_gradient(strip, upstream, out=rows)
+            parts = _split(logits, target, ctx.options)
+            if parts[0].axes is None:
+                grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
             else:
-                rows.copy_(_strip_gradient(strip, upstream))
-
-        list(_each(write, strips))
-        return
-    columns = torch.zeros_like(image.z)  # (C, h, W)
-    to_band = _each(lambda strip: strip.to_band(_strip_gradient(strip, upstream)), strips)
-    for strip, part in zip(strips, to_band, strict=True):
-        columns[:, strip.band] += part
-    out.copy_(image.to_small(columns))
+                grad = logits.new_zeros(logits.shape, dtype=parts[0].dtype)
+            bands = _each(lambda part: _gradient(part, upstream, grad), parts)
+            for part, band in zip(parts, bands, strict=True):
+                if band is not None:
+                    grad[part.image, :, part.band] += band
+        return grad.to(logits.dtype), None, None
