@@ -62,7 +62,7 @@ def adapt_to_cpu(cfg: Config) -> None:
     """Make a config, in place, run where there is no GPU; with a launcher, join its processes by gloo."""
     if get_device() != 'cpu':
         return
-    if cfg.get('optim_wrapper', {}).get('type') == 'AmpOptimWrapper':
+    if (cfg.get('optim_wrapper') or {}).get('type') == 'AmpOptimWrapper':
         cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
         for option in ('loss_scale', 'dtype', 'use_fsdp'):
             cfg.optim_wrapper.pop(option, None)

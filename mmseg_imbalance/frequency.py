@@ -438,7 +438,7 @@ def _fingerprint(classes: tuple[str, ...], sources: list[_Source], dataset_image
 
 
 def _load_cached(path: Path, classes: tuple[str, ...], sources: list[_Source]) -> ClassFrequency | None:
-    if not path.exists():
+    if not os.path.exists(path):  # False, not an error, where the folder cannot be entered
         return None
     try:
         frequency = ClassFrequency.load(path)

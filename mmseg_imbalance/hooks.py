@@ -103,8 +103,9 @@ class ClassWeightHook(Hook):
             weighted = 'loss' in name and getattr(module, 'class_weight', None) is not None
             if weighted and not isinstance(module, WeightedLoss):
                 runner.logger.warning(
-                    f'ClassWeightHook leaves {name} alone: the class_weight of {type(module).__name__} fails '
-                    "on ignored pixels. dict(type='WeightedCrossEntropyLoss', class_weight='auto') takes both"
+                    f'ClassWeightHook leaves {name} alone: the class_weight of {type(module).__name__} can '
+                    "fail on ignored pixels; dict(type='WeightedCrossEntropyLoss', class_weight='auto') "
+                    'takes both'
                 )
 
 

@@ -55,14 +55,15 @@ class WeightedLoss(nn.Module):
         self.loss_weight = loss_weight
         self.loss_name = loss_name
         self.backend = backend
-        # not in checkpoints: weights belong to the data set and the config, not to the model
-        self.register_buffer('class_weight', None, persistent=False)
+        # no buffer: averaged copies of a model pair buffers by position, and this one is filled late
+        self.class_weight: Tensor | None = None
         self.pending: str | dict[str, float] | None = None
         self.weight_classes: list[str] | None = None
         if isinstance(class_weight, str | Path) and class_weight != 'auto':
             class_weight, self.weight_classes = _read_class_weight(class_weight)
         if isinstance(class_weight, Mapping):
-            _check_weights(list(class_weight.values()), f'class_weight={dict(class_weight)}')
+            # with the 1 of the classes that it leaves out
+            _check_weights([*class_weight.values(), 1.0], f'class_weight={dict(class_weight)}')
             self.pending = dict(class_weight)
         elif isinstance(class_weight, str):
             self.pending = class_weight

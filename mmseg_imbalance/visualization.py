@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmseg_imbalance.frequency import ClassFrequency
@@ -27,7 +29,11 @@ def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) ->
     rows = zip(frequency.classes, frequency.pixels, frequency.share, frequency.images, strict=True)
     for c, (name, count, share, images) in enumerate(rows):
         table.add_row(
-            name, f'{count:,}', f'{share:.3%}', f'{images:,}', *(f'{w[c]:.4f}' for w in weights.values())
+            escape(name),
+            f'{count:,}',
+            f'{share:.3%}',
+            f'{images:,}',
+            *(f'{w[c]:.4f}' for w in weights.values()),
         )
     return table
 
@@ -62,4 +68,5 @@ def plot_class_weights(
         axes.grid(axis='x', color='0.9')
         axes.set_axisbelow(True)
     figure.suptitle(f'{frequency.num_images:,} images')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

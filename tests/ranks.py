@@ -6,6 +6,12 @@ import socket
 import torch.distributed as dist
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
 def _worker(rank, world_size, port, function, args, queue):
     dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=world_size)
     try:
@@ -18,9 +24,7 @@ def _worker(rank, world_size, port, function, args, queue):
 
 def on_ranks(world_size, function, *args, timeout=120):
     """What ``function(*args)`` returned, or the exception it raised, on each rank."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context('spawn')
     queue = context.Queue()
     workers = [

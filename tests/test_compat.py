@@ -55,6 +55,7 @@ def test_on_a_cpu_amp_becomes_bfloat16_and_nothing_else_changes():
     cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad=None)))
     adapt_to_cpu(cfg)
     assert cfg.to_dict() == dict(optim_wrapper=dict(type='CPUAmpOptimWrapper', clip_grad=None))
+    adapt_to_cpu(Config(dict(optim_wrapper=None)))  # as configs that only test have it
 
 
 def test_nothing_of_mmcv_ops_is_imported():

@@ -59,6 +59,18 @@ def test_every_auto_loss_of_both_heads_gets_the_counted_weights(small_config):
         assert word in text
 
 
+@pytest.mark.parametrize('weight', ['auto', dict(car=3.0)])
+def test_an_averaged_model_beside_it_trains(small_config, weight):
+    # EMAHook copies the model before the weights are known, and pairs its buffers by position
+    cfg = small_config(BALANCED, custom_hooks=[dict(type='ClassWeightHook'), dict(type='EMAHook')])
+    cfg.model.decode_head.loss_decode.class_weight = weight
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.iter == 2
+    if weight != 'auto':
+        assert filled(runner)['decode_head.loss_decode'] == [1.0] * 8 + [3.0, 1.0, 1.0]
+
+
 def test_losses_of_the_framework_are_left_alone_and_named(small_config, camvid, tmp_path):
     cfg = small_config(TWO_HEADS)
     cfg.model.auxiliary_head.loss_decode = dict(type='CrossEntropyLoss', class_weight=[1.0] * 11)

@@ -256,6 +256,16 @@ def test_any_value_can_be_the_ignored_one(make_batch, backend, ignore_index):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+def test_an_ignored_value_outside_the_type_of_the_labels_ignores_nothing(make_batch, backend):
+    logits, target = make_batch()
+    target = target.clamp(max=4)
+    expected = soft_stats(logits, target, backend=backend)
+    for ignore_index in (torch.iinfo(torch.int64).min, -256, 256):
+        stats = soft_stats(logits, target.to(torch.uint8), ignore_index=ignore_index, backend=backend)
+        assert torch.equal(stats.truth, expected.truth)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_the_first_class_wins_a_tie(backend):
     logits = torch.zeros(1, 3, 4, 4)
     target = torch.arange(16).view(1, 4, 4) % 3

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from ranks import free_port
 
 PLAIN = 'configs/segformer/segformer_mit-b0-small_1xb8-2k_longtail-cityscapes-256x128.py'
 BALANCED = 'configs/segformer/segformer_mit-b0-small-combined_1xb8-2k_longtail-cityscapes-256x128.py'
@@ -90,7 +91,9 @@ def test_amp_trains(scenes, tmp_path):
 
 
 def test_two_processes_train_through_dist_train(scenes, tmp_path):
-    output = succeed('tools/dist_train.sh', BALANCED, 2, '--work-dir', tmp_path, *small(scenes), PORT='29731')
+    output = succeed(
+        'tools/dist_train.sh', BALANCED, 2, '--work-dir', tmp_path, *small(scenes), PORT=free_port()
+    )
     assert 'GPU number: 2' in output or 'Distributed training: True' in output
     assert len(losses(output)) == 2
     assert (tmp_path / 'iter_2.pth').exists()

@@ -9,7 +9,7 @@ from mmseg_imbalance.visualization import class_table, plot_class_weights, table
 @pytest.fixture
 def frequency():
     counts = np.array([[900_000, 50, 0], [800_000, 0, 0]])
-    return ClassFrequency.from_rows(('road', 'traffic light', 'train'), counts, [10, 20], ['a', 'b'])
+    return ClassFrequency.from_rows(('road', 'traffic light', 'train [old]'), counts, [10, 20], ['a', 'b'])
 
 
 def test_a_row_of_the_table_is_a_class_and_nothing_is_cut_off(frequency):
@@ -19,7 +19,7 @@ def test_a_row_of_the_table_is_a_class_and_nothing_is_cut_off(frequency):
     assert rows == [
         ['road', '1,700,000', '99.997%', '2', '0.2500', '1.0000'],
         ['traffic light', '50', '0.003%', '1', '1.7500', '1.0000'],
-        ['train', '0', '0.000%', '0', '0.0000', '0.0000'],
+        ['train [old]', '0', '0.000%', '0', '0.0000', '0.0000'],
     ]
     assert '2 images, 1,700,080 pixels, 0.0% ignored' in text
 

@@ -3,10 +3,9 @@
 import argparse
 import warnings
 
-from launch import Config, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.fileio import dump
 from mmengine.registry import init_default_scope
-from rich.console import Console
 
 from mmseg_imbalance.frequency import count_classes, default_cache_dir
 from mmseg_imbalance.registry import DATASETS
@@ -15,9 +14,11 @@ from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
 
 
 def _ignore_index(cfg):
-    """The label that the last decode head ignores; None, the data set's own, where it does not say."""
-    head = cfg.get('model', {}).get('decode_head', {})
-    return (head[-1] if isinstance(head, list) else head).get('ignore_index')
+    """The label that the last decode head ignores; None, the data set's own, where there is no head."""
+    head = cfg.get('model', {}).get('decode_head')
+    if isinstance(head, list):
+        head = head[-1]
+    return head.get('ignore_index', 255) if head else None
 
 
 def main(argv=None):
@@ -31,13 +32,12 @@ def main(argv=None):
     options.add_argument('--cache-dir', default=default_cache_dir(), help='folder of the counts')
     options.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = options.parse_args(argv)
-    console = Console()
 
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
     try:
+        cfg = Config.fromfile(args.config)
+        if args.cfg_options:
+            cfg.merge_from_dict(args.cfg_options)
+        init_default_scope(cfg.get('default_scope', 'mmseg'))
         frequency = count_classes(
             DATASETS.build(cfg.train_dataloader.dataset),
             max_images=args.max_images,
@@ -54,14 +54,14 @@ def main(argv=None):
     # a table of this width is better scrolled than squeezed
     print(table_text(class_table(frequency, weights)))
     for message in sorted({str(warning.message) for warning in caught}):
-        console.print(f'warning: {message}', style='yellow')
+        print(f'warning: {message}')
     if args.out:
         record = weight_record(frequency, weights[args.scheme])
         dump(record | dict(scheme=args.scheme), args.out, file_format='json', indent=2)
-        console.print(f'{args.scheme} weights: {args.out}')
+        print(f'{args.scheme} weights: {args.out}')
     if args.plot:
         plot_class_weights(frequency, weights[args.scheme], args.plot, label=f'{args.scheme} weight')
-        console.print(f'chart: {args.plot}')
+        print(f'chart: {args.plot}')
 
 
 if __name__ == '__main__':

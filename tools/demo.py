@@ -126,7 +126,7 @@ def main():
         *((DEMO / config, f'logs, checkpoints and results of {name}') for name, config in RUNS.items()),
         (DEMO / 'log.txt', 'what the commands printed'),
     ):
-        console.print(f'{path}: {what}')
+        print(f'{path}: {what}')
 
 
 if __name__ == '__main__':

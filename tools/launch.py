@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+from mmseg.registry import RUNNERS
 
 import mmseg_imbalance  # noqa: F401  registers the package, and the framework's configs for mmseg:: bases
 from mmseg_imbalance.compat import adapt_to_cpu
@@ -40,8 +42,5 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def build_runner(cfg: Config):
     """The runner of a config, on whatever devices there are."""
-    from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner
-
     adapt_to_cpu(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

@@ -98,13 +98,16 @@ def soft_stats(
         focal_gamma: >= 0; 0 is the plain negative log-likelihood.
         group: (B, H, W), integers in [0, num_groups) on valid pixels; gives the ``group`` sums.
         align_corners: as in ``F.interpolate``; matters where (h, w) != (H, W).
-        backend: 'eager' (the definition), 'strips' (bounded memory, any device) or 'auto'.
+        backend: 'eager' (the definition), 'strips' (bounded memory) or 'auto', which is strips.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range. Values of ``target``
             and ``group`` are checked on CPU; a CUDA device asserts, as it does in torch's own losses.
     """
     _check_shapes(logits, target, pixel_weight, group, logit_bias)
+    limits = torch.iinfo(target.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        target = target.long()  # in the narrower type the comparison would wrap around
     if not focal_gamma >= 0:
         raise ValueError(f'focal_gamma must be at least 0, got {focal_gamma}')
     if (group is not None) != (num_groups > 0):
