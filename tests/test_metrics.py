@@ -4,8 +4,6 @@ import torch
 from mmengine.registry import METRICS
 from sklearn.metrics import confusion_matrix
 
-import mmseg_imbalance  # noqa: F401
-
 
 def evaluate(labels, predictions, classes):
     metric = METRICS.build(dict(type='ClassIoUMetric'))

@@ -8,7 +8,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
-import mmseg_imbalance  # noqa: F401  registers the package, and the framework's configs for mmseg:: bases
+# importing it registers the package, and where MMEngine finds the framework's configs for mmseg:: bases
 from mmseg_imbalance.compat import adapt_to_cpu
 
 
