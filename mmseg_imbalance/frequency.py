@@ -324,7 +324,9 @@ def _plan(dataset: Any, ignore_index: int | None) -> tuple[tuple[str, ...], list
     reason = ''
     try:
         repeats = Counter(_flatten(dataset))
-    except ValueError as error:  # of MMEngine, about arrays, if a data set is empty
+    except ValueError as error:
+        if 'at least one array' not in str(error):  # what MMEngine says of an empty data set
+            raise
         repeats, reason = Counter(), f' ({error})'
     if not repeats:
         raise ValueError(

@@ -65,11 +65,13 @@ class ClassWeightHook(Hook):
         if not waiting:
             runner.logger.warning("ClassWeightHook has nothing to do: no loss says class_weight='auto'")
             return
+        dataset = runner.train_dataloader.dataset
         asked = dict(scheme=self.scheme, options=self.options, max_images=self.max_images)
+        asked['classes'] = list(dataset.metainfo.get('classes') or ())
         record = runner.message_hub.get_info('class_weights')
         if record is None or any(record[key] != value for key, value in asked.items()):
             frequency = count_classes(
-                runner.train_dataloader.dataset,
+                dataset,
                 max_images=self.max_images,
                 ignore_index=_ignore_index(model, waiting),
                 num_workers=self.num_workers,
