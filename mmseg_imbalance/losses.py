@@ -39,6 +39,7 @@ class WeightedLoss(nn.Module):
 
     focal_gamma = label_smoothing = 0.0
     square_denominator = False
+    needs_features = False  # of a loss that looks at what enters the classifier; see forward
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class WeightedLoss(nn.Module):
         self.class_weight: Tensor | None = None
         self.pending: str | dict[str, float] | None = None
         self.weight_classes: list[str] | None = None
+        self.correct: Tensor | None = None  # (B,) SoftStats.correct of the last batch, for acc_seg
         if isinstance(class_weight, str | Path) and class_weight != 'auto':
             class_weight, self.weight_classes = _read_class_weight(class_weight)
         if isinstance(class_weight, Mapping):
@@ -86,6 +88,7 @@ class WeightedLoss(nn.Module):
         reduction_override: str | None = None,
         ignore_index: int | None = 255,
         align_corners: bool = False,
+        features: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch, a scalar.
 
@@ -97,6 +100,7 @@ class WeightedLoss(nn.Module):
             avg_factor, reduction_override: refused unless they ask for the mean over this batch.
             ignore_index: None: no label is ignored.
             align_corners: of the resize where (h, w) != (H, W).
+            features: (B, D, h', w') what entered the head's classifier, where the loss ``needs_features``.
         """
         if avg_factor is not None or reduction_override not in (None, 'mean'):
             raise ValueError(
@@ -122,6 +126,7 @@ class WeightedLoss(nn.Module):
             align_corners=align_corners,
             backend=self.backend,
         )
+        self.correct = stats.correct
         return self.loss_weight * self.compute(stats, self._weight_for(pred))
 
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
