@@ -223,10 +223,14 @@ def _hit(e: Tensor, below: Tensor, total: Tensor, y: Tensor) -> Tensor:
     """Whether the largest logit is that of y, the first one among equals, (r, W)."""
     if not e.is_cpu:
         return e.argmax(0) == y[0]
-    # slow on CPU, so it is done only where two classes may share the maximum
+    # slow on CPU, so it is done only where classes share the maximum, which takes a sum of 2 at least
     hit = (below == 0).flatten()
-    tied = (hit & (total >= 2).flatten()).nonzero()[:, 0]
-    hit[tied] = e.flatten(1).index_select(1, tied).max(0).indices == y.flatten()[tied]
+    near = (hit & (total >= 2).flatten()).nonzero()[:, 0]
+    top = e.flatten(1).index_select(1, near) == 1
+    shared = top.sum(0) > 1
+    if shared.any():
+        tied = near[shared]
+        hit[tied] = top[:, shared].to(torch.uint8).argmax(0) == y.flatten()[tied]
     return hit.view_as(below)
 
 
@@ -289,6 +293,11 @@ class _Upstream(NamedTuple):
     log_prob: Tensor | None
 
 
+def _by_label(values: Tensor, y: Tensor) -> Tensor:
+    """values[y], (r, W)."""
+    return values.index_select(0, y.flatten()).view(y.shape[1:])
+
+
 def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor) -> Tensor:
     """Gradient by the logits of a strip, (C, r, W), into ``out``; the formula heads this file."""
     o, y, m = strip.part.o, strip.y, strip.m
@@ -298,10 +307,10 @@ def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor) -> Tensor:
     total = e.sum(0)
     a = torch.zeros_like(m)
     if g.intersection is not None:
-        a += g.intersection.take(y[0]) * (e.gather(0, y)[0] / total)
+        a += _by_label(g.intersection, y) * (e.gather(0, y)[0] / total)
     if g.nll is not None:
         slope = -1 if below is None else _focal(below - total.log(), o.focal_gamma)[1]
-        a += g.nll.take(y[0]) * slope
+        a += _by_label(g.nll, y) * slope
     a *= m
     common = a if g.log_prob is None else a + m * g.log_prob.sum()
 
