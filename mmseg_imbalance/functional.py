@@ -62,6 +62,41 @@ def jaccard(stats: SoftStats, smooth: float = 1.0) -> Tensor:
     return tversky(stats, 1.0, 1.0, smooth)
 
 
+def generalized_dice(
+    stats: SoftStats,
+    class_weight: Tensor | None = None,
+    smooth: float = 1.0,
+    absent_classes: str = 'include',
+) -> Tensor:
+    """Generalized Dice (2 sum_c w_c I_c + s) / (sum_c w_c (P_c + T_c) + s) of each image: a ratio of sums.
+
+    The weights are scaled so that sum_c w_c T_c = sum_c T_c: the smoothing stays in pixels.
+
+    Args:
+        class_weight: w, (C,), >= 0; None: 1 / T_c^2 of the image, and for classes without a true pixel the
+            largest of these.
+        absent_classes: 'include', or 'ignore' to leave classes without a true pixel out of both sums.
+
+    Returns:
+        (B,), in [0, 1]; 1 where classes of no area meet smooth = 0.
+
+    Source: Sudre et al. 2017, https://arxiv.org/abs/1707.03237, section 2.1; scale and smoothing are ours.
+    """
+    i, p, t = stats.intersection, stats.prediction, stats.truth
+    present = t > 0
+    if class_weight is None:
+        weight = torch.where(present, t, torch.inf).pow(-2)  # 0 where absent
+        weight = torch.where(present, weight, weight.amax(1, keepdim=True))
+    else:
+        weight = class_weight.to(t).expand_as(t)
+    if absent_classes == 'ignore':
+        weight = weight * present
+    area = (weight * t).sum(1, keepdim=True)
+    weight = weight * (t.sum(1, keepdim=True) / area.where(area > 0, torch.inf))
+    union = (weight * (p + t)).sum(1) + smooth
+    return torch.where(union > 0, (2 * (weight * i).sum(1) + smooth) / union.where(union > 0, 1), 1)
+
+
 def region_loss(
     index: Tensor,
     truth: Tensor,

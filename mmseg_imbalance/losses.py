@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from mmseg_imbalance import functional
 from mmseg_imbalance.ops import SoftStats, soft_stats
 from mmseg_imbalance.registry import MODELS
+from mmseg_imbalance.weighting import log_prior
 
+REGIONS = ('dice', 'jaccard', 'tversky', 'generalized_dice')
 ClassWeight = None | str | Path | Sequence[float] | Mapping[str, float]
 
 
@@ -28,6 +30,11 @@ class WeightedLoss(nn.Module):
         class_weight: one number >= 0 per class: None (all 1); a list; a dict by class name (classes
             that it leaves out weigh 1); the path of a JSON file that ``tools/class_weights.py`` wrote;
             or 'auto', which :class:`~mmseg_imbalance.hooks.ClassWeightHook` fills before training.
+        logit_adjustment: tau >= 0; tau ln f_c is added to the logits, f_c the class's share of the training
+            pixels, 0.3 to 1 as a rule (Menon et al. 2021, https://arxiv.org/abs/2007.07314, equation 10).
+        logit_variation: sigma >= 0; in training |clamp(e, -1, 1)| rho_c is added to every logit as the head
+            predicts it, e ~ N(0, sigma^2), rho_c = -ln f_c over its largest; 4 in the source (Balanced
+            Logit Variation, Wang et al., CVPR 2023, https://arxiv.org/abs/2306.02061).
         loss_weight: factor on the loss.
         loss_name: key in the log; must contain 'loss', else MMEngine leaves it out of the total.
         backend: of :func:`~mmseg_imbalance.ops.soft_stats`.
@@ -44,6 +51,8 @@ class WeightedLoss(nn.Module):
     def __init__(
         self,
         class_weight: ClassWeight = None,
+        logit_adjustment: float = 0.0,
+        logit_variation: float = 0.0,
         loss_weight: float = 1.0,
         loss_name: str = 'loss',
         backend: str = 'auto',
@@ -53,6 +62,10 @@ class WeightedLoss(nn.Module):
             raise ValueError(
                 f"loss_name must contain 'loss', got {loss_name!r}; MMEngine adds only such names up"
             )
+        _check_at_least_0(logit_adjustment=logit_adjustment, logit_variation=logit_variation)
+        self.logit_adjustment = logit_adjustment
+        self.logit_variation = logit_variation
+        self.log_prior: Tensor | None = None  # (C,) ln f_c
         self.loss_weight = loss_weight
         self.loss_name = loss_name
         self.backend = backend
@@ -60,7 +73,8 @@ class WeightedLoss(nn.Module):
         self.class_weight: Tensor | None = None
         self.pending: str | dict[str, float] | None = None
         self.weight_classes: list[str] | None = None
-        self.correct: Tensor | None = None  # (B,) SoftStats.correct of the last batch, for acc_seg
+        # (B,) of the last batch, None if the logits were changed first; heads log the accuracy from it
+        self.correct: Tensor | None = None
         if isinstance(class_weight, str | Path) and class_weight != 'auto':
             class_weight, self.weight_classes = _read_class_weight(class_weight)
         if isinstance(class_weight, Mapping):
@@ -78,6 +92,21 @@ class WeightedLoss(nn.Module):
         _check_weights(weights, f'class_weight={weights}')
         self.class_weight = torch.tensor(weights, dtype=torch.float32)
         self.pending = None
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.logit_adjustment > 0 or (self.logit_variation > 0 and self.training)
+
+    @property
+    def needs_class_pixels(self) -> bool:
+        """Whether the class frequency of the training data is missing; the hook fills it."""
+        return self.log_prior is None and (self.logit_adjustment > 0 or self.logit_variation > 0)
+
+    def set_class_pixels(self, pixels: Sequence[float] | Tensor) -> None:
+        """Take the priors of ``logit_adjustment`` and ``logit_variation`` from these pixels of each class."""
+        pixels = pixels.tolist() if hasattr(pixels, 'tolist') else list(pixels)
+        _check_weights(pixels, f'class pixels {pixels}')
+        self.log_prior = torch.from_numpy(log_prior(pixels)).float()
 
     def forward(
         self,
@@ -114,10 +143,15 @@ class WeightedLoss(nn.Module):
             weight = None if weight is None else weight[:, None]
         if pred.shape[1] == 1:
             pred = torch.cat([torch.zeros_like(pred), pred], 1)
+        if self.changes_logits:
+            self._match_class_pixels(pred)
+        if self.logit_variation > 0 and self.training:
+            pred = pred + self._variation(pred)
         stats = soft_stats(
             pred,
             target,
             pixel_weight=weight,
+            logit_bias=self.logit_adjustment * self.log_prior if self.logit_adjustment > 0 else None,
             # a number that no label has
             ignore_index=torch.iinfo(torch.int64).min if ignore_index is None else ignore_index,
             focal_gamma=self.focal_gamma,
@@ -126,7 +160,7 @@ class WeightedLoss(nn.Module):
             align_corners=align_corners,
             backend=self.backend,
         )
-        self.correct = stats.correct
+        self.correct = None if self.changes_logits else stats.correct
         return self.loss_weight * self.compute(stats, self._weight_for(pred))
 
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
@@ -152,6 +186,26 @@ class WeightedLoss(nn.Module):
         if self.class_weight.device != pred.device:
             self.class_weight = self.class_weight.to(pred.device)
         return self.class_weight
+
+    def _match_class_pixels(self, pred: Tensor) -> None:
+        if self.log_prior is None:
+            raise RuntimeError(
+                f'logit_adjustment and logit_variation of {type(self).__name__} have no class frequency yet. '
+                "Add custom_hooks = [dict(type='ClassWeightHook')] to the config: it counts the "
+                'training annotations before the first iteration. Outside a runner, call set_class_pixels'
+            )
+        if len(self.log_prior) != pred.shape[1]:
+            raise ValueError(
+                f'the class frequency is that of {len(self.log_prior)} classes, but the head predicts '
+                f'{pred.shape[1]}'
+            )
+        if self.log_prior.device != pred.device:
+            self.log_prior = self.log_prior.to(pred.device)
+
+    def _variation(self, pred: Tensor) -> Tensor:
+        rarity = self.log_prior / self.log_prior.min()  # (C,), 1 for the rarest
+        noise = torch.randn_like(pred).mul_(self.logit_variation).clamp_(-1, 1).abs_()
+        return noise.mul_(rarity.to(noise)[:, None, None])
 
     def _match_class_names(self) -> None:
         # MMEngine's runner leaves the training data set's description in the message hub
@@ -227,11 +281,15 @@ class _PixelTerm(WeightedLoss):
 
 
 class _RegionTerm(WeightedLoss):
-    """Options of the Dice part."""
+    """Options of the overlap part."""
 
     def __init__(
         self,
         *,
+        region: str = 'dice',
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float = 1.0,
         smooth: float = 1.0,
         square_denominator: bool = False,
         region_reduction: str = 'image',
@@ -240,14 +298,27 @@ class _RegionTerm(WeightedLoss):
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)
-        _check_at_least_0(smooth=smooth)
+        if (alpha, beta) != (None, None) and region != 'tversky':
+            raise ValueError(f"alpha={alpha} and beta={beta} are of region='tversky', got {region!r}")
+        alpha, beta = 0.3 if alpha is None else alpha, 0.7 if beta is None else beta
+        _check_at_least_0(alpha=alpha, beta=beta, smooth=smooth)
+        if not 0 < gamma < math.inf:
+            raise ValueError(f'gamma must be a finite number above 0, got {gamma}')
+        _check_choice('region', region, REGIONS)
         _check_choice('region_reduction', region_reduction, ('image', 'batch'))
         _check_choice('absent_classes', absent_classes, ('include', 'ignore'))
+        if square_denominator and region == 'tversky':
+            raise ValueError(
+                'square_denominator=True is for dice, jaccard and generalized_dice: a Tversky index of '
+                'squared predictions can leave [0, 1]'
+            )
         if sync_region and region_reduction != 'batch':
             raise ValueError(
                 "sync_region=True sums over the batches of all ranks, so it needs region_reduction='batch', "
                 f'got {region_reduction!r}'
             )
+        self.region = region
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.smooth = smooth
         self.square_denominator = square_denominator
         self.region_reduction = region_reduction
@@ -259,12 +330,16 @@ class _RegionTerm(WeightedLoss):
             return stats
         return stats.sum_images(across_ranks=self.sync_region)
 
-    def dice(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
+    def region_loss(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
+        if self.region == 'generalized_dice':
+            index = functional.generalized_dice(stats, class_weight, self.smooth, self.absent_classes)
+            return functional.region_loss(index[:, None], stats.truth, gamma=self.gamma)
+        if self.region == 'tversky':
+            index = functional.tversky(stats, self.alpha, self.beta, self.smooth)
+        else:
+            index = getattr(functional, self.region)(stats, self.smooth)
         return functional.region_loss(
-            functional.dice(stats, self.smooth),
-            stats.truth,
-            class_weight,
-            absent_classes=self.absent_classes,
+            index, stats.truth, class_weight, gamma=self.gamma, absent_classes=self.absent_classes
         )
 
 
@@ -276,10 +351,9 @@ class WeightedCrossEntropyLoss(_PixelTerm):
     ignored ones.
 
     Args:
-        class_weight, loss_weight, loss_name, backend: see :class:`WeightedLoss`.
         label_smoothing: in [0, 1), as in ``F.cross_entropy``.
-        focal_gamma: >= 0; factor (1 - p_y)^gamma on each pixel's loss (Lin et al. 2017,
-            https://arxiv.org/abs/1708.02002, equation 4); the norm stays that of cross-entropy.
+        focal_gamma: see :class:`WeightedFocalLoss`.
+        **kwargs: of :class:`WeightedLoss`.
     """
 
     def __init__(self, class_weight: ClassWeight = None, *, loss_name: str = 'loss_ce', **kwargs) -> None:
@@ -290,24 +364,94 @@ class WeightedCrossEntropyLoss(_PixelTerm):
 
 
 @MODELS.register_module()
-class WeightedDiceLoss(_RegionTerm):
-    """Dice loss of each class, weighted: sum_c w_c (1 - (2 I_c + s) / (P_c + T_c + s)) / sum_c w_c.
+class WeightedFocalLoss(WeightedCrossEntropyLoss):
+    """Focal loss: cross-entropy with the factor (1 - p_y)^gamma on each pixel; softmax, not sigmoid.
+
+    The norm stays that of cross-entropy, the sum of the weights of the pixels, as in the framework's.
 
     Args:
-        class_weight, loss_weight, loss_name, backend: see :class:`WeightedLoss`.
+        class_weight: here also known as the per-class alpha.
+        gamma: >= 0; 0 is cross-entropy.
+        **kwargs: of :class:`WeightedCrossEntropyLoss`.
+
+    Source: Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 5, there of two classes.
+    """
+
+    def __init__(
+        self, class_weight: ClassWeight = None, *, gamma: float = 2.0, loss_name: str = 'loss_focal', **kwargs
+    ) -> None:
+        super().__init__(class_weight, focal_gamma=gamma, loss_name=loss_name, **kwargs)
+
+
+@MODELS.register_module()
+class WeightedTverskyLoss(_RegionTerm):
+    """Tversky loss sum_c w_c (1 - TI_c)^gamma / sum_c w_c, TI = (I + s) / (I + a (P - I) + b (T - I) + s).
+
+    Args:
+        alpha: a >= 0, weighs false positives; 0.3 without.
+        beta: b >= 0, weighs false negatives; 0.7 without.
+        gamma: > 0, on each class before the mean; other than 1 it is the focal Tversky loss. Below 1 it
+            raises what well-segmented classes count, above 1 what badly segmented ones do.
         smooth: s >= 0, in pixels.
-        square_denominator: P_c sums p_c^2, as in V-Net (Milletari et al. 2016,
-            https://arxiv.org/abs/1606.04797, section 3).
         region_reduction: 'image' (loss of each image, then the mean) or 'batch' (sums over the batch first).
         absent_classes: 'include', or 'ignore' to leave classes without a true pixel out of the mean.
         sync_region: with 'batch', sum over all ranks too: n ranks of b images are one rank of n b.
+        **kwargs: of :class:`WeightedLoss`.
+
+    Source: Salehi et al. 2017, https://arxiv.org/abs/1706.05721, equation 4; Abraham & Khan 2018,
+    https://arxiv.org/abs/1810.07842, equation 4, whose gamma is 1 / gamma here.
     """
 
-    def __init__(self, class_weight: ClassWeight = None, *, loss_name: str = 'loss_dice', **kwargs) -> None:
-        super().__init__(class_weight=class_weight, loss_name=loss_name, **kwargs)
+    region = 'tversky'
+
+    def __init__(
+        self, class_weight: ClassWeight = None, *, loss_name: str | None = None, **kwargs: object
+    ) -> None:
+        loss_name = f'loss_{self.region}' if loss_name is None else loss_name
+        super().__init__(region=self.region, class_weight=class_weight, loss_name=loss_name, **kwargs)
 
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
-        return self.dice(self.reduce(stats), class_weight)
+        return self.region_loss(self.reduce(stats), class_weight)
+
+
+@MODELS.register_module()
+class WeightedDiceLoss(WeightedTverskyLoss):
+    """Dice loss of each class, weighted: sum_c w_c (1 - (2 I_c + s) / (P_c + T_c + s)) / sum_c w_c.
+
+    Args:
+        square_denominator: P_c sums p_c^2, as in V-Net (Milletari et al. 2016,
+            https://arxiv.org/abs/1606.04797, section 3).
+        **kwargs: of :class:`WeightedTverskyLoss` but alpha and beta, which are 1/2 here.
+    """
+
+    region = 'dice'
+
+
+@MODELS.register_module()
+class WeightedJaccardLoss(WeightedTverskyLoss):
+    """Jaccard (soft IoU) loss, weighted: sum_c w_c (1 - (I_c + s) / (P_c + T_c - I_c + s)) / sum_c w_c.
+
+    Args:
+        **kwargs: of :class:`WeightedDiceLoss`.
+
+    Source: Rahman & Wang 2016, https://doi.org/10.1007/978-3-319-50835-1_22.
+    """
+
+    region = 'jaccard'
+
+
+@MODELS.register_module()
+class GeneralizedDiceLoss(WeightedTverskyLoss):
+    """1 - (2 sum_c w_c I_c + s) / (sum_c w_c (P_c + T_c) + s): one overlap of all classes, each weighted.
+
+    Args:
+        class_weight: w; None: 1 / T_c^2 of the image itself, which is the source's.
+        **kwargs: of :class:`WeightedDiceLoss`.
+
+    Source: Sudre et al. 2017, https://arxiv.org/abs/1707.03237, section 2.1.
+    """
+
+    region = 'generalized_dice'
 
 
 class _LogTerm(nn.Module):
@@ -324,19 +468,24 @@ class _LogTerm(nn.Module):
 
 @MODELS.register_module()
 class CombinedWeightedLoss(_PixelTerm, _RegionTerm, nn.ModuleList):
-    """``ce_weight`` * cross-entropy + ``dice_weight`` * Dice loss, both weighted by class, from one pass.
+    """A pixel term and a region term, both weighted by class, from one pass: 0.6 CE + 0.4 Dice loss.
 
-    Both parts appear in the log, unweighted: a decode head logs every entry of a ModuleList by its name
-    and MMEngine adds only names with 'loss' to the total, so this loss is the list of itself and its
-    parts. Inside a list of losses a head logs the sum alone.
+    ``focal_gamma`` makes the pixel term focal loss; ``region`` chooses the other: focal + Dice,
+    cross-entropy + focal Tversky and all the rest. Both appear in the log, unweighted: a decode head logs
+    every entry of a ModuleList by its name and MMEngine adds only names with 'loss' to the total, so this
+    loss is the list of itself and its parts. Inside a list of losses a head logs the sum alone.
 
     Args:
-        ce_weight, dice_weight: >= 0.
-        focal_gamma, label_smoothing: of the cross-entropy, see :class:`WeightedCrossEntropyLoss`.
-        smooth, square_denominator, region_reduction, absent_classes: of the Dice loss, see
-            :class:`WeightedDiceLoss`.
+        ce_weight, dice_weight: >= 0, factors on the pixel and the region term, whichever they are.
+        region: 'dice', 'jaccard', 'tversky' or 'generalized_dice'.
+        alpha, beta, gamma, smooth, square_denominator, region_reduction, absent_classes: of the region
+            term, see :class:`WeightedTverskyLoss` and :class:`WeightedDiceLoss`.
         sync_region: here for both parts: cross-entropy is a ratio of sums over all ranks as well.
-        class_weight, loss_weight, loss_name, backend: see :class:`WeightedLoss`.
+        focal_gamma, label_smoothing: of the pixel term, see :class:`WeightedCrossEntropyLoss`.
+        balance: 'fixed', or 'uncertainty': sum_t exp(-s_t) L_t + s_t / 2 with learnt log-variances s, which
+            start where exp(-s) is the fixed factor (Kendall et al. 2018, https://arxiv.org/abs/1705.07115,
+            equation 10). They are parameters of the head, ``log_variance``, and logged.
+        **kwargs: of :class:`WeightedLoss`.
     """
 
     def __init__(
@@ -346,33 +495,34 @@ class CombinedWeightedLoss(_PixelTerm, _RegionTerm, nn.ModuleList):
         smooth: float = 1.0,
         square_denominator: bool = False,
         class_weight: ClassWeight = None,
-        region_reduction: str = 'image',
-        absent_classes: str = 'include',
-        sync_region: bool = False,
-        focal_gamma: float = 0.0,
-        label_smoothing: float = 0.0,
-        loss_weight: float = 1.0,
+        *,
+        balance: str = 'fixed',
         loss_name: str = 'loss_combined',
-        backend: str = 'auto',
+        **kwargs: object,
     ) -> None:
         super().__init__(
-            class_weight=class_weight,
-            loss_weight=loss_weight,
-            loss_name=loss_name,
-            backend=backend,
-            focal_gamma=focal_gamma,
-            label_smoothing=label_smoothing,
             smooth=smooth,
             square_denominator=square_denominator,
-            region_reduction=region_reduction,
-            absent_classes=absent_classes,
-            sync_region=sync_region,
+            class_weight=class_weight,
+            loss_name=loss_name,
+            **kwargs,
         )
         _check_at_least_0(ce_weight=ce_weight, dice_weight=dice_weight)
+        _check_choice('balance', balance, ('fixed', 'uncertainty'))
+        names = ['ce', self.region]
+        if balance == 'uncertainty':
+            if ce_weight == 0 or dice_weight == 0:
+                raise ValueError(
+                    "balance='uncertainty' starts from both terms: ce_weight and dice_weight must be above "
+                    f'0, got {ce_weight} and {dice_weight}'
+                )
+            self.log_variance = nn.Parameter(-torch.tensor([ce_weight, dice_weight]).log())
+            names += [f'{name}_log_variance' for name in names]
+        self.balance = balance
         self.ce_weight = ce_weight
         self.dice_weight = dice_weight
         stem = loss_name.replace('loss', '').strip('_.')
-        self.parts = nn.ModuleDict({part: _LogTerm(f'{stem}_{part}'.lstrip('_')) for part in ('ce', 'dice')})
+        self.parts = nn.ModuleDict({name: _LogTerm(f'{stem}_{name}'.lstrip('_')) for name in names})
 
     def __iter__(self):
         return iter((self, *self.parts.values()))
@@ -390,7 +540,16 @@ class CombinedWeightedLoss(_PixelTerm, _RegionTerm, nn.ModuleList):
 
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
         stats = self.reduce(stats)
-        ce = self.cross_entropy(stats, class_weight)
-        dice = self.dice(stats, class_weight)
-        self.parts['ce'].value, self.parts['dice'].value = ce.detach(), dice.detach()
-        return self.ce_weight * ce + self.dice_weight * dice
+        terms = torch.stack(
+            [self.cross_entropy(stats, class_weight), self.region_loss(stats, class_weight)]
+        )  # (2,)
+        if self.balance == 'fixed':
+            total = self.ce_weight * terms[0] + self.dice_weight * terms[1]
+            logged = terms
+        else:
+            s = self.log_variance.to(terms)
+            total = (torch.exp(-s) * terms + s / 2).sum()
+            logged = torch.cat([terms, s])
+        for part, value in zip(self.parts.values(), logged.detach(), strict=True):
+            part.value = value
+        return total

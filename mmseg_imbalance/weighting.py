@@ -7,10 +7,11 @@ import warnings
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = ['SCHEMES', 'class_weights', 'weight_record']
+__all__ = ['SCHEMES', 'class_weights', 'log_prior', 'weight_record']
 
 SCHEMES = ('inverse_freq', 'sqrt_inv_freq', 'effective_num', 'median_freq', 'log_inv_freq')
 
@@ -77,6 +78,12 @@ def class_weights(
     result = np.zeros(len(occurs))
     result[occurs] = ratio / ratio.mean()
     return result
+
+
+def log_prior(pixels: ArrayLike) -> np.ndarray:
+    """ln f_c, (C,) float64, f_c the share of each class in (C,) pixels; one that never occurs counts 1."""
+    counts = np.maximum(np.asarray(pixels, dtype=np.float64), 1)
+    return np.log(counts / counts.sum())
 
 
 def weight_record(frequency: ClassFrequency, weights: np.ndarray) -> dict[str, Any]:

@@ -109,3 +109,25 @@ def region_loss(sums, weight, alpha, beta, smooth, gamma=1.0, reduction='image',
             norm += w
         total += value / norm if norm else 0.0
     return total / len(images)
+
+
+def generalized_dice(sums, weight=None, smooth=0.0, reduction='image', absent='include'):
+    """Mean over images of Sudre's ratio, one minus; weights over their truth-weighted mean."""
+    keys = ('intersection', 'prediction', 'truth')
+    images = [{k: sums[k][b] for k in keys} for b in range(len(sums['truth']))]
+    if reduction == 'batch':
+        images = [{k: sum(image[k] for image in images) for k in keys}]
+    total = 0.0
+    for image in images:
+        hit, area, truth = (image[k] for k in keys)
+        w = list(weight) if weight is not None else [t**-2 if t else None for t in truth]
+        largest = max((x for x in w if x is not None), default=0.0)
+        w = [largest if x is None else x for x in w]
+        if absent == 'ignore':
+            w = [x if t else 0.0 for x, t in zip(w, truth, strict=True)]
+        mean = sum(x * t for x, t in zip(w, truth, strict=True)) / sum(truth) if sum(truth) else 0.0
+        w = [x / mean if mean else 0.0 for x in w]
+        over = 2 * sum(x * i for x, i in zip(w, hit, strict=True)) + smooth
+        under = sum(x * (p + t) for x, p, t in zip(w, area, truth, strict=True)) + smooth
+        total += 1 - (over / under if under else 1.0)
+    return total / len(images)

@@ -53,6 +53,28 @@ def test_dice_and_jaccard_are_written_out_as_in_the_textbook(batch):
     torch.testing.assert_close(functional.tversky(stats, 1, 1, 3.0), functional.jaccard(stats, 3.0))
 
 
+@pytest.mark.parametrize('absent', ['include', 'ignore'])
+@pytest.mark.parametrize('reduction', ['image', 'batch'])
+@pytest.mark.parametrize('weight', [None, WEIGHT])
+@pytest.mark.parametrize('smooth', [0.0, 2.5])
+def test_generalized_dice_is_that_of_the_loops(batch, weight, reduction, absent, smooth):
+    *_, stats, sums = batch
+    if reduction == 'batch':
+        stats = stats.sum_images()
+    value = (1 - functional.generalized_dice(stats, weight, smooth, absent)).mean()
+    plain = None if weight is None else weight.numpy()
+    expected = oracle.generalized_dice(sums, plain, smooth, reduction, absent)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_generalized_dice_does_not_change_with_the_scale_of_its_weights(batch):
+    *_, stats, _ = batch
+    for weight in (None, WEIGHT):
+        index = functional.generalized_dice(stats, weight, 2.5)
+        assert ((index > 0) & (index < 1)).all()
+    torch.testing.assert_close(index, functional.generalized_dice(stats, 1e4 * WEIGHT, 2.5))
+
+
 def test_swapping_alpha_and_beta_changes_an_asymmetric_case(batch):
     *_, stats, _ = batch
     one, other = functional.tversky(stats, 0.3, 0.7), functional.tversky(stats, 0.7, 0.3)
@@ -82,6 +104,8 @@ def test_no_weight_anywhere_is_zero_with_zero_gradient(make_batch):
     value = functional.cross_entropy(stats, WEIGHT) + functional.region_loss(
         index, stats.truth, WEIGHT, absent_classes='ignore'
     )
+    for smooth in (0.0, 1.0):
+        value = value + (1 - functional.generalized_dice(stats, WEIGHT, smooth)).sum()
     value.backward()
     assert value == 0
     assert (leaf.grad == 0).all()

@@ -13,9 +13,35 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedDiceLoss
+from mmseg_imbalance.losses import (
+    CombinedWeightedLoss,
+    GeneralizedDiceLoss,
+    WeightedCrossEntropyLoss,
+    WeightedDiceLoss,
+    WeightedFocalLoss,
+    WeightedJaccardLoss,
+    WeightedTverskyLoss,
+)
 
-LOSSES = (CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedDiceLoss)
+
+def focal_and_focal_tversky(**options):
+    """A combination of everything that is not the default."""
+    return CombinedWeightedLoss(
+        region='tversky', alpha=0.2, beta=0.9, gamma=0.75, focal_gamma=1.5, balance='uncertainty', **options
+    )
+
+
+LOSSES = (
+    CombinedWeightedLoss,
+    WeightedCrossEntropyLoss,
+    WeightedFocalLoss,
+    WeightedDiceLoss,
+    WeightedJaccardLoss,
+    WeightedTverskyLoss,
+    GeneralizedDiceLoss,
+    focal_and_focal_tversky,
+)
+PIXELS = [9e6, 4e4, 3e5, 0, 7e3]
 WEIGHT = [0.2, 3.0, 1.0, 0.0, 1.7]
 CLASSES = ['a', 'b', 'c', 'd', 'e']
 
@@ -66,6 +92,195 @@ def test_combined_is_the_textbook_formula(make_batch, reduction, absent, square,
     )
 
 
+@pytest.mark.parametrize('reduction', ['image', 'batch'])
+@pytest.mark.parametrize('absent', ['include', 'ignore'])
+@pytest.mark.parametrize('weight', [None, WEIGHT])
+@pytest.mark.parametrize('gamma', [1.0, 0.75, 4 / 3])
+@pytest.mark.parametrize(('alpha', 'beta'), [(0.2, 0.9), (0.9, 0.2), (1.5, 0.0)])
+def test_tversky_is_the_textbook_formula(make_batch, reduction, absent, weight, gamma, alpha, beta):
+    logits, target = make_batch()
+    options = dict(region_reduction=reduction, absent_classes=absent, gamma=gamma, smooth=2.0)
+    loss = WeightedTverskyLoss(weight, alpha=alpha, beta=beta, **options)
+    sums = oracle.soft_stats(logits.numpy(), target.numpy())
+    given = [1.0] * 5 if weight is None else weight
+    expected = oracle.region_loss(sums, given, alpha, beta, 2.0, gamma, reduction=reduction, absent=absent)
+    assert loss(logits, target).item() == pytest.approx(expected, rel=1e-6)
+    assert loss.loss_name == 'loss_tversky'
+
+
+def test_tversky_swapped_is_another_loss_and_its_special_cases_are_dice_and_jaccard(make_batch):
+    batch = make_batch()
+    one, other = (WeightedTverskyLoss(WEIGHT, alpha=a, beta=b)(*batch) for a, b in ((0.2, 0.9), (0.9, 0.2)))
+    assert abs(one - other) > 0.01
+    dice = WeightedTverskyLoss(WEIGHT, alpha=0.5, beta=0.5, smooth=0.5)(*batch)
+    torch.testing.assert_close(dice, WeightedDiceLoss(WEIGHT)(*batch))
+    jaccard = WeightedTverskyLoss(WEIGHT, alpha=1.0, beta=1.0)(*batch)
+    torch.testing.assert_close(jaccard, WeightedJaccardLoss(WEIGHT)(*batch))
+
+
+@pytest.mark.parametrize('gamma', [0.0, 0.7, 2.0])
+def test_focal_is_the_textbook_formula(make_batch, gamma):
+    logits, target = make_batch()
+    log_p = logits.log_softmax(1)
+    valid = target != 255
+    y = torch.where(valid, target, 0)
+    log_p = log_p.gather(1, y[:, None])[:, 0]
+    weight = torch.tensor(WEIGHT, dtype=torch.float64)[y] * valid
+    expected = (weight * -((1 - log_p.exp()) ** gamma) * log_p).sum() / weight.sum()
+    torch.testing.assert_close(WeightedFocalLoss(WEIGHT, gamma=gamma)(logits, target), expected)
+
+
+def test_focal_of_gamma_2_is_the_default(make_batch):
+    batch = make_batch()
+    torch.testing.assert_close(WeightedFocalLoss()(*batch), WeightedFocalLoss(gamma=2.0)(*batch))
+    torch.testing.assert_close(WeightedCrossEntropyLoss(focal_gamma=2.0)(*batch), WeightedFocalLoss()(*batch))
+
+
+@pytest.mark.parametrize('reduction', ['image', 'batch'])
+@pytest.mark.parametrize('absent', ['include', 'ignore'])
+@pytest.mark.parametrize('weight', [None, WEIGHT])
+@pytest.mark.parametrize('square', [False, True])
+def test_generalized_dice_is_the_textbook_formula(make_batch, reduction, absent, weight, square):
+    logits, target = make_batch()
+    target[0][target[0] == 1] = 2  # a class that one of the images lacks
+    loss = GeneralizedDiceLoss(
+        weight, smooth=3.0, square_denominator=square, region_reduction=reduction, absent_classes=absent
+    )
+    sums = oracle.soft_stats(logits.numpy(), target.numpy(), square_prediction=square)
+    expected = oracle.generalized_dice(sums, weight, 3.0, reduction, absent)
+    assert loss(logits, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_generalized_dice_weighs_classes_by_their_own_volume(make_batch):
+    # missing a rare class costs as much as missing a frequent one
+    target = torch.zeros(1, 10, 10, dtype=torch.long)
+    target[0, 0, :2] = 1
+    missed = 20 * torch.nn.functional.one_hot(torch.zeros_like(target), 2).movedim(3, 1).double()
+    generalized, pooled = (
+        GeneralizedDiceLoss(w, smooth=0.0)(missed, target).item() for w in (None, [1.0, 1.0])
+    )
+    assert pooled == pytest.approx(0.02)
+    assert generalized == pytest.approx(1 - 2 * (1 / 98) / ((98 + 100) / 98**2 + 2 / 4))
+
+
+@pytest.mark.parametrize('region', ['dice', 'jaccard', 'tversky', 'generalized_dice'])
+@pytest.mark.parametrize('focal_gamma', [0.0, 1.5])
+def test_any_region_index_goes_with_any_pixel_term(make_batch, region, focal_gamma):
+    batch = make_batch()
+    options = dict(gamma=0.75, absent_classes='ignore') | (
+        dict(alpha=0.2, beta=0.9) if region == 'tversky' else {}
+    )
+    single = dict(
+        dice=WeightedDiceLoss,
+        jaccard=WeightedJaccardLoss,
+        tversky=WeightedTverskyLoss,
+        generalized_dice=GeneralizedDiceLoss,
+    )[region]
+    loss = CombinedWeightedLoss(
+        0.3, 0.9, class_weight=WEIGHT, region=region, focal_gamma=focal_gamma, **options
+    )
+    pixel = WeightedFocalLoss(WEIGHT, gamma=focal_gamma)(*batch)
+    overlap = single(WEIGHT, **options)(*batch)
+    torch.testing.assert_close(loss(*batch), 0.3 * pixel + 0.9 * overlap)
+    assert [term.loss_name for term in loss] == ['loss_combined', 'combined_ce', f'combined_{region}']
+
+
+def test_uncertainty_learns_log_variances_that_start_at_the_fixed_weights(make_batch):
+    batch = make_batch()
+    options = dict(ce_weight=0.6, dice_weight=0.4, class_weight=WEIGHT)
+    loss = CombinedWeightedLoss(balance='uncertainty', **options)
+    ce, dice = WeightedCrossEntropyLoss(WEIGHT)(*batch), WeightedDiceLoss(WEIGHT)(*batch)
+    s = [-math.log(0.6), -math.log(0.4)]
+    value = loss(*batch)
+    assert value.item() == pytest.approx(0.6 * ce + 0.4 * dice + sum(s) / 2)
+    value.backward()
+    expected = torch.tensor([0.5 - 0.6 * ce.item(), 0.5 - 0.4 * dice.item()])
+    torch.testing.assert_close(loss.log_variance.grad, expected)
+    logged = {term.loss_name: term(*batch) for term in loss}
+    assert logged['combined_ce_log_variance'].item() == pytest.approx(s[0])
+    assert logged['combined_dice_log_variance'].item() == pytest.approx(s[1])
+    # at the optimum exp(s) = 2 L each
+    optimizer = torch.optim.LBFGS([loss.log_variance], max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(*batch)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    torch.testing.assert_close(
+        loss.log_variance.detach().exp(), 2 * torch.stack([ce, dice]).float(), rtol=1e-3, atol=1e-3
+    )
+
+
+# the class frequency in the logits
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+@pytest.mark.parametrize('size', [(13, 17), (5, 7)])
+def test_logit_adjustment_adds_the_log_prior(make_batch, loss, size):
+    logits, target = make_batch(size, (13, 17))
+    adjusted = loss(class_weight=WEIGHT, logit_adjustment=0.7)
+    adjusted.set_class_pixels(PIXELS)
+    share = [max(n, 1) / sum(max(n, 1) for n in PIXELS) for n in PIXELS]
+    shifted = logits + 0.7 * torch.tensor([math.log(f) for f in share], dtype=torch.float64)[:, None, None]
+    plain = loss(class_weight=WEIGHT)(shifted, target)
+    torch.testing.assert_close(adjusted(logits, target), plain, rtol=1e-5, atol=1e-6)
+    assert adjusted.correct is None  # it would be the accuracy of the adjusted logits
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
+def test_logit_variation_adds_noise_by_rarity_while_training(make_batch, loss, dtype):
+    logits, target = make_batch((5, 7), (13, 17), dtype=dtype)
+    varied = loss(class_weight=WEIGHT, logit_variation=4.0)
+    varied.set_class_pixels(PIXELS)
+    plain = loss(class_weight=WEIGHT)
+    torch.manual_seed(7)
+    value = varied(logits, target)
+    torch.manual_seed(7)
+    noise = (4 * torch.randn(logits.shape, dtype=dtype)).double().clamp(-1, 1).abs()
+    rarity = torch.tensor([math.log(sum(PIXELS) / max(n, 1)) for n in PIXELS])
+    noisy = logits.double() + noise * (rarity / rarity.max())[:, None, None]
+    tolerance = 1e-5 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(value.double(), plain(noisy, target).double(), rtol=tolerance, atol=tolerance)
+    assert value != varied(logits, target)
+    varied.eval()
+    torch.testing.assert_close(varied(logits, target), plain(logits, target))
+
+
+def test_logit_variation_trains_the_head_and_counts_in_the_total():
+    loss = dict(type='WeightedCrossEntropyLoss', logit_variation=4.0)
+    decode_head = head(loss=loss)
+    decode_head.loss_decode.set_class_pixels(PIXELS)
+    losses = run(decode_head, TARGET)
+    total, _ = BaseModel.parse_losses(nn.Module(), losses)
+    torch.testing.assert_close(total, losses['loss_ce'])
+    total.backward()
+    assert decode_head.conv_seg.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('option', ['logit_adjustment', 'logit_variation'])
+def test_without_a_class_frequency_the_error_says_which_hook_to_add(make_batch, option):
+    loss = WeightedDiceLoss(**{option: 1.0})
+    assert loss.needs_class_pixels
+    with pytest.raises(RuntimeError, match=r"dict\(type='ClassWeightHook'\)"):
+        loss(*make_batch())
+    loss.set_class_pixels([1, 2])
+    with pytest.raises(ValueError, match='that of 2 classes, but the head predicts 5'):
+        loss(*make_batch())
+    with pytest.raises(ValueError, match=r'class pixels .* must be finite'):
+        loss.set_class_pixels([1, -2])
+
+
+def test_the_number_of_right_pixels_is_kept_for_the_log(make_batch):
+    logits, target = make_batch()
+    loss = WeightedDiceLoss()
+    loss(logits, target)
+    assert loss.correct.tolist() == ((logits.argmax(1) == target).sum((1, 2))).tolist()
+
+
 def test_the_two_parts_alone_are_those_of_the_combined_loss(make_batch):
     logits, target = make_batch()
     ce = WeightedCrossEntropyLoss(WEIGHT)(logits, target)
@@ -82,9 +297,11 @@ def test_the_two_parts_alone_are_those_of_the_combined_loss(make_batch):
 def test_all_pixels_ignored_is_zero_with_zero_gradient(make_batch, loss):
     logits, target = make_batch()
     leaf = logits.requires_grad_()
-    value = loss(WEIGHT if loss is not CombinedWeightedLoss else 0.6)(leaf, target.fill_(255))
+    value = loss(class_weight=WEIGHT)(leaf, target.fill_(255))
     value.backward()
-    assert value == 0
+    # learnt log-variances s add their s / 2
+    offset = -math.log(0.6 * 0.4) / 2 if loss is focal_and_focal_tversky else 0
+    assert value.item() == pytest.approx(offset)
     assert (leaf.grad == 0).all()
 
 
@@ -262,6 +479,15 @@ def test_weights_stay_out_of_checkpoints_and_out_of_the_order_of_buffers():
         (dict(label_smoothing=1.0), r'label_smoothing must lie in \[0, 1\), got 1.0'),
         (dict(region_reduction='sum'), r"one of \('image', 'batch'\), got 'sum'"),
         (dict(absent_classes='drop'), r"one of \('include', 'ignore'\), got 'drop'"),
+        (dict(region='iou'), r"region must be one of \('dice', .*got 'iou'"),
+        (dict(alpha=0.3), r"alpha=0.3 and beta=None are of region='tversky', got 'dice'"),
+        (dict(region='tversky', beta=-1.0), 'beta must be'),
+        (dict(gamma=0.0), 'gamma must be a finite number above 0, got 0.0'),
+        (dict(region='tversky', square_denominator=True), 'can leave'),
+        (dict(balance='learnt'), r"balance must be one of \('fixed', 'uncertainty'\), got 'learnt'"),
+        (dict(balance='uncertainty', ce_weight=0.0), 'must be above 0, got 0.0 and 0.4'),
+        (dict(logit_adjustment=-1.0), 'logit_adjustment must be'),
+        (dict(logit_variation=math.inf), 'logit_variation must be'),
         (dict(sync_region=True), "needs region_reduction='batch', got 'image'"),
     ],
 )

@@ -6,7 +6,12 @@ from ranks import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedDiceLoss
+from mmseg_imbalance.losses import (
+    CombinedWeightedLoss,
+    GeneralizedDiceLoss,
+    WeightedDiceLoss,
+    WeightedTverskyLoss,
+)
 from mmseg_imbalance.ops import sum_over_ranks
 
 WEIGHT = [0.2, 3.0, 1.0, 0.5, 1.7]
@@ -16,6 +21,18 @@ CASES = {
     ),
     'absent': lambda: WeightedDiceLoss(
         WEIGHT, region_reduction='batch', sync_region=True, absent_classes='ignore'
+    ),
+    'tversky': lambda: WeightedTverskyLoss(
+        WEIGHT, alpha=0.2, beta=0.9, gamma=0.75, region_reduction='batch', sync_region=True
+    ),
+    'generalized': lambda: GeneralizedDiceLoss(region_reduction='batch', sync_region=True),
+    'learnt': lambda: CombinedWeightedLoss(
+        balance='uncertainty',
+        region='generalized_dice',
+        focal_gamma=2.0,
+        region_reduction='batch',
+        sync_region=True,
+        logit_adjustment=0.5,
     ),
 }
 
@@ -37,7 +54,9 @@ def train_step(images):
         if dist.is_initialized():
             model = DistributedDataParallel(model)
         x, target = (t[images] for t in batch())
-        value = loss()(model(x), target)
+        loss = loss()
+        loss.set_class_pixels([50, 4, 30, 20, 1])
+        value = loss(model(x), target)
         value.backward()
         results[name] = value.item(), next(model.parameters()).grad.numpy()
     return results
