@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import warnings
 from pathlib import Path
 
+import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 from mmengine.hooks import Hook
@@ -15,18 +17,19 @@ from torch import nn
 
 from mmseg_imbalance.frequency import ClassFrequency, count_classes, default_cache_dir
 from mmseg_imbalance.losses import WeightedLoss
-from mmseg_imbalance.registry import HOOKS
+from mmseg_imbalance.registry import DATASETS, HOOKS
 from mmseg_imbalance.visualization import class_table, plot_class_weights, table_text
-from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
+from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior, weight_record
 
 
 @HOOKS.register_module()
 class ClassWeightHook(Hook):
     """Before training, fill every loss with ``class_weight='auto'`` from the training annotations.
 
-    The annotations are counted once and the counts cached, so another scheme or run costs nothing. Logs a
-    table and writes ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes
-    the weights from its checkpoint, unless the options below have changed.
+    Losses with ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are
+    counted once and the counts cached, so another scheme or run costs nothing. Logs a table and writes
+    ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes the weights from
+    its checkpoint, unless the options below have changed.
 
     Args:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
@@ -60,10 +63,14 @@ class ClassWeightHook(Hook):
         # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
-        waiting = {name: loss for name, loss in ours.items() if loss.pending == 'auto'}
+        auto = {name: loss for name, loss in ours.items() if loss.pending == 'auto'}
+        waiting = auto | {name: loss for name, loss in ours.items() if loss.needs_class_pixels}
         self._name_losses_left_alone(runner, model)
         if not waiting:
-            runner.logger.warning("ClassWeightHook has nothing to do: no loss says class_weight='auto'")
+            runner.logger.warning(
+                "ClassWeightHook has nothing to do: no loss says class_weight='auto', logit_adjustment or "
+                'logit_variation'
+            )
             return
         dataset = runner.train_dataloader.dataset
         asked = dict(scheme=self.scheme, options=self.options, max_images=self.max_images)
@@ -84,9 +91,13 @@ class ClassWeightHook(Hook):
                 dump(record, os.path.join(runner.work_dir, 'class_weights.json'), indent=2)
         else:
             runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {record["weights"]}')
-        for loss in waiting.values():
-            loss.set_class_weight(record['weights'])
-        runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(waiting)}')
+        for name, loss in waiting.items():
+            if name in auto:
+                loss.set_class_weight(record['weights'])
+            if loss.needs_class_pixels:
+                loss.set_class_pixels(record['pixels'])
+        if auto:
+            runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(auto)}')
 
     def _weigh(self, runner, frequency: ClassFrequency) -> dict:
         with warnings.catch_warnings(record=True) as caught:
@@ -109,6 +120,85 @@ class ClassWeightHook(Hook):
                     "fail on ignored pixels; dict(type='WeightedCrossEntropyLoss', class_weight='auto') "
                     'takes both'
                 )
+
+
+@HOOKS.register_module()
+class LogitAdjustmentHook(Hook):
+    """Test a model that was trained without logit adjustment as if with it: z_c - tau ln f_c, post hoc.
+
+    f_c is the share of class c in the training annotations, counted or taken from the cache as
+    :class:`ClassWeightHook` does. The numbers are subtracted from what the ``conv_seg`` of the last decode
+    head returns; resizing, sliding windows and test time augmentation follow.
+
+    Args:
+        tau: 0 changes nothing, 1 is the source's.
+        cache_dir, max_images, num_workers: see :class:`ClassWeightHook`.
+
+    Source: Menon et al. 2021, https://arxiv.org/abs/2007.07314, equation 9.
+    """
+
+    def __init__(
+        self,
+        tau: float = 1.0,
+        cache_dir: str | os.PathLike[str] | None = None,
+        max_images: int | None = None,
+        num_workers: int = 2,
+    ) -> None:
+        if not math.isfinite(tau):
+            raise ValueError(f'tau must be a finite number, got {tau}')
+        self.tau = tau
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self.max_images = max_images
+        self.num_workers = num_workers
+
+    def before_test(self, runner) -> None:
+        model = runner.model
+        while hasattr(model, 'module'):  # wrappers of DDP and of test time augmentation
+            model = model.module
+        head = getattr(model, 'decode_head', None)
+        head = head[-1] if isinstance(head, nn.ModuleList) else head
+        if not isinstance(getattr(head, 'conv_seg', None), nn.Module):
+            raise TypeError(
+                f'LogitAdjustmentHook shifts the logits of a conv_seg, which {type(head).__name__} of '
+                f'{type(model).__name__} does not have; it works with heads derived from BaseDecodeHead'
+            )
+        for name, loss in model.named_modules():
+            if isinstance(loss, WeightedLoss) and loss.logit_adjustment > 0:
+                runner.logger.warning(
+                    f'{name} was trained with logit_adjustment={loss.logit_adjustment} already; '
+                    f'tau={self.tau} at test time comes on top of it'
+                )
+        frequency = count_classes(
+            DATASETS.build(runner.cfg.train_dataloader.dataset),
+            max_images=self.max_images,
+            ignore_index=head.ignore_index,
+            num_workers=self.num_workers,
+            cache_dir=self.cache_dir,
+            progress=True,
+        )
+        shift = self.tau * torch.from_numpy(log_prior(frequency.pixels)).float()
+        if head.out_channels == 1:  # the logit of class 1 against class 0
+            shift = shift[1:] - shift[:1]
+        if len(shift) != head.out_channels:
+            raise ValueError(
+                f'the training data have {len(shift)} classes, {list(frequency.classes)}, but '
+                f'{type(head).__name__} predicts {head.out_channels}'
+            )
+        self.calls = 0
+
+        def subtract(module, args, logits):
+            self.calls += 1
+            return logits - shift.to(logits)[:, None, None]
+
+        self.handle = head.conv_seg.register_forward_hook(subtract)
+        runner.logger.info(f'LogitAdjustmentHook: {self.tau} * ln f_c is subtracted from the logits')
+
+    def after_test(self, runner) -> None:
+        self.handle.remove()
+        if not self.calls:
+            raise RuntimeError(
+                'LogitAdjustmentHook changed nothing: the last decode head does not call its conv_seg'
+            )
 
 
 def _ignore_index(model: nn.Module, losses: dict[str, nn.Module]) -> int | None:

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmseg.registry import DATASETS
 from PIL import Image
 from ranks import on_ranks
+from torch import nn
 
 from mmseg_imbalance.frequency import count_classes
-from mmseg_imbalance.hooks import ClassWeightHook
-from mmseg_imbalance.weighting import class_weights
+from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook
+from mmseg_imbalance.weighting import class_weights, log_prior
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 TWO_HEADS = 'deeplabv3/deeplabv3_r18-d8-small-combined_1xb8-2k_camvid-240x180'
@@ -89,6 +91,76 @@ def test_without_an_auto_loss_it_says_that_there_is_nothing_to_do(small_config):
     runner.train()
     assert "nothing to do: no loss says class_weight='auto'" in log_of(runner)
     assert not Path(runner.work_dir, 'class_weights.json').exists()
+
+
+@pytest.mark.parametrize('option', ['logit_adjustment', 'logit_variation'])
+def test_a_loss_that_needs_the_class_frequency_gets_it(small_config, option):
+    cfg = small_config(BALANCED)
+    # deep supervision: each head its own
+    cfg.model.decode_head.loss_decode = dict(type='WeightedTverskyLoss', **{option: 0.5})
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    loss = runner.model.decode_head.loss_decode
+    expected = log_prior(count_classes(runner.train_dataloader.dataset).pixels)
+    np.testing.assert_allclose(loss.log_prior, expected, rtol=1e-6)
+    assert loss.class_weight is None
+    assert not loss.needs_class_pixels
+
+
+def test_learnt_log_variances_are_optimized_logged_and_saved(small_config):
+    cfg = small_config(BALANCED)
+    cfg.model.decode_head.loss_decode.balance = 'uncertainty'
+    cfg.default_hooks.checkpoint.interval = 2
+    runner = Runner.from_cfg(cfg)
+    before = runner.model.decode_head.loss_decode.log_variance.detach().clone()
+    runner.train()
+    after = runner.model.decode_head.loss_decode.log_variance.detach()
+    assert (before != after).all()
+    saved = torch.load(Path(cfg.work_dir, 'iter_2.pth'), weights_only=False)['state_dict']
+    assert torch.equal(saved['decode_head.loss_decode.log_variance'], after)
+    assert 'decode.combined_ce_log_variance: ' in log_of(runner)
+
+
+def probabilities(cfg, **options):
+    """Of the first val image, by a model of seed 0, and the text of the log."""
+    cfg.merge_from_dict(options)
+    runner = Runner.from_cfg(cfg)
+    torch.manual_seed(3)
+    for parameter in runner.model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    seen = []
+    runner.test_loop  # noqa: B018  builds it
+    postprocess = runner.model.postprocess_result
+    runner.model.postprocess_result = lambda z, samples: (seen.append(z), postprocess(z, samples))[1]
+    runner.test()
+    return seen[0], log_of(runner)
+
+
+@pytest.mark.parametrize('name', [BALANCED, TWO_HEADS])
+def test_logit_adjustment_after_training_shifts_the_logits_by_the_log_prior(small_config, name):
+    plain, _ = probabilities(small_config(name))
+    hook = dict(type='LogitAdjustmentHook', tau=0.7)
+    cfg = small_config(name)
+    adjusted, log = probabilities(cfg, custom_hooks=[hook], experiment_name=f'{cfg.experiment_name}-2')
+    prior = log_prior(count_classes(DATASETS.build(cfg.train_dataloader.dataset)).pixels)
+    expected = plain - 0.7 * torch.from_numpy(prior).float()[:, None, None]
+    torch.testing.assert_close(adjusted, expected, rtol=1e-4, atol=1e-4)
+    assert '0.7 * ln f_c is subtracted' in log
+    assert 'on top of it' not in log
+
+
+def test_logit_adjustment_twice_is_warned_of_and_a_foreign_head_refused(small_config):
+    cfg = small_config(BALANCED, custom_hooks=[dict(type='LogitAdjustmentHook', tau=1.0)])
+    cfg.model.decode_head.loss_decode.logit_adjustment = 0.5
+    assert 'trained with logit_adjustment=0.5 already' in probabilities(cfg)[1]
+    cfg = small_config(BALANCED, experiment_name=f'{cfg.experiment_name}-2')
+    runner = Runner.from_cfg(cfg)
+    hook = LogitAdjustmentHook()
+    del runner.model.decode_head.conv_seg
+    with pytest.raises(TypeError, match=r'shifts the logits of a conv_seg, which .* does not have'):
+        hook.before_test(runner)
+    with pytest.raises(ValueError, match='tau must be a finite number, got nan'):
+        LogitAdjustmentHook(tau=float('nan'))
 
 
 def test_options_reach_the_scheme(small_config):

@@ -11,6 +11,12 @@ def main(argv=None):
     options.add_argument('--show-dir', help='folder for painted predictions')
     options.add_argument('--wait-time', type=float, default=2, help='seconds that --show waits')
     options.add_argument('--tta', action='store_true', help='test time augmentation')
+    options.add_argument(
+        '--logit-adjustment',
+        type=float,
+        metavar='TAU',
+        help='subtract TAU * ln(share of the class in the training data) from the logits; counts are cached',
+    )
     args = options.parse_args(argv)
 
     cfg = read_config(args)
@@ -21,6 +27,9 @@ def main(argv=None):
         cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
         if args.show_dir:
             cfg.visualizer.save_dir = args.show_dir
+    if args.logit_adjustment is not None:
+        hook = dict(type='LogitAdjustmentHook', tau=args.logit_adjustment)
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), hook]
     if args.tta:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
