@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures('uninitialised_is_nan', 'narrow_strips')
 @pytest.fixture
 def narrow_strips(monkeypatch):
     """Several strips an image, the last one shorter, also at the size of a test."""
-    monkeypatch.setattr(strips, 'STRIP_PIXELS', 100)
+    monkeypatch.setattr(strips, 'STRIP_NUMBERS', 500)
 
 
 def sizes():
@@ -307,7 +307,7 @@ def test_strips_holds_no_tensor_of_label_size(make_batch, monkeypatch):
             return out
 
     logits, target = make_batch((8, 8), (256, 256))
-    monkeypatch.setattr(strips, 'STRIP_PIXELS', 1024)
+    monkeypatch.setattr(strips, 'STRIP_NUMBERS', 5 * 1024)
     leaf = logits.requires_grad_()
     with Largest() as seen:
         soft_stats(leaf, target, backend='strips').nll.sum().backward()

@@ -36,8 +36,10 @@ from torch.autograd.function import once_differentiable
 
 from mmseg_imbalance.ops.soft_stats import Options, SoftStats
 
-# pixels of a strip: its (C, r, W) buffers stay in the cache, and Python's share of the time is small
-STRIP_PIXELS = 32768
+# numbers in a (C, r, W) buffer of a strip: few enough for the cache, enough for Python's share to be small
+STRIP_NUMBERS = 1 << 19
+# a part keeps the source rows of its strips at full width, which are a strip's worth of memory or so
+STRIPS_PER_PART = 4
 COLUMN_BLOCK = 128
 T = TypeVar('T')
 
@@ -137,8 +139,8 @@ class _Rows:
     def strips(self) -> Iterator[_Strip]:
         z = self.logits if self.axes is None else self._columns(self.axes[1])
         width = self.target.shape[1]
-        step = max(1, STRIP_PIXELS // width)
-        numel = len(z) * min(step, self.rows.stop - self.rows.start) * width
+        step = min(_strip_rows(len(z), width), self.rows.stop - self.rows.start)
+        numel = len(z) * step * width
         # of all strips: fresh ones would be paged in again each time
         buffers = torch.empty(2, numel, dtype=self.dtype, device=z.device)
         for start in range(self.rows.start, self.rows.stop, step):
@@ -162,8 +164,12 @@ class _Rows:
         return small
 
 
+def _strip_rows(classes: int, width: int) -> int:
+    return max(1, STRIP_NUMBERS // (classes * width))
+
+
 def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Rows]:
-    """All images, each in as many parts as there are threads that have something to do."""
+    """All images, each in parts of a few strips, and in enough of them for the threads."""
     (batch, height, width), (h, w) = target.shape, logits.shape[2:]
     axes = None
     if (h, w) != (height, width):
@@ -171,8 +177,10 @@ def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Rows]:
             _Axis.make(h, height, o.align_corners, logits),
             _Axis.make(w, width, o.align_corners, logits),
         )
-    strips = math.ceil(height * width / STRIP_PIXELS)
-    parts = min(torch.get_num_threads(), 2 * strips, height) if logits.is_cpu else 1
+    strips = math.ceil(height / _strip_rows(logits.shape[1], width))
+    parts = math.ceil(strips / STRIPS_PER_PART)
+    if logits.is_cpu:
+        parts = max(parts, min(torch.get_num_threads(), 2 * strips, height))
     ends = [height * i // parts for i in range(parts + 1)]
     rows = [slice(start, stop) for start, stop in pairwise(ends)]
     return [_Rows(logits, target, o, axes, b, r) for b in range(batch) for r in rows]
