@@ -1,0 +1,161 @@
+"""Decode heads that leave the resize to the losses and hand them what enters the classifier.
+
+MMSegmentation's heads resize their logits to label size before they call a loss. These give the losses of
+this package the logits as they are; a tensor of label size is made, once, only where a loss of the framework
+or a pixel sampler works on one. Two classes do it, one on either side of the framework's head:
+
+    FeatureASPPHead -> FeatureKeeper -> ASPPHead -> SmallLogitHead -> BaseDecodeHead
+
+The outer one sees each call of ``loss`` and ``cls_seg``, also of a head that replaces them. The inner one is
+the ``super().loss_by_feat`` of heads with several outputs (DAHead) or labels of their own (STDCHead).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache
+
+import torch
+from mmseg.models.decode_heads import ASPPHead, DepthwiseSeparableASPPHead, SegformerHead
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.losses import accuracy
+from mmseg.models.utils import resize
+from mmseg.registry import MODELS as FRAMEWORK_MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+from mmseg_imbalance.losses import WeightedLoss, _LogTerm
+from mmseg_imbalance.ops import soft_stats
+from mmseg_imbalance.registry import MODELS
+
+OURS = (WeightedLoss, _LogTerm)
+
+
+class SmallLogitHead(BaseDecodeHead):
+    """Losses and accuracy of logits smaller than the label; names, order and values are the framework's."""
+
+    features: Tensor | None = None  # (B, D, h, w) what entered cls_seg last, while the losses are computed
+
+    def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list[SegDataSample]) -> dict[str, Tensor]:
+        """The losses by name and ``acc_seg``, of (B, C, h, w) logits."""
+        modules = self.loss_decode if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]
+        label = self._stack_batch_gt(batch_data_samples)  # (B, 1, H, W)
+        theirs = not all(isinstance(module, OURS) for module in modules)
+        resized = weight = None
+        # with one output channel, the framework's accuracy is not that of a softmax
+        if theirs or self.sampler is not None or self.out_channels == 1:
+            size = label.shape[2:]
+            resized = resize(seg_logits, size, mode='bilinear', align_corners=self.align_corners)
+        if self.sampler is not None:
+            weight = self.sampler.sample(resized, label)
+        label = label.squeeze(1)
+        losses: dict[str, Tensor] = {}
+        for module in modules:
+            logits, arguments = resized, dict(weight=weight, ignore_index=self.ignore_index)
+            if isinstance(module, OURS):
+                logits = seg_logits
+                arguments.update(align_corners=self.align_corners, features=self._features_for(module))
+            value = module(logits, label, **arguments)
+            name = module.loss_name
+            losses[name] = losses[name] + value if name in losses else value
+        if resized is None:
+            losses['acc_seg'] = self._accuracy(seg_logits, label, modules)
+        else:
+            losses['acc_seg'] = accuracy(resized, label, ignore_index=self.ignore_index)
+        return losses
+
+    def _features_for(self, loss: nn.Module) -> Tensor | None:
+        if not getattr(loss, 'needs_features', False):
+            return None
+        if self.features is None:
+            raise RuntimeError(
+                f'{type(loss).__name__} needs the features that enter the classifier, but no cls_seg was '
+                f'called in the loss of {type(self).__name__}. Most heads call it: FeatureASPPHead, '
+                "FeatureSegformerHead, FeatureHead(base='UPerHead'). With this one, take a loss that needs "
+                'no features, such as CombinedWeightedLoss'
+            )
+        return self.features
+
+    def _accuracy(self, seg_logits: Tensor, label: Tensor, modules: nn.ModuleList | list) -> Tensor:
+        """The framework's accuracy in percent, (1,), from counts that a loss has made anyway."""
+        counts = [getattr(module, 'correct', None) for module in modules]
+        correct = next((count for count in counts if count is not None), None)
+        if correct is None:  # every loss has changed the logits
+            ignore_index = -1 if self.ignore_index is None else self.ignore_index
+            correct = soft_stats(
+                seg_logits.detach(), label, ignore_index=ignore_index, align_corners=self.align_corners
+            ).correct
+        valid = label.numel() if self.ignore_index is None else (label != self.ignore_index).sum()
+        eps = torch.finfo(torch.float32).eps  # no valid pixel: 100, as in the framework
+        return 100 * (correct.sum().float().reshape(1) + eps) / (valid + eps)
+
+
+class FeatureKeeper(BaseDecodeHead):
+    """Keeps what enters ``cls_seg`` from there to the end of the losses, if one of them needs it.
+
+    Nothing is kept where ``forward`` runs on its own: in prediction, in a cascade's second pass, or when
+    activation checkpointing repeats it in backward.
+    """
+
+    _keep = False
+
+    def loss(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        self._keep = any(getattr(module, 'needs_features', False) for module in self.modules())
+        try:
+            return super().loss(*args, **kwargs)
+        finally:
+            self._keep, self.features = False, None
+
+    def cls_seg(self, feat: Tensor) -> Tensor:
+        if self._keep:
+            self.features = feat
+        return super().cls_seg(feat)
+
+
+@MODELS.register_module()
+class FeatureASPPHead(FeatureKeeper, ASPPHead, SmallLogitHead):
+    """DeepLabV3's head; arguments and checkpoints are those of ``ASPPHead``."""
+
+
+@MODELS.register_module()
+class FeatureDepthwiseSeparableASPPHead(FeatureKeeper, DepthwiseSeparableASPPHead, SmallLogitHead):
+    """DeepLabV3+'s head; arguments and checkpoints are those of ``DepthwiseSeparableASPPHead``."""
+
+
+@MODELS.register_module()
+class FeatureSegformerHead(FeatureKeeper, SegformerHead, SmallLogitHead):
+    """SegFormer's head; arguments and checkpoints are those of ``SegformerHead``."""
+
+
+@MODELS.register_module()
+def FeatureHead(base: str | type[BaseDecodeHead], **kwargs: object) -> BaseDecodeHead:
+    """Any other decode head: ``dict(type='FeatureHead', base='UPerHead', ...)`` is a ``FeatureUPerHead``.
+
+    A head that calls its losses by position (DDRHead, PIDHead) stays as it is in the framework.
+
+    Args:
+        base: class derived from ``BaseDecodeHead``, or its registered name, with or without a scope.
+        **kwargs: of that class.
+
+    Raises:
+        ValueError: ``base`` is not such a class.
+    """
+    head = base
+    if isinstance(base, str):
+        with suppress(RuntimeError):  # an unknown name; ours says more than MMEngine's
+            head = FRAMEWORK_MODELS.get(base)
+    if not (isinstance(head, type) and issubclass(head, BaseDecodeHead)):
+        found = f', which is {head}' if head is not base else ''
+        raise ValueError(
+            "base must be a class derived from MMSegmentation's BaseDecodeHead, or the name under which one "
+            f"is registered, such as 'UPerHead', got {base!r}{found}"
+        )
+    return _feature_class(head)(**kwargs)
+
+
+@cache
+def _feature_class(head: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
+    if issubclass(head, FeatureKeeper):
+        return head
+    own = dict(__module__=__name__, __doc__=head.__doc__)
+    return type(f'Feature{head.__name__}', (FeatureKeeper, head, SmallLogitHead), own)
