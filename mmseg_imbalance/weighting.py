@@ -81,8 +81,18 @@ def class_weights(
 
 
 def log_prior(pixels: ArrayLike) -> np.ndarray:
-    """ln f_c, (C,) float64, f_c the share of each class in (C,) pixels; one that never occurs counts 1."""
-    counts = np.maximum(np.asarray(pixels, dtype=np.float64), 1)
+    """ln f_c, (C,) float64, f_c the share of each class in (C,) pixels.
+
+    A class that never occurs counts as the rarest that does: its own -inf, subtracted at test time, would
+    make it the prediction everywhere.
+
+    Raises:
+        ValueError: no class occurs.
+    """
+    counts = np.asarray(pixels, dtype=np.float64)
+    if not (counts > 0).any():
+        raise ValueError(f'none of the {len(counts)} classes has a pixel, so they have no prior')
+    counts = np.where(counts > 0, counts, counts[counts > 0].min())
     return np.log(counts / counts.sum())
 
 

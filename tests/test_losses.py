@@ -42,6 +42,7 @@ LOSSES = (
     focal_and_focal_tversky,
 )
 PIXELS = [9e6, 4e4, 3e5, 0, 7e3]
+SHARE = [n / 9354000 for n in (9e6, 4e4, 3e5, 7e3, 7e3)]  # what never occurs counts as the rarest
 WEIGHT = [0.2, 3.0, 1.0, 0.0, 1.7]
 CLASSES = ['a', 'b', 'c', 'd', 'e']
 
@@ -223,8 +224,7 @@ def test_logit_adjustment_adds_the_log_prior(make_batch, loss, size):
     logits, target = make_batch(size, (13, 17))
     adjusted = loss(class_weight=WEIGHT, logit_adjustment=0.7)
     adjusted.set_class_pixels(PIXELS)
-    share = [max(n, 1) / sum(max(n, 1) for n in PIXELS) for n in PIXELS]
-    shifted = logits + 0.7 * torch.tensor([math.log(f) for f in share], dtype=torch.float64)[:, None, None]
+    shifted = logits + 0.7 * torch.tensor([math.log(f) for f in SHARE], dtype=torch.float64)[:, None, None]
     plain = loss(class_weight=WEIGHT)(shifted, target)
     torch.testing.assert_close(adjusted(logits, target), plain, rtol=1e-5, atol=1e-6)
     assert adjusted.correct is None  # it would be the accuracy of the adjusted logits
@@ -241,7 +241,7 @@ def test_logit_variation_adds_noise_by_rarity_while_training(make_batch, loss, d
     value = varied(logits, target)
     torch.manual_seed(7)
     noise = (4 * torch.randn(logits.shape, dtype=dtype)).double().clamp(-1, 1).abs()
-    rarity = torch.tensor([math.log(sum(PIXELS) / max(n, 1)) for n in PIXELS])
+    rarity = -torch.tensor(SHARE, dtype=torch.float64).log()
     noisy = logits.double() + noise * (rarity / rarity.max())[:, None, None]
     tolerance = 1e-5 if dtype == torch.float64 else 1e-2
     torch.testing.assert_close(value.double(), plain(noisy, target).double(), rtol=tolerance, atol=tolerance)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
-from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
+from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior, weight_record
 
 
 def frequency(pixels, images=None, image_pixels=None):
@@ -190,3 +190,9 @@ def test_reordered_classes_reorder_weights(pixels, scheme, random):
     weights = class_weights(frequency(pixels), scheme, unit='pixel')
     moved = class_weights(frequency([pixels[place] for place in order]), scheme, unit='pixel')
     assert moved == pytest.approx(weights[order])
+
+
+def test_the_log_prior_of_what_never_occurs_is_that_of_the_rarest():
+    np.testing.assert_allclose(log_prior([60, 0, 30, 10]), np.log(np.array([60, 10, 30, 10]) / 110))
+    with pytest.raises(ValueError, match='none of the 2 classes has a pixel'):
+        log_prior([0, 0])
