@@ -1,0 +1,194 @@
+"""The benchmark's table, on inputs too small to say anything about speed."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import benchmark_rows
+import pytest
+import torch
+from benchmark_losses import main, parse
+
+from mmseg_imbalance.ops import eager, strips
+from mmseg_imbalance.ops.soft_stats import BACKENDS
+
+LIBRARIES = ('monai', 'segmentation_models_pytorch', 'kornia')
+TINY = ['--device', 'cpu', '--size', '24x40', '--classes', 5, '--rounds', 2, '--backend', 'eager', 'strips']
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The benchmark: its exit status and records, in order."""
+
+    def start(*options):
+        path = tmp_path / 'rows.json'
+        with pytest.raises(SystemExit) as end:
+            main([*map(str, options), '--json', str(path)])
+        return end.value.code, json.loads(path.read_text())['rows']
+
+    return start
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch):
+    """No other library and no compiler."""
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError('backend raised:\nno compiler found\nmore')
+
+    for name in LIBRARIES:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+
+
+def by_name(records):
+    return {record['loss'].removeprefix('resize + '): record for record in records}
+
+
+def test_one_table_has_every_row_and_says_why_one_is_missing(run, nothing_installed, capsys):
+    status, records = run(*TINY, '--batch', 1, 2, '--scale', 4, 1)
+    assert status == 0
+    names = [name for name, *_ in benchmark_rows.COMPETITORS]
+    assert [record['loss'].removeprefix('resize + ') for record in records] == 4 * [
+        'F.cross_entropy',
+        'CE + Dice in torch',
+        'ours, eager',
+        'ours, strips',
+        *names,
+    ]
+    assert [record['logits'] for record in records[:: len(records) // 4]] == 2 * ['6x10', '24x40']
+    assert {record['batch'] for record in records} == {'1x5x24x40', '2x5x24x40'}
+    table = capsys.readouterr().out
+    for record in records:
+        assert record['loss'] in table
+        assert (record['ms'] is None) == (record['skipped'] is not None)
+        if record['ms']:
+            assert record['time_ratio'] > 0
+            assert record['off_by'] < 1e-4
+    rows = by_name(records)
+    assert rows['F.cross_entropy']['time_ratio'] == 1
+    for name in ('ours, eager', 'ours, strips', 'framework CE + DiceLoss'):
+        assert rows[name]['ms'] > 0
+    for name, library in zip(('MONAI', 'SMP', 'kornia'), LIBRARIES, strict=True):
+        assert library in rows[f'{name} DiceLoss + CE']['skipped']
+    assert (
+        rows['torch.compile of ours, eager']['skipped'] == 'RuntimeError: backend raised: no compiler found'
+    )
+    assert 'no compiler found' in table
+
+
+@pytest.mark.parametrize('factor', [1.01, float('nan')])
+def test_numbers_that_are_off_get_no_speed(run, monkeypatch, capsys, factor):
+    right = strips.soft_stats
+
+    def off(*args):
+        stats = right(*args)
+        return replace(stats, intersection=stats.intersection * factor)
+
+    monkeypatch.setattr(strips, 'soft_stats', off)
+    status, records = run(*TINY, '--scale', 1, '--no-competitors')
+    assert status == 1
+    rows = by_name(records)
+    assert rows['ours, strips']['ms'] is rows['ours, strips']['time_ratio'] is None
+    assert rows['ours, strips']['off_by'] > 1e-3
+    assert rows['ours, eager']['ms'] > 0
+    assert 'off, so no speed' in capsys.readouterr().out
+
+
+def test_a_competitor_that_is_off_gets_no_speed_but_fails_nothing(run, monkeypatch):
+    off = ('theirs', lambda weight: lambda logits, target: logits.sum(), benchmark_rows.ce_and_dice, '')
+    monkeypatch.setattr(benchmark_rows, 'COMPETITORS', [off])
+    status, records = run(*TINY, '--scale', 1)
+    assert status == 0
+    assert by_name(records)['theirs']['ms'] is None
+
+
+def test_a_backend_that_cannot_run_is_skipped_but_one_that_crashes_is_not(run, monkeypatch):
+    def fail(*args):
+        raise error('needs what this machine lacks')
+
+    monkeypatch.setattr(eager, 'soft_stats', fail)
+    error = RuntimeError
+    status, records = run(*TINY, '--scale', 1, '--no-competitors')
+    assert status == 0
+    assert 'needs what this machine lacks' in by_name(records)['ours, eager']['skipped']
+    error = AttributeError
+    with pytest.raises(AttributeError):
+        run(*TINY, '--scale', 1, '--no-competitors')
+
+
+def test_markdown_and_plot_show_what_the_table_shows(run, nothing_installed, tmp_path):
+    files = {name: tmp_path / f'table.{name}' for name in ('md', 'png')}
+    _, records = run(*TINY, '--markdown', files['md'], '--plot', files['png'])
+    title, _, names, rule, *lines = files['md'].read_text().splitlines()
+    assert torch.__version__ in title
+    assert names == '| batch | logits | loss | ms | time ratio | MB | memory ratio | off by | note |'
+    assert len({line.count('|') for line in (names, rule, *lines)}) == 1
+    for record, line in zip(records, lines, strict=True):
+        batch, logits, loss, ms, *_ = (cell.strip() for cell in line.strip('|').split('|'))
+        assert (batch, logits, loss) == (record['batch'], record['logits'], record['loss'])
+        assert ms == ('-' if record['ms'] is None else f'{record["ms"]:.3g}')
+    assert files['png'].stat().st_size > 10000
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_low_precision_logits(run, dtype):
+    status, records = run(*TINY, '--dtype', dtype, '--no-competitors')
+    assert status == 0
+    assert all(record['ms'] or record['skipped'] for record in records)
+
+
+@pytest.fixture
+def small_steps(monkeypatch, tmp_path):
+    """Training steps of the small configs, with two images and a backbone that nobody could load."""
+
+    def shrink(name):
+        path = tmp_path / Path(name).name
+        path.write_text(f"""
+_base_ = {str(benchmark_rows.CONFIGS / name)!r}
+model = dict(pretrained='open-mmlab://resnet50_v1c')
+train_dataloader = dict(batch_size=2)
+""")
+        return path
+
+    models = dict(segformer='segformer_mit-b0-small', deeplabv3='deeplabv3_r18-d8-small')
+    steps = {
+        name: [shrink(f'{name}/{model}{kind}_1xb8-2k_camvid-240x180.py') for kind in ('', '-combined')]
+        for name, model in models.items()
+    }
+    monkeypatch.setattr(benchmark_rows, 'STEPS', steps)
+
+
+@pytest.mark.parametrize(('dtype', 'step'), [('float32', 'deeplabv3'), ('bfloat16', 'segformer')])
+def test_training_steps_of_the_frameworks_heads_and_of_ours(run, small_steps, dtype, step):
+    options = ['--scale', '--rounds', 1, '--dtype', dtype, '--step-size', '32x32', '--step', step]
+    status, records = run('--device', 'cpu', *options)
+    assert status == 0
+    heads = ['framework head, CE', 'framework head, our CE + Dice', 'Feature head, our CE + Dice']
+    assert [record['loss'] for record in records] == heads
+    for record in records:
+        assert record['ms'] > 0
+        assert (record['batch'], record['logits']) == ('2x3x32x32', f'{step} step')
+
+
+def test_by_default_every_backend_takes_part():
+    assert parse([]).backend == list(BACKENDS)
+
+
+def test_wrong_options_end_with_one_line(capsys):
+    for options in (['--classes', '300'], ['--device', 'cpu', '--dtype', 'float16', '--step', 'segformer']):
+        with pytest.raises(SystemExit) as end:
+            main(options)
+        assert end.value.code == 2
+    assert 'at most 255' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_cuda_full_size_rows_show_their_bandwidth(run):
+    status, records = run('--device', 'cuda', '--size', '64x128', '--scale', 8, 1, '--rounds', 2)
+    assert status == 0
+    for record in records:
+        assert (record['bandwidth'] is not None) == (
+            record['ms'] is not None and record['logits'] == '64x128'
+        )
