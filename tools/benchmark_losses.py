@@ -97,26 +97,33 @@ def keep_freed_blocks(keep):
         libc.mallopt(-1, 64 << 20 if keep else 1 << 16)  # M_TRIM_THRESHOLD
 
 
-def measure(case, args, bandwidth):
-    """Fill the rows in; the records of the case."""
+def examine(case, args):
+    """Fill in what is right and what memory it takes; the trials are let go."""
     # a few roundings of the gradient's own dtype, or of sums over many pixels
     tolerance = max(1e-4, 4 * torch.finfo(getattr(torch, args.dtype)).eps)
     for row in case.rows:
         check(row, tolerance)
         row.truth = None  # the last one frees what they share
-    rows = [row for row in case.rows if not row.skipped]
+    for _ in range(3):  # threads overlap differently from one call to the next
+        for row in case.rows:
+            if not row.skipped:
+                peak = extra_memory(row.trial.run, args.device)
+                row.peak = peak and max(peak, row.peak or 0)
+    for row in case.rows:
+        row.make_trial = row.trial = None
+    return case
+
+
+def race(case, examined, args):
+    """Fill the times of ``case``, made anew, into the rows of the examined one."""
+    rows = [
+        (row, new.make_trial()) for row, new in zip(examined.rows, case.rows, strict=True) if not row.skipped
+    ]
     for i in range(1 + args.rounds):
-        for row in rows:
-            elapsed = seconds(row.trial.run, args.device)
+        for row, trial in rows:
+            elapsed = seconds(trial.run, args.device)
             if i:  # the first warms up
                 row.seconds.append(elapsed)
-    keep_freed_blocks(False)  # so that what is resident is allocated
-    for _ in range(3):  # threads overlap differently from one call to the next
-        for row in rows:
-            peak = extra_memory(row.trial.run, args.device)
-            row.peak = peak and max(peak, row.peak or 0)
-    keep_freed_blocks(True)
-    return [record(case, row, bandwidth) for row in case.rows]
 
 
 def record(case, row, bandwidth):
@@ -249,12 +256,17 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    keep_freed_blocks(True)
     bandwidth = copy_bandwidth() if args.device == 'cuda' else None
     shapes = product(args.size, args.classes, args.batch, args.scale)
     cases = [partial(loss_case, (batch, *size), classes, scale) for size, classes, batch, scale in shapes]
     cases += [partial(step_case, name) for name in args.step]
-    records = [line for case in cases for line in measure(case(args), args, bandwidth)]
+    # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
+    keep_freed_blocks(False)
+    examined = [examine(case(args), args) for case in cases]
+    keep_freed_blocks(True)
+    for make, case in zip(cases, examined, strict=True):
+        race(make(args), case, args)
+    records = [record(case, row, bandwidth) for case in examined for row in case.rows]
     title = f'{machine(args.device, bandwidth)}, {args.dtype}'
     lines = [cells(record) for record in records]
     if bandwidth is None:
