@@ -39,7 +39,7 @@ from mmseg_imbalance.ops.soft_stats import Options, SoftStats
 # numbers in a (C, r, W) buffer of a strip: few enough for the cache, enough for Python's share to be small
 STRIP_NUMBERS = 1 << 19
 # a part keeps the source rows of its strips at full width, which are a strip's worth of memory or so
-STRIPS_PER_PART = 4
+STRIPS_PER_PART = 5
 COLUMN_BLOCK = 128
 T = TypeVar('T')
 
@@ -64,11 +64,11 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _each(function: Callable[[_Rows], T], parts: list[_Rows]) -> Iterator[T]:
+def _each(function: Callable[[_Part], T], parts: list[_Part]) -> Iterator[T]:
     """``function`` of each part, in their order; on CPU computed by as many threads as torch uses."""
 
     @torch.no_grad()
-    def quietly(part: _Rows) -> T:
+    def quietly(part: _Part) -> T:
         return function(part)
 
     threads = torch.get_num_threads()
@@ -118,8 +118,12 @@ class _Axis(NamedTuple):
             yield cells, outputs, self.matrix[outputs, cells]
 
 
-class _Rows:
-    """Rows of one image's label, and the band of source rows where the logits are smaller."""
+class _Part:
+    """Some rows of an image: labels and weights at once, logits strip by strip.
+
+    A strip is dozens of short operations and the threads take turns in calling them, so what has one number
+    a pixel, not C, is calculated for all strips of a part at once.
+    """
 
     def __init__(
         self,
@@ -130,21 +134,51 @@ class _Rows:
         image: int,
         rows: slice,
     ) -> None:
-        self.logits, self.target = logits.detach()[image], target[image]  # (C, h, w), (H, W)
-        self.o, self.axes, self.image, self.rows = o, axes, image, rows
+        self.logits, self.o, self.axes, self.image, self.rows = logits.detach()[image], o, axes, image, rows
+        self.target = target[image, rows]  # (R, W)
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        strips = math.ceil(len(self.target) / _strip_rows(len(self.logits), target.shape[2]))
+        self.step = math.ceil(len(self.target) / strips)
         if axes is not None:
             self.band = axes[0].band(rows)
 
-    def strips(self) -> Iterator[_Strip]:
-        z = self.logits if self.axes is None else self._columns(self.axes[1])
-        width = self.target.shape[1]
-        step = min(_strip_rows(len(z), width), self.rows.stop - self.rows.start)
-        numel = len(z) * step * width
+    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Validity, labels ``y`` with 0 for ignored ones, and weight ``m``, (R, W) each."""
+        valid = self.target != self.o.ignore_index
+        m = valid.to(self.dtype)
+        if self.o.pixel_weight is not None:
+            m *= self.o.pixel_weight[self.image, self.rows]
+        return valid, torch.where(valid, self.target, 0).long(), m
+
+    def below_top(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """z - max z over the classes, strip by strip, and a spare buffer, (C, r, W) both.
+
+        z: logits at label size with their bias.
+        """
+        z, bias = self.logits, self.o.logit_bias
+        if self.axes is not None:
+            rows = _Axis(*(values[self.rows] for values in self.axes[0]))
+            low, high = ((cells - self.band.start).split(self.step) for cells in rows[:2])
+            fraction = rows.fraction[:, None].split(self.step)
+            z = self._columns(self.axes[1])
         # of all strips: fresh ones would be paged in again each time
-        buffers = torch.empty(2, numel, dtype=self.dtype, device=z.device)
-        for start in range(self.rows.start, self.rows.stop, step):
-            yield _Strip(self, z, buffers, slice(start, min(start + step, self.rows.stop)))
+        numbers = torch.empty(2, len(z) * self.step * self.target.shape[1], dtype=self.dtype, device=z.device)
+        for i, start in enumerate(range(0, len(self.target), self.step)):
+            shape = (2, len(z), min(self.step, len(self.target) - start), self.target.shape[1])
+            out, spare = numbers[:, : math.prod(shape[1:])].view(shape)
+            here = out
+            if self.axes is not None:
+                torch.index_select(z, 1, low[i], out=out)
+                torch.index_select(z, 1, high[i], out=spare)
+                out.lerp_(spare, fraction[i])
+            else:
+                start += self.rows.start
+                here = z[:, start : start + shape[2]]
+                if bias is not None:
+                    here = torch.add(here, bias.to(self.dtype)[:, None, None], out=out)
+                elif z.dtype != self.dtype:
+                    here = out.copy_(here)
+            yield torch.sub(here, here.amax(0), out=out), spare
 
     def _columns(self, axis: _Axis) -> Tensor:
         """The source rows with their columns at label size, (C, k, W)."""
@@ -168,7 +202,7 @@ def _strip_rows(classes: int, width: int) -> int:
     return max(1, STRIP_NUMBERS // (classes * width))
 
 
-def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Rows]:
+def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Part]:
     """All images, each in parts of a few strips, and in enough of them for the threads."""
     (batch, height, width), (h, w) = target.shape, logits.shape[2:]
     axes = None
@@ -180,43 +214,12 @@ def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Rows]:
     strips = math.ceil(height / _strip_rows(logits.shape[1], width))
     parts = math.ceil(strips / STRIPS_PER_PART)
     if logits.is_cpu:
-        parts = max(parts, min(torch.get_num_threads(), 2 * strips, height))
-    ends = [height * i // parts for i in range(parts + 1)]
+        threads = min(torch.get_num_threads(), 2 * strips, height)
+        # as many for each thread
+        parts = math.ceil(max(parts, threads) / threads) * threads
+    ends = [height * i // parts for i in range(min(parts, height) + 1)]
     rows = [slice(start, stop) for start, stop in pairwise(ends)]
-    return [_Rows(logits, target, o, axes, b, r) for b in range(batch) for r in rows]
-
-
-class _Strip:
-    """A few rows: labels ``y`` (1, r, W) with 0 for ignored ones, validity and weight ``m`` (r, W)."""
-
-    def __init__(self, part: _Rows, z: Tensor, buffers: Tensor, rows: slice) -> None:
-        o = part.o
-        self.part, self.z, self.rows = part, z, rows
-        target = part.target[rows]
-        shape = (2, len(z), *target.shape)
-        self.buffers = buffers[:, : math.prod(shape[1:])].view(shape)  # two of (C, r, W)
-        self.valid = target != o.ignore_index
-        self.y = torch.where(self.valid, target, 0).long()[None]
-        self.m = self.valid.to(part.dtype)
-        if o.pixel_weight is not None:
-            self.m *= o.pixel_weight[part.image, rows]
-
-    def below_top(self) -> Tensor:
-        """z - max z over the classes, (C, r, W), in buffer 0; z: logits at label size with their bias."""
-        part, out = self.part, self.buffers[0]
-        if part.axes is not None:
-            low, high, fraction = (values[self.rows] for values in part.axes[0][:3])
-            first = part.band.start
-            torch.index_select(self.z, 1, low - first, out=out)
-            torch.index_select(self.z, 1, high - first, out=self.buffers[1])
-            out.lerp_(self.buffers[1], fraction[:, None])
-            return out.sub_(out.amax(0))
-        z = self.z[:, self.rows]
-        if part.o.logit_bias is not None:
-            z = torch.add(z, part.o.logit_bias.to(part.dtype)[:, None, None], out=out)
-        elif z.dtype != part.dtype:
-            z = out.copy_(z)
-        return torch.sub(z, z.amax(0), out=out)
+    return [_Part(logits, target, o, axes, b, r) for b in range(batch) for r in rows]
 
 
 def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -227,19 +230,19 @@ def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     return -power * log_p, gamma * power / miss * p * log_p - power
 
 
-def _hit(e: Tensor, below: Tensor, total: Tensor, y: Tensor) -> Tensor:
-    """Whether the largest logit is that of y, the first one among equals, (r, W)."""
+def _is_first(e: Tensor, below: Tensor, total: Tensor, y: Tensor) -> Tensor:
+    """Whether the largest logit, the first one among equals, is that of y, (r, W)."""
     if not e.is_cpu:
-        return e.argmax(0) == y[0]
+        return e.argmax(0) == y
     # slow on CPU, so it is done only where classes share the maximum, which takes a sum of 2 at least
-    hit = (below == 0).flatten()
-    near = (hit & (total >= 2).flatten()).nonzero()[:, 0]
+    hit = below == 0
+    near = (hit & (total >= 2)).flatten().nonzero()[:, 0]
     top = e.flatten(1).index_select(1, near) == 1
-    shared = top.sum(0) > 1
+    shared = top.sum(0, dtype=torch.int32) > 1
     if shared.any():
         tied = near[shared]
-        hit[tied] = top[:, shared].to(torch.uint8).argmax(0) == y.flatten()[tied]
-    return hit.view_as(below)
+        hit.flatten()[tied] = top[:, shared].to(torch.uint8).argmax(0) == y.flatten()[tied]
+    return hit
 
 
 class _Sums(NamedTuple):
@@ -258,38 +261,44 @@ def _add(sums: list[_Sums]) -> _Sums:
     return _Sums._make(total(field) for field in _Sums._fields)
 
 
-def _strip_sums(strip: _Strip) -> _Sums:
-    """The sums of one strip, in double, as they are added up."""
-    o, y, m = strip.part.o, strip.y, strip.m
-    e = strip.below_top()
-    below = e.gather(0, y)[0]  # z_y - max z, exact for logits of any size
-    if o.with_log_prob:
-        log_prob = (e.flatten(1) @ m.flatten()).double()
-    total = e.exp_().sum(0)
-    correct = (_hit(e, below, total, y) & strip.valid).sum()
-    log_total = total.log()
-    log_p = below - log_total
-    p = log_p.exp()
-    loss = _focal(log_p, o.focal_gamma)[0] if o.focal_gamma > 0 else -log_p
-    by_label = torch.zeros(3, len(e), dtype=torch.float64, device=e.device)
-    values = torch.stack([m * loss, m * p, m]).flatten(1).double()
-    by_label.scatter_add_(1, y.flatten().expand(3, -1), values)
+def _sums(part: _Part) -> _Sums:
+    """The sums of a part, added up in double."""
+    o, classes = part.o, len(part.logits)
+    valid, y, m = part.labels()
+    below, total = torch.empty_like(m), torch.empty_like(m)  # z_y - max z; sum of exp(z - max z)
+    hit = torch.empty_like(valid)
+    prediction = m.new_zeros(classes, dtype=torch.float64)
+    log_prob = torch.zeros_like(prediction) if o.with_log_prob else None
+    by_strip = (values.split(part.step) for values in (y, m, below, total, hit))
+    for (e, _), (e_y, e_m, e_below, e_total, e_hit) in zip(
+        part.below_top(), zip(*by_strip, strict=True), strict=True
+    ):
+        torch.gather(e, 0, e_y[None], out=e_below[None])  # exact for logits of any size
+        if log_prob is not None:
+            log_prob += e.flatten(1) @ e_m.flatten()
+        torch.sum(e.exp_(), 0, out=e_total)
+        e_hit.copy_(_is_first(e, e_below, e_total, e_y))
+        factor = e_m / e_total
+        if o.square_prediction:
+            e, factor = e.square_(), factor.div_(e_total)
+        prediction += e.flatten(1) @ factor.flatten()
+
+    log_total = total.log_()
+    if log_prob is not None:
+        log_prob -= (m * log_total).sum(dtype=torch.float64)
+    log_p = below.sub_(log_total)
+    nll = -log_p
+    loss = _focal(-nll, o.focal_gamma)[0] if o.focal_gamma > 0 else nll
+    by_label = prediction.new_zeros(3, classes)
+    for row, values in zip(by_label, (m * loss, m * log_p.exp(), m), strict=True):
+        row.scatter_add_(0, y.flatten(), values.flatten().double())
     group = None
     if o.group is not None:
-        ids = torch.where(strip.valid, o.group[strip.part.image, strip.rows], 0).flatten().long()
-        values = torch.stack([-log_p, torch.ones_like(p)])
-        values = torch.where(strip.valid, values, 0).flatten(1).double()
-        group = by_label.new_zeros(2, o.num_groups).scatter_add_(1, ids.expand(2, -1), values)
-    factor = m / total
-    if o.square_prediction:
-        e, factor = e.square_(), factor / total
-    return _Sums(
-        by_label,
-        (e.flatten(1) @ factor.flatten()).double(),
-        correct,
-        log_prob - (m * log_total).sum(dtype=torch.float64) if o.with_log_prob else None,
-        group,
-    )
+        ids = torch.where(valid, o.group[part.image, part.rows], 0).long().flatten()
+        group = by_label.new_zeros(2, o.num_groups)
+        for row, values in zip(group, (nll, torch.ones_like(nll)), strict=True):
+            row.scatter_add_(0, ids, torch.where(valid, values, 0).flatten().double())
+    return _Sums(by_label, prediction, (hit & valid).sum(), log_prob, group)
 
 
 class _Upstream(NamedTuple):
@@ -301,68 +310,79 @@ class _Upstream(NamedTuple):
     log_prob: Tensor | None
 
 
-def _by_label(values: Tensor, y: Tensor) -> Tensor:
-    """values[y], (r, W)."""
-    return values.index_select(0, y.flatten()).view(y.shape[1:])
+def _strip_gradient(
+    part: _Part,
+    e: Tensor,
+    y: Tensor,
+    m: Tensor,
+    weights: tuple[Tensor | None, ...],
+    g: _Upstream,
+    out: Tensor,
+) -> Tensor:
+    """Gradient by the logits of a strip, (C, r, W), into ``out``; the formula heads this file.
 
-
-def _strip_gradient(strip: _Strip, g: _Upstream, out: Tensor) -> Tensor:
-    """Gradient by the logits of a strip, (C, r, W), into ``out``; the formula heads this file."""
-    o, y, m = strip.part.o, strip.y, strip.m
-    e = strip.below_top()
-    below = e.gather(0, y)[0] if o.focal_gamma > 0 else None
-    e.exp_()
-    total = e.sum(0)
+    ``e`` holds z - max z and is overwritten; ``weights`` are m gN_y and m gI_y, (r, W) or None.
+    """
+    by_nll, by_intersection = weights
+    below = e.gather(0, y[None])[0] if part.o.focal_gamma > 0 and by_nll is not None else None
+    total = e.exp_().sum(0)
     a = torch.zeros_like(m)
-    if g.intersection is not None:
-        a += _by_label(g.intersection, y) * (e.gather(0, y)[0] / total)
-    if g.nll is not None:
-        slope = -1 if below is None else _focal(below - total.log(), o.focal_gamma)[1]
-        a += _by_label(g.nll, y) * slope
-    a *= m
+    if by_nll is not None:
+        a = -by_nll if below is None else by_nll * _focal(below - total.log(), part.o.focal_gamma)[1]
+    if by_intersection is not None:
+        a.addcdiv_(by_intersection * e.gather(0, y[None])[0], total)
     common = a if g.log_prob is None else a + m * g.log_prob.sum()
 
     if g.prediction is None:
         torch.mul(e, -common / total, out=out)
-    elif o.square_prediction:
+    elif part.o.square_prediction:
         q = torch.mul(e, 2 * g.prediction[:, None, None], out=out).mul_(m / total)
         q.sub_((q * e).sum(0) / total + common).mul_(e.div_(total))
     else:
-        mean = (g.prediction @ e.flatten(1)).view_as(m) / total
-        torch.mul(g.prediction[:, None, None], m / total, out=out)
-        out.sub_((m * mean + common) / total).mul_(e)
+        share = m / total
+        mean = torch.addcmul(common, share, (g.prediction @ e.flatten(1)).view_as(m)).div_(total)
+        torch.mul(g.prediction[:, None, None], share, out=out).sub_(mean).mul_(e)
     if g.log_prob is not None:
         out.add_(m * g.log_prob[:, None, None])
-    return out.scatter_add_(0, y, a[None])
+    return out.scatter_add_(0, y[None], a[None])
 
 
-def _gradient(part: _Rows, g: _Upstream, grad: Tensor) -> Tensor | None:
+def _gradient(part: _Part, g: _Upstream, grad: Tensor) -> Tensor | None:
     """Write the gradient of a part into grad (B, C, H, W), or return that of its band, (C, k, w)."""
     g = _Upstream(*(None if rows is None else rows[part.image].to(part.dtype) for rows in g))
-    if part.axes is None:
-        for strip in part.strips():
-            rows = grad[part.image, :, strip.rows]
-            if grad.dtype == part.dtype:
-                _strip_gradient(strip, g, out=rows)
-            else:
-                rows.copy_(_strip_gradient(strip, g, out=strip.buffers[1]))
-        return None
-    row_axis, column_axis = part.axes
-    size = (len(part.logits), part.band.stop - part.band.start, part.target.shape[1])
-    columns = grad.new_zeros(size)  # (C, k, W)
-    for strip in part.strips():
-        cells = row_axis.band(strip.rows)
-        here = slice(cells.start - part.band.start, cells.stop - part.band.start)
-        dz = _strip_gradient(strip, g, out=strip.buffers[1])
-        columns[:, here] += row_axis.matrix[strip.rows, cells].T @ dz
-    return part.from_columns(columns, column_axis)
+    _, y, m = part.labels()
+    by_label = [
+        None if values is None else values.index_select(0, y.flatten()).view_as(m).mul_(m)
+        for values in (g.nll, g.intersection)
+    ]
+    columns, axes = grad, part.axes
+    if axes is not None:
+        size = (len(part.logits), part.band.stop - part.band.start, part.target.shape[1])
+        columns = grad.new_zeros(size)  # (C, k, W)
+    for i, (e, spare) in enumerate(part.below_top()):
+        here = slice(i * part.step, (i + 1) * part.step)
+        labels = y[here], m[here]
+        weights = tuple(None if values is None else values[here] for values in by_label)
+        rows = slice(part.rows.start + here.start, part.rows.start + here.start + e.shape[1])
+        if axes is not None:
+            row_axis = axes[0]
+            cells = row_axis.band(rows)
+            dz = _strip_gradient(part, e, *labels, weights, g, out=spare)
+            band = slice(cells.start - part.band.start, cells.stop - part.band.start)
+            columns[:, band] += row_axis.matrix[rows, cells].T @ dz
+        elif grad.dtype == part.dtype:
+            _strip_gradient(part, e, *labels, weights, g, out=grad[part.image, :, rows])
+        else:
+            dz = _strip_gradient(part, e, *labels, weights, g, out=spare)
+            grad[part.image, :, rows].copy_(dz)
+    return None if axes is None else part.from_columns(columns, axes[1])
 
 
 class _SoftStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, o):  # type: ignore[no-untyped-def]
         parts = _split(logits, target, o)
-        counted = list(_each(lambda part: _add([_strip_sums(s) for s in part.strips()]), parts))
+        counted = list(_each(_sums, parts))
         each = len(parts) // len(logits)
         images = [_add(counted[i : i + each]) for i in range(0, len(parts), each)]
         by_label, prediction, correct, log_prob, group = (
