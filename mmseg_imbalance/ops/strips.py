@@ -11,9 +11,12 @@ other processes, data loaders among them, want the same cores.
 Backward, with p recomputed and the gradients gN, gI, gP, gL of nll, intersection, prediction, log_prob, for a
 pixel of label y and weight m:
 
-    a    = m (gI_y p_y + gN_y dl/dlog p_y),   l the pixel's loss: -log p_y or its focal form
-    q_k  = m gP_k                             2 m gP_k p_k where the prediction is squared
-    dz_k = p_k (q_k - sum_j q_j p_j - a - m sum_j gL_j) + m gL_k + [k = y] a
+    a    = gI_y p_y + gN_y dl/dlog p_y,       l the pixel's loss: -log p_y or its focal form
+    q_k  = gP_k                               2 gP_k p_k where the prediction is squared
+    dz_k = q_k (m p_k) - (sum_j q_j p_j + a + sum_j gL_j) (m p_k) + m gL_k + [k = y] m a
+
+Each term is m p_k, in place, times a number of the class or of the pixel; as the transposed resize is linear,
+those of the class wait until after it, and one (C, r, W) buffer is enough.
 
 Only logits and labels are kept between the passes. p is never formed: e = exp(z - max z) stands for it,
 and its sum over classes divides the per-pixel factors instead, C times fewer numbers.
@@ -78,12 +81,11 @@ def _each(function: Callable[[_Part], T], parts: list[_Part]) -> Iterator[T]:
 
 
 class _Axis(NamedTuple):
-    """Bilinear resize of one axis: output i is (1 - fraction) of cell low plus fraction of cell high."""
+    """Bilinear resize of one axis."""
 
-    low: Tensor  # (large,)
-    high: Tensor  # (large,)
-    fraction: Tensor  # (large,)
-    matrix: Tensor  # (large, small), banded: the same numbers as a product
+    low: list[int]  # (large,) the first of the two cells that an output lies between
+    high: list[int]  # (large,) the other one
+    matrix: Tensor  # (large, small), banded
 
     @classmethod
     def make(cls, small: int, large: int, align_corners: bool, like: Tensor) -> _Axis:
@@ -98,16 +100,12 @@ class _Axis(NamedTuple):
         matrix = torch.zeros(large, small, dtype=torch.float64)
         matrix.scatter_add_(1, low[:, None], 1 - fraction[:, None])
         matrix.scatter_add_(1, high[:, None], fraction[:, None])
-        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-        weights = fraction.to(device, dtype), matrix.to(device, dtype)
-        return cls(low.to(device), high.to(device), *weights)
+        matrix = matrix.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        return cls(low.tolist(), high.tolist(), matrix)
 
     def band(self, outputs: slice) -> slice:
         """The cells that these outputs are resized from."""
-        large, small = self.matrix.shape
-        # one more on either side than the scale says covers both conventions of align_corners
-        first = max(0, math.floor(outputs.start * small / large) - 2)
-        return slice(first, min(small, math.ceil(outputs.stop * small / large) + 2))
+        return slice(self.low[outputs.start], self.high[outputs.stop - 1] + 1)
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """(cells, outputs, their block of the matrix), few of each."""
@@ -150,35 +148,40 @@ class _Part:
             m *= self.o.pixel_weight[self.image, self.rows]
         return valid, torch.where(valid, self.target, 0).long(), m
 
-    def below_top(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """z - max z over the classes, strip by strip, and a spare buffer, (C, r, W) both.
+    def below_top(self) -> Iterator[Tensor]:
+        """z - max z over the classes, (C, r, W), strip by strip, z: logits at label size with their bias.
 
-        z: logits at label size with their bias.
+        All strips share one buffer: fresh ones would be paged in again each time.
         """
-        z, bias = self.logits, self.o.logit_bias
+        z, bias, width = self.logits, self.o.logit_bias, self.target.shape[1]
         if self.axes is not None:
-            rows = _Axis(*(values[self.rows] for values in self.axes[0]))
-            low, high = ((cells - self.band.start).split(self.step) for cells in rows[:2])
-            fraction = rows.fraction[:, None].split(self.step)
             z = self._columns(self.axes[1])
-        # of all strips: fresh ones would be paged in again each time
-        numbers = torch.empty(2, len(z) * self.step * self.target.shape[1], dtype=self.dtype, device=z.device)
-        for i, start in enumerate(range(0, len(self.target), self.step)):
-            shape = (2, len(z), min(self.step, len(self.target) - start), self.target.shape[1])
-            out, spare = numbers[:, : math.prod(shape[1:])].view(shape)
-            here = out
+        buffer = torch.empty(len(z) * self.step * width, dtype=self.dtype, device=z.device)
+        for rows in self.strips():
+            shape = (len(z), rows.stop - rows.start, width)
+            out = buffer[: math.prod(shape)].view(shape)
             if self.axes is not None:
-                torch.index_select(z, 1, low[i], out=out)
-                torch.index_select(z, 1, high[i], out=spare)
-                out.lerp_(spare, fraction[i])
+                matrix, band = self.resize(rows)
+                here = torch.matmul(matrix, z[:, band], out=out)
             else:
-                start += self.rows.start
-                here = z[:, start : start + shape[2]]
+                here = z[:, rows]
                 if bias is not None:
                     here = torch.add(here, bias.to(self.dtype)[:, None, None], out=out)
                 elif z.dtype != self.dtype:
                     here = out.copy_(here)
-            yield torch.sub(here, here.amax(0), out=out), spare
+            yield torch.sub(here, here.amax(0), out=out)
+
+    def strips(self) -> Iterator[slice]:
+        """Their rows of the image."""
+        for start in range(self.rows.start, self.rows.stop, self.step):
+            yield slice(start, min(start + self.step, self.rows.stop))
+
+    def resize(self, rows: slice) -> tuple[Tensor, slice]:
+        """The matrix that makes rows of the label of source rows, (r, k), and which of the band these are."""
+        assert self.axes is not None
+        cells = self.axes[0].band(rows)
+        band = slice(cells.start - self.band.start, cells.stop - self.band.start)
+        return self.axes[0].matrix[rows, cells], band
 
     def _columns(self, axis: _Axis) -> Tensor:
         """The source rows with their columns at label size, (C, k, W)."""
@@ -270,7 +273,7 @@ def _sums(part: _Part) -> _Sums:
     prediction = m.new_zeros(classes, dtype=torch.float64)
     log_prob = torch.zeros_like(prediction) if o.with_log_prob else None
     by_strip = (values.split(part.step) for values in (y, m, below, total, hit))
-    for (e, _), (e_y, e_m, e_below, e_total, e_hit) in zip(
+    for e, (e_y, e_m, e_below, e_total, e_hit) in zip(
         part.below_top(), zip(*by_strip, strict=True), strict=True
     ):
         torch.gather(e, 0, e_y[None], out=e_below[None])  # exact for logits of any size
@@ -310,20 +313,22 @@ class _Upstream(NamedTuple):
     log_prob: Tensor | None
 
 
-def _strip_gradient(
+def _add_gradient(
     part: _Part,
     e: Tensor,
     y: Tensor,
     m: Tensor,
-    weights: tuple[Tensor | None, ...],
+    by_label: list[Tensor | None],
     g: _Upstream,
-    out: Tensor,
-) -> Tensor:
-    """Gradient by the logits of a strip, (C, r, W), into ``out``; the formula heads this file.
+    lift: Callable[[Tensor], Tensor],
+    grad: Tensor,
+) -> None:
+    """Add the gradient by the logits of a strip, in the form that heads this file, to ``grad``.
 
-    ``e`` holds z - max z and is overwritten; ``weights`` are m gN_y and m gI_y, (r, W) or None.
+    ``e`` holds z - max z, (C, r, W), and is overwritten; ``by_label`` are gN_y and gI_y, (r, W) or None;
+    ``lift`` takes a tensor of the strip's rows to those of ``grad``.
     """
-    by_nll, by_intersection = weights
+    by_nll, by_intersection = by_label
     below = e.gather(0, y[None])[0] if part.o.focal_gamma > 0 and by_nll is not None else None
     total = e.exp_().sum(0)
     a = torch.zeros_like(m)
@@ -331,51 +336,52 @@ def _strip_gradient(
         a = -by_nll if below is None else by_nll * _focal(below - total.log(), part.o.focal_gamma)[1]
     if by_intersection is not None:
         a.addcdiv_(by_intersection * e.gather(0, y[None])[0], total)
-    common = a if g.log_prob is None else a + m * g.log_prob.sum()
+    mean = a if g.log_prob is None else a + g.log_prob.sum()
 
-    if g.prediction is None:
-        torch.mul(e, -common / total, out=out)
-    elif part.o.square_prediction:
-        q = torch.mul(e, 2 * g.prediction[:, None, None], out=out).mul_(m / total)
-        q.sub_((q * e).sum(0) / total + common).mul_(e.div_(total))
+    if g.prediction is not None and part.o.square_prediction:
+        squared = e.div_(total).square()
+        mean = mean + 2 * (g.prediction @ squared.flatten(1)).view_as(m)
+        grad.addcmul_(lift(squared.mul_(m)), g.prediction[:, None, None], value=2)
+        e.mul_(m)
     else:
-        share = m / total
-        mean = torch.addcmul(common, share, (g.prediction @ e.flatten(1)).view_as(m)).div_(total)
-        torch.mul(g.prediction[:, None, None], share, out=out).sub_(mean).mul_(e)
+        if g.prediction is not None:
+            mean = torch.addcdiv(mean, (g.prediction @ e.flatten(1)).view_as(m), total)
+        e.mul_(m / total)
+        if g.prediction is not None:
+            grad.addcmul_(lift(e), g.prediction[:, None, None])
+    grad.sub_(lift(e.mul_(mean).scatter_add_(0, y[None], a.mul_(m).neg_()[None])))
     if g.log_prob is not None:
-        out.add_(m * g.log_prob[:, None, None])
-    return out.scatter_add_(0, y[None], a[None])
+        grad.addcmul_(lift(m[None]), g.log_prob[:, None, None])
 
 
 def _gradient(part: _Part, g: _Upstream, grad: Tensor) -> Tensor | None:
-    """Write the gradient of a part into grad (B, C, H, W), or return that of its band, (C, k, w)."""
+    """Write the gradient of a part into grad (B, C, H, W) of zeros, or return that of its band, (C, k, w)."""
     g = _Upstream(*(None if rows is None else rows[part.image].to(part.dtype) for rows in g))
     _, y, m = part.labels()
     by_label = [
-        None if values is None else values.index_select(0, y.flatten()).view_as(m).mul_(m)
+        None if values is None else values.index_select(0, y.flatten()).view_as(m)
         for values in (g.nll, g.intersection)
     ]
-    columns, axes = grad, part.axes
-    if axes is not None:
-        size = (len(part.logits), part.band.stop - part.band.start, part.target.shape[1])
-        columns = grad.new_zeros(size)  # (C, k, W)
-    for i, (e, spare) in enumerate(part.below_top()):
-        here = slice(i * part.step, (i + 1) * part.step)
-        labels = y[here], m[here]
-        weights = tuple(None if values is None else values[here] for values in by_label)
-        rows = slice(part.rows.start + here.start, part.rows.start + here.start + e.shape[1])
-        if axes is not None:
-            row_axis = axes[0]
-            cells = row_axis.band(rows)
-            dz = _strip_gradient(part, e, *labels, weights, g, out=spare)
-            band = slice(cells.start - part.band.start, cells.stop - part.band.start)
-            columns[:, band] += row_axis.matrix[rows, cells].T @ dz
+    columns = None
+    if part.axes is not None:
+        columns = grad.new_zeros(len(part.logits), part.band.stop - part.band.start, y.shape[1])  # (C, k, W)
+    for e, rows in zip(part.below_top(), part.strips(), strict=True):
+        here = slice(rows.start - part.rows.start, rows.stop - part.rows.start)
+        pixels = y[here], m[here], [None if values is None else values[here] for values in by_label]
+        if columns is not None:
+            matrix, band = part.resize(rows)
+            _add_gradient(part, e, *pixels, g, matrix.T.matmul, columns[:, band])
         elif grad.dtype == part.dtype:
-            _strip_gradient(part, e, *labels, weights, g, out=grad[part.image, :, rows])
+            _add_gradient(part, e, *pixels, g, _same, grad[part.image, :, rows])
         else:
-            dz = _strip_gradient(part, e, *labels, weights, g, out=spare)
-            grad[part.image, :, rows].copy_(dz)
-    return None if axes is None else part.from_columns(columns, axes[1])
+            dz = torch.zeros_like(e)
+            _add_gradient(part, e, *pixels, g, _same, dz)
+            grad[part.image, :, rows] = dz
+    return None if columns is None or part.axes is None else part.from_columns(columns, part.axes[1])
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows
 
 
 class _SoftStats(torch.autograd.Function):
@@ -410,7 +416,7 @@ class _SoftStats(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             parts = _split(logits, target, ctx.options)
             if parts[0].axes is None:
-                grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+                grad = logits.new_zeros(logits.shape)
             else:
                 grad = logits.new_zeros(logits.shape, dtype=parts[0].dtype)
             bands = _each(lambda part: _gradient(part, upstream, grad), parts)
