@@ -1,6 +1,7 @@
 # make demo           train with and without class balancing on generated data, compare, show the files
 # make test           the tests, on the maintained fork of MMSegmentation
 # make test-openmmlab the tests, on upstream MMSegmentation; builds mmcv, about 10 minutes the first time
+# make test-gpu       the tests of the kernels, on a CUDA device in place of Triton's interpreter
 # make lint           ruff and mypy
 #
 # Each makes the environment that it needs by itself, once. PYTHON and TORCH choose another interpreter
@@ -9,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-openmmlab lint clean
+.PHONY: demo test test-openmmlab test-gpu lint clean
 
 demo: .venv/installed
 	.venv/bin/python tools/demo.py
@@ -19,6 +20,10 @@ test: .venv/installed
 
 test-openmmlab: .venv-openmmlab/installed
 	.venv-openmmlab/bin/python -m pytest
+
+test-gpu: .venv/installed
+	.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")'
+	.venv/bin/python -m pytest tests/test_soft_stats.py
 
 lint: .venv/installed
 	.venv/bin/ruff check

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BACKENDS = ('eager', 'strips')
+BACKENDS = ('eager', 'strips', 'triton')
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,13 @@ def soft_stats(
         focal_gamma: >= 0; 0 is the plain negative log-likelihood.
         group: (B, H, W), integers in [0, num_groups) on valid pixels; gives the ``group`` sums.
         align_corners: as in ``F.interpolate``; matters where (h, w) != (H, W).
-        backend: 'eager' (the definition), 'strips' (bounded memory) or 'auto', which is strips.
+        backend: 'eager' (the definition), 'strips' (bounded memory, any device), 'triton' (CUDA kernels)
+            or 'auto': triton for CUDA tensors where it can run, else strips.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range. Values of ``target``
             and ``group`` are checked on CPU; a CUDA device asserts, as it does in torch's own losses.
+        RuntimeError: the named backend cannot run here, or not with these arguments.
     """
     _check_shapes(logits, target, pixel_weight, group, logit_bias)
     limits = torch.iinfo(target.dtype)
@@ -133,10 +137,30 @@ def soft_stats(
         num_groups,
         align_corners,
     )
-    name = 'strips' if backend == 'auto' else backend
+    module = _backend(backend, logits, num_groups)
     # the sums are float32 or better under autocast too
     with torch.autocast(logits.device.type, enabled=False):
-        return import_module(f'mmseg_imbalance.ops.{name}').soft_stats(logits, target, options)
+        return module.soft_stats(logits, target, options)
+
+
+def _backend(name: str, logits: Tensor, num_groups: int) -> ModuleType:
+    if name == 'triton' or (name == 'auto' and logits.is_cuda):
+        module = _triton()
+        reason = module if isinstance(module, str) else module.why_not(logits, num_groups)
+        if isinstance(module, ModuleType) and reason is None:
+            return module
+        if name == 'triton':
+            raise RuntimeError(f"backend='triton' cannot run: {reason}; backend='auto' takes what can")
+    return import_module(f'mmseg_imbalance.ops.{"strips" if name == "auto" else name}')
+
+
+@lru_cache(maxsize=1)
+def _triton() -> ModuleType | str:
+    """The Triton backend, or why it cannot be imported."""
+    try:
+        return import_module('mmseg_imbalance.ops.triton')
+    except ImportError as error:
+        return f'Triton cannot be imported ({error})'
 
 
 def _check_shapes(
@@ -165,6 +189,15 @@ def _check_shapes(
             raise ValueError(
                 f'{name} must be of the shape of target {tuple(target.shape)}, got {tuple(value.shape)}'
             )
+    others = (
+        ('target', target),
+        ('pixel_weight', pixel_weight),
+        ('group', group),
+        ('logit_bias', logit_bias),
+    )
+    for name, value in others:
+        if value is not None and value.device != logits.device:
+            raise ValueError(f'{name} must be on {logits.device} as the logits are, got {value.device}')
     if logit_bias is not None and logit_bias.shape != logits.shape[1:2]:
         raise ValueError(
             f'logit_bias must be of shape ({logits.shape[1]},), one number per class, got '

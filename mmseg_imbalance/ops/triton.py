@@ -1,0 +1,543 @@
+"""The soft statistics as CUDA kernels, one forward and one backward, softmax recomputed in backward.
+
+A program walks label rows, P columns wide, with all classes at once: tiles are (BLOCK_C, P), a warp's lanes
+along the pixels. Up to 20 classes are one thread's own, so that softmax needs no communication, and as C is a
+constant the compiler drops the classes that fill it up to a power of two.
+
+From small logits, the label rows between two source rows are a *band*: both source rows are resized to the
+label's columns once, and a row of the band is upper + part (lower - upper).
+
+Forward: sums by label are products with the one-hot tile, kept in registers and written once per program;
+torch adds up the programs in double. Group ids are split into two digits: one-hot (S, P) of the high one
+times one-hot (P, S) of the low one counts S^2 groups at the price of 2 S.
+
+Backward, with the gradients gN, gI, gP, gL of nll, intersection, prediction, log_prob, for a pixel of label y
+and weight m, l its loss:
+
+    a    = m (gI_y p_y + gN_y dl/dlog p_y)
+    q_k  = gP_k                               2 gP_k p_k where the prediction is squared
+    dz_k = p_k (m q_k - m sum_j q_j p_j - a - m sum_j gL_j) + m gL_k + [k = y] a
+
+To small logits this is a gather, as bilinear weights are hats, max(0, 1 - |x - n|) of a pixel's source
+coordinate x and a cell n: a program owns some cells of two source rows, walks the pixels under their hats,
+adds up the rows of each column by their weights, and multiplies by the columns' weights, (P, cells).
+"""
+
+import math
+import os
+import shutil
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmseg_imbalance.ops.soft_stats import Options, SoftStats
+
+if tuple(int(n) for n in triton.__version__.split('.')[:2]) < (3, 3):
+    raise ImportError(f'the kernels need Triton 3.3 or newer, got {triton.__version__}')
+
+MAX_CLASSES = 256
+MAX_GROUPS = 4096
+# of a forward pass: enough programs for a large device, few enough for their sums to be small
+PROGRAMS = 512
+# Multiples of 16 among these are not worth a kernel of their own. As the compiler knows no alignment, a
+# thread takes one pixel at a time, which leaves it room for more classes.
+SIZES = ['h', 'w', 'height', 'width', 'bands', 'bands_each', 'cells_each', 'num_groups']
+SIZES += [f'{of}stride_{axis}' for of in ('', 'grad_') for axis in ('image', 'class', 'row')]
+
+
+def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
+    """See :func:`mmseg_imbalance.ops.soft_stats`."""
+    return SoftStats(*_SoftStats.apply(logits, target, options))
+
+
+def why_not(logits: Tensor, num_groups: int) -> str | None:
+    """Why the kernels cannot take these arguments, or None."""
+    if logits.dtype == torch.float64:
+        return 'its kernels calculate in float32 and the logits are float64'
+    if logits.shape[1] > MAX_CLASSES:
+        return f'its kernels take up to {MAX_CLASSES} classes and the logits have {logits.shape[1]}'
+    if num_groups > MAX_GROUPS:
+        return f'its kernels take up to {MAX_GROUPS} groups and num_groups is {num_groups}'
+    if INTERPRETED:
+        return None
+    if not logits.is_cuda:
+        return f'its kernels run on CUDA devices and the logits are on {logits.device}'
+    return _why_not_on(logits.device)
+
+
+@lru_cache
+def _why_not_on(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return 'its kernels run on CUDA devices and this torch is built for ROCm'
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f'its kernels need compute capability 8.0 and {device} has {major}.{minor}'
+    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
+        return 'Triton needs a C compiler to start a kernel and finds none; install gcc or name one in CC'
+    return None
+
+
+@triton.jit
+def _coordinate(pixel, scale, last, ALIGN: tl.constexpr):
+    """Where a label row or column lies among the cells 0 to ``last``."""
+    x = pixel * scale if ALIGN else (pixel + 0.5) * scale - 0.5
+    return tl.minimum(tl.maximum(x, 0.0), last)
+
+
+@triton.jit
+def _first_pixel(cell, inverse, size, slack, ALIGN: tl.constexpr):
+    """The first of ``size`` label rows or columns that does not lie before a cell, moved by some slack."""
+    x = cell * inverse if ALIGN else (cell + 0.5) * inverse - 0.5
+    return tl.minimum(tl.maximum(tl.ceil(x + slack), 0.0), size).to(tl.int32)
+
+
+@triton.jit
+def _band_rows(band, bands, inverse, height, ALIGN: tl.constexpr):
+    """The label rows of a band, from and to; however the bounds are rounded, each row is in one band."""
+    start = tl.where(band == 0, 0, _first_pixel(band, inverse, height, 0.0, ALIGN))
+    stop = tl.where(band == bands - 1, height, _first_pixel(band + 1, inverse, height, 0.0, ALIGN))
+    return start, stop
+
+
+@triton.jit
+def _row_part(row, band, scale, h, ALIGN: tl.constexpr):
+    """The distance of a label row from the source row above it."""
+    return tl.minimum(tl.maximum(_coordinate(row, scale, h - 1, ALIGN) - band, 0.0), 1.0)
+
+
+@triton.jit
+def _cells_of(column, w, scale, ALIGN: tl.constexpr):
+    """The left of the two cells that a label column lies between, and its distance from it."""
+    x = _coordinate(column, scale, w - 1, ALIGN)
+    left = tl.minimum(x.to(tl.int32), tl.maximum(w - 2, 0))
+    return left.to(tl.int64), x - left
+
+
+@triton.jit
+def _load_row(row, bias, c, cell, stride_class, stride_column, C: tl.constexpr):
+    """Logits of one row with their bias, (BLOCK_C, P)."""
+    at = row + c.to(tl.int64)[:, None] * stride_class + (cell * stride_column)[None, :]
+    # Which axis goes along the lanes depends on the version of Triton where none is known to be contiguous.
+    # As nothing is known of the alignment either, no other conclusion is drawn from this.
+    at = tl.max_contiguous(at, [1, 2])
+    z = tl.load(at, mask=c[:, None] < C, other=0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
+    return z
+
+
+@triton.jit
+def _load_band(row, bias, c, cell, part, stride_class, stride_row, stride_column, C: tl.constexpr):
+    """A source row at the label's columns, and what the next one adds to it, (BLOCK_C, P) each."""
+    part = part[None, :]
+    below = row + stride_row
+    upper = _load_row(row, bias, c, cell, stride_class, stride_column, C) * (1 - part)
+    upper += _load_row(row + stride_column, bias, c, cell, stride_class, stride_column, C) * part
+    lower = _load_row(below, bias, c, cell, stride_class, stride_column, C) * (1 - part)
+    lower += _load_row(below + stride_column, bias, c, cell, stride_class, stride_column, C) * part
+    return upper, lower - upper
+
+
+@triton.jit
+def _load_labels(target, weight, pixel, inside, C: tl.constexpr, IGNORE: tl.constexpr):
+    """Label and weight of each pixel, -1 and 0 where it does not count; whether the label is no class."""
+    y = tl.load(target + pixel, mask=inside, other=0).to(tl.int64)
+    valid = inside & (y != IGNORE)
+    known = valid & (y >= 0) & (y < C)
+    m = known.to(tl.float32)
+    if weight is not None:
+        m = tl.load(weight + pixel, mask=known, other=0).to(tl.float32)
+    return tl.where(known, y, -1).to(tl.int32), m, valid & ((y < 0) | (y >= C))
+
+
+@triton.jit
+def _exp(x):
+    # without the detour of tl.exp for denormal results
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _softmax(z, c, C: tl.constexpr):
+    """max z, exp(z - max z) and its sum."""
+    z = tl.where(c[:, None] < C, z, float('-inf'))
+    top = tl.max(z, 0)
+    e = tl.where(c[:, None] < C, _exp(z - top[None, :]), 0.0)
+    return top, e, tl.sum(e, 0)
+
+
+@triton.jit
+def _log_loss(z, top, e, total, member, y, FOCAL: tl.constexpr):
+    """z_y - max z, -log p_y and, where asked, 1 - p_y; of a pixel that does not count, as if z_y = max z."""
+    below = tl.where(y < 0, 0.0, tl.sum(tl.where(member, z, 0.0), 0) - top)
+    nll = tl.log(total) - below
+    miss = nll
+    if FOCAL:
+        # from the other classes, 1 - p_y and log p_y keep their digits where p_y is close to 1
+        others = tl.sum(tl.where(member, 0.0, e), 0)
+        miss = others / total
+        u = 1 + others
+        log1p = tl.where(u == 1, others, tl.log(u) * (others / tl.where(u == 1, 1.0, u - 1)))
+        nll = tl.where(below == 0, log1p, nll)
+    return below, nll, miss
+
+
+@triton.jit
+def _power(miss, gamma):
+    # above 0, where each power and the quotient of both are finite
+    miss = tl.maximum(miss, 1.1754944e-38)
+    return tl.exp2(gamma * tl.log2(miss)), miss
+
+
+@triton.jit
+def _store_sums(at, values, c, C: tl.constexpr, P: tl.constexpr):
+    if P == 32:
+        tl.store(at + c, tl.sum(values, 1), mask=c < C)
+    else:
+        # a product with ones: with several classes a thread, the shuffles of tl.sum cost as much as some rows
+        k = tl.arange(0, 16)[None, :]
+        values = tl.dot(values, tl.full((P, 16), 1.0, tl.float32), input_precision='tf32x3')
+        tl.store(at + c[:, None] + k, values, mask=(c[:, None] < C) & (k == 0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _forward_kernel(
+    logits, target, bias, weight, group, sums, group_sums, intact,
+    stride_image, stride_class, stride_row, stride_column, h, w, height, width,
+    row_scale, row_inverse, column_scale, gamma, bands, bands_each, num_groups,
+    C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, LOG_PROB: tl.constexpr,
+    RESIZE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(2).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    digit = tl.arange(0, S)
+    column = tl.program_id(0) * P + tl.arange(0, P)
+    inside = column < width
+    column = tl.minimum(column, width - 1)
+    if RESIZE:
+        cell, part = _cells_of(column, w, column_scale, ALIGN)
+    else:
+        cell = column.to(tl.int64)
+
+    nll = tl.zeros((BLOCK_C, P), tl.float32)
+    intersection = tl.zeros((BLOCK_C, P), tl.float32)
+    prediction = tl.zeros((BLOCK_C, P), tl.float32)
+    truth = tl.zeros((BLOCK_C, P), tl.float32)
+    log_prob = tl.zeros((BLOCK_C, P), tl.float32)
+    group_nll = tl.zeros((S, S), tl.float32)
+    group_count = tl.zeros((S, S), tl.float32)
+    correct = tl.zeros((P,), tl.float32)
+    wrong = tl.zeros((P,), tl.int32)
+
+    band = tl.program_id(1) * bands_each
+    last = tl.minimum(band + bands_each, bands)
+    while band < last:
+        source = logits + (image * stride_image + band.to(tl.int64) * stride_row)
+        row, stop = band, band + 1
+        if RESIZE:
+            row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
+            upper, change = _load_band(
+                source, bias, c, cell, part, stride_class, stride_row, stride_column, C
+            )
+        while row < stop:
+            if RESIZE:
+                z = upper + _row_part(row, band, row_scale, h, ALIGN) * change
+            else:
+                z = _load_row(source, bias, c, cell, stride_class, stride_column, C)
+            pixel = (image * height + row) * width + column
+            y, m, strange = _load_labels(target, weight, pixel, inside, C, IGNORE)
+            wrong |= strange.to(tl.int32)
+            top, e, total = _softmax(z, c, C)
+            member = (c[:, None] == y[None, :]) & (c[:, None] < C)
+            below, plain, miss = _log_loss(z, top, e, total, member, y, FOCAL)
+
+            loss = plain
+            if FOCAL:
+                power, miss = _power(miss, gamma)
+                loss = plain * power
+            share = tl.where(member, m[None, :], 0.0)
+            nll += share * loss[None, :]
+            intersection += share * (_exp(below) / total)[None, :]
+            truth += share
+            if SQUARE:
+                prediction += e * e * (m / total / total)[None, :]
+            else:
+                prediction += e * (m / total)[None, :]
+            if LOG_PROB:
+                log_prob += m[None, :] * (z - top[None, :] - tl.log(total)[None, :])
+            # among equals the first is the prediction
+            before = (c[:, None] < y[None, :]) & (c[:, None] < C)
+            earlier = tl.max(tl.where(before, z, float('-inf')), 0)
+            correct += tl.where((y >= 0) & (below == 0) & (earlier < top), 1.0, 0.0)
+
+            if group is not None:
+                s = tl.load(group + pixel, mask=y >= 0, other=0).to(tl.int64)
+                found = (y >= 0) & (s >= 0) & (s < num_groups)
+                wrong |= ((y >= 0) & ((s < 0) | (s >= num_groups))).to(tl.int32)
+                s = tl.where(found, s, 0).to(tl.int32)
+                high = (digit[:, None] == (s // S)[None, :]) & found[None, :]  # (S, P)
+                low = ((s % S)[:, None] == digit[None, :]).to(tl.float32)  # (P, S)
+                group_count += tl.dot(high.to(tl.float32), low, input_precision='tf32')
+                # in two parts of 11 bits, which tf32 keeps whole
+                large = (plain.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+                value = tl.where(high, large[None, :], 0.0)
+                group_nll += tl.dot(value, low, input_precision='tf32')
+                value = tl.where(high, (plain - large)[None, :], 0.0)
+                group_nll += tl.dot(value, low, input_precision='tf32')
+            row += 1
+        band += 1
+
+    blocks = tl.num_programs(0) * tl.num_programs(1)
+    program = image * blocks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    sums += program * ((6 if LOG_PROB else 5) * C)
+    tl.store(sums + c, tl.where(c == 0, tl.sum(correct, 0), 0.0), mask=c < C)
+    _store_sums(sums + C, nll, c, C, P)
+    _store_sums(sums + 2 * C, intersection, c, C, P)
+    _store_sums(sums + 3 * C, prediction, c, C, P)
+    _store_sums(sums + 4 * C, truth, c, C, P)
+    if LOG_PROB:
+        _store_sums(sums + 5 * C, log_prob, c, C, P)
+    if group is not None:
+        group_sums += program * (2 * S * S) + digit[:, None] * S + digit[None, :]
+        tl.store(group_sums, group_nll)
+        tl.store(group_sums + S * S, group_count)
+    # programs that find something write the same value
+    tl.store(intact, 0, mask=tl.max(wrong, 0) > 0)
+
+
+@triton.jit
+def _gradient(
+    z, c, y, m, image, g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma,
+    C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
+):  # fmt: skip
+    """Gradient by the logits of P pixels, (BLOCK_C, P); the formula heads this file."""
+    top, e, total = _softmax(z, c, C)
+    member = (c[:, None] == y[None, :]) & (c[:, None] < C)
+    below, nll, miss = _log_loss(z, top, e, total, member, y, FOCAL)
+    p = e * (1 / total)[None, :]
+    p_y = _exp(below) / total
+    a = tl.zeros_like(m)
+    if g_intersection is not None:
+        a += p_y * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
+    if g_nll is not None:
+        slope = tl.zeros_like(m) - 1
+        if FOCAL:
+            power, miss = _power(miss, gamma)
+            slope = -power - gamma * (power / miss) * p_y * nll
+        a += slope * tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
+    a *= m
+    common = a
+    dz = tl.where(member, a[None, :], 0.0)
+    if g_log_prob is not None:
+        common += m * tl.sum(r, 0)
+        dz += m[None, :] * r[:, None]
+    if g_prediction is not None:
+        q = q[:, None]
+        if SQUARE:
+            q = 2 * q * p
+        common += m * tl.sum(q * p, 0)
+        dz += p * (m[None, :] * q)
+    return tl.where(c[:, None] < C, dz - p * common[None, :], 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _backward_kernel(
+    logits, target, bias, weight, g_nll, g_intersection, g_prediction, g_log_prob,
+    grad, grad_stride_image, grad_stride_class, grad_stride_row, grad_stride_column,
+    stride_image, stride_class, stride_row, stride_column, h, w, height, width,
+    row_scale, row_inverse, column_scale, column_inverse, gamma, bands, bands_each, cells_each,
+    C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, RESIZE: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(2).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    known = c[:, None] < C
+    logits += image * stride_image
+    grad += image * grad_stride_image + c.to(tl.int64)[:, None] * grad_stride_class
+    q = tl.zeros((BLOCK_C,), tl.float32)
+    if g_prediction is not None:
+        q = tl.load(g_prediction + image * C + c, mask=c < C, other=0.0)
+    r = tl.zeros((BLOCK_C,), tl.float32)
+    if g_log_prob is not None:
+        r = tl.load(g_log_prob + image * C + c, mask=c < C, other=0.0)
+
+    if RESIZE:
+        first_cell = tl.program_id(0) * cells_each
+        n = first_cell + tl.arange(0, BLOCK_N)
+        top_cell = tl.program_id(1) * 2
+        # a margin for rounding; what it adds weighs 0
+        left = _first_pixel(first_cell - 1, column_inverse, width, -0.0625, ALIGN)
+        right = _first_pixel(first_cell + cells_each, column_inverse, width, 0.0625, ALIGN)
+        last = tl.minimum(top_cell + 2, bands)
+        top_grad = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+        bottom_grad = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+        while left < right:
+            column = left + tl.arange(0, P)
+            inside = column < right
+            column = tl.minimum(column, width - 1)
+            cell, part = _cells_of(column, w, column_scale, ALIGN)
+            top_sum = tl.zeros((BLOCK_C, P), tl.float32)
+            bottom_sum = tl.zeros((BLOCK_C, P), tl.float32)
+            band = tl.maximum(top_cell - 1, 0)
+            while band < last:
+                source = logits + band.to(tl.int64) * stride_row
+                row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
+                upper, change = _load_band(
+                    source, bias, c, cell, part, stride_class, stride_row, stride_column, C
+                )
+                while row < stop:
+                    row_part = _row_part(row, band, row_scale, h, ALIGN)
+                    pixel = (image * height + row) * width + column
+                    y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
+                    dz = _gradient(
+                        upper + row_part * change, c, y, m, image,
+                        g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma, C, FOCAL, SQUARE,
+                    )  # fmt: skip
+                    distance = band + row_part - top_cell
+                    top_sum += tl.maximum(0.0, 1 - tl.abs(distance)) * dz
+                    bottom_sum += tl.maximum(0.0, 1 - tl.abs(distance - 1)) * dz
+                    row += 1
+                band += 1
+            x = _coordinate(column, column_scale, w - 1, ALIGN)
+            hat = tl.maximum(0.0, 1 - tl.abs(x[:, None] - n[None, :]))  # (P, BLOCK_N)
+            top_grad += tl.dot(top_sum, hat, input_precision='tf32x3')
+            bottom_grad += tl.dot(bottom_sum, hat, input_precision='tf32x3')
+            left += P
+        grad += top_cell.to(tl.int64) * grad_stride_row + n.to(tl.int64)[None, :] * grad_stride_column
+        mine = known & (n < tl.minimum(first_cell + cells_each, w))[None, :]
+        tl.store(grad, top_grad, mask=mine)
+        if top_cell + 1 < h:
+            tl.store(grad + grad_stride_row, bottom_grad, mask=mine)
+    else:
+        column = tl.program_id(0) * P + tl.arange(0, P)
+        inside = column < width
+        column = tl.minimum(column, width - 1)
+        cell = column.to(tl.int64)
+        grad += cell[None, :] * grad_stride_column
+        row = tl.program_id(1) * bands_each
+        last = tl.minimum(row + bands_each, bands)
+        while row < last:
+            z = _load_row(
+                logits + row.to(tl.int64) * stride_row, bias, c, cell, stride_class, stride_column, C
+            )
+            pixel = (image * height + row) * width + column
+            y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
+            dz = _gradient(
+                z, c, y, m, image,
+                g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma, C, FOCAL, SQUARE,
+            )  # fmt: skip
+            at = tl.max_contiguous(grad + row.to(tl.int64) * grad_stride_row, [1, 2])
+            tl.store(at, dz, mask=known & inside[None, :])
+            row += 1
+
+
+# TRITON_INTERPRET=1 makes them Python functions, for any device
+INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+
+
+def _axis(small: int, large: int, align_corners: bool) -> tuple[float, float]:
+    """Cells per label row or column, and the reverse."""
+    if not align_corners:
+        return small / large, large / small
+    steps = max(large - 1, 1)
+    return (small - 1) / steps, steps / (small - 1) if small > 1 else large
+
+
+class _Launch:
+    """Blocks and grids for the sizes of a call, and the arguments that both kernels take."""
+
+    def __init__(self, logits: Tensor, target: Tensor, o: Options) -> None:
+        (batch, classes, h, w), (height, width) = logits.shape, target.shape[1:]
+        self.resize = (h, w) != (height, width)
+        row_scale, row_inverse = _axis(h, height, o.align_corners)
+        column_scale, self.column_inverse = _axis(w, width, o.align_corners)
+        # a warp takes 20 classes of 32 pixels; what is left of at least four warps takes more pixels
+        class_warps = triton.next_power_of_2(triton.cdiv(classes, 20))
+        warps = max(4, class_warps)
+        self.pixels = 32 * warps // class_warps
+        chunks = triton.cdiv(width, self.pixels)
+        bands = max(h - 1, 1) if self.resize else height
+        bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
+        self.grid = (chunks, triton.cdiv(bands, bands_each), batch)
+        stride_image, stride_class, stride_row, stride_column = logits.stride()
+        if h == 1:
+            stride_row = 0  # the only cell of an axis is its own neighbour
+        if w == 1:
+            stride_column = 0
+        self.arguments = dict(
+            stride_image=stride_image, stride_class=stride_class,
+            stride_row=stride_row, stride_column=stride_column,
+            h=h, w=w, height=height, width=width,
+            row_scale=row_scale, row_inverse=row_inverse, column_scale=column_scale,
+            gamma=float(o.focal_gamma), bands=bands, bands_each=bands_each,
+            C=classes, IGNORE=o.ignore_index, FOCAL=o.focal_gamma > 0, SQUARE=o.square_prediction,
+            RESIZE=self.resize, ALIGN=o.align_corners,
+            BLOCK_C=max(16, triton.next_power_of_2(classes)), P=self.pixels, num_warps=warps, num_stages=1,
+        )  # fmt: skip
+
+    def gather(self) -> tuple[tuple[int, int, int], int, int]:
+        """Grid of the gradient by small logits, the cells of a program, and their block."""
+        a, width = self.arguments, self.column_inverse
+        # as many cells as the hats of a whole number of tiles cover
+        block = triton.next_power_of_2(max(1, int(self.pixels / width) - 1))
+        block = min(max(block, 16), 64)
+        tiles = max(1, int(block * width / self.pixels))
+        cells = min(max(1, int(tiles * self.pixels / width) - 1), block)
+        return (triton.cdiv(a['w'], cells), triton.cdiv(a['h'], 2), self.grid[2]), cells, block
+
+
+class _SoftStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, o):
+        target, bias, weight, group = (
+            None if t is None else t.contiguous() for t in (target, o.logit_bias, o.pixel_weight, o.group)
+        )
+        launch = _Launch(logits, target, o)
+        batch, classes = logits.shape[:2]
+        programs = launch.grid[0] * launch.grid[1]
+        sums = logits.new_empty(batch, programs, 6 if o.with_log_prob else 5, classes, dtype=torch.float32)
+        # a product takes 16 rows and columns at least
+        digits = max(16, triton.next_power_of_2(math.ceil(math.sqrt(o.num_groups))))
+        group_sums = None if group is None else sums.new_empty(batch * programs, 2, digits * digits)
+        intact = torch.ones((), dtype=torch.int32, device=logits.device)
+        with torch.cuda.device_of(logits):
+            _forward_kernel[launch.grid](
+                logits, target, bias, weight, group, sums, group_sums, intact,
+                num_groups=o.num_groups, LOG_PROB=o.with_log_prob, S=digits, **launch.arguments,
+            )  # fmt: skip
+        torch._assert_async(
+            intact, f'target or group holds values beyond {classes} classes or {o.num_groups} groups'
+        )
+        correct, *totals = sums.sum(1, dtype=torch.float64).unbind(1)
+        correct = correct[:, 0].long()
+        nll, intersection, prediction, truth, *log_prob = (t.float() for t in totals)
+        group_nll = group_count = None
+        if group_sums is not None:
+            group_nll, group_count = group_sums.sum(0, dtype=torch.float64)[:, : o.num_groups]
+            group_nll, group_count = group_nll.float(), group_count.long()
+        ctx.save_for_backward(logits, target, bias, weight)
+        ctx.launch = launch
+        ctx.set_materialize_grads(False)
+        fixed = (truth, correct, group_nll, group_count)
+        ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
+        log_prob = log_prob[0] if log_prob else None
+        return nll, intersection, prediction, truth, correct, log_prob, group_nll, group_count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_nll, g_intersection, g_prediction, _truth, _correct, g_log_prob, *_):
+        logits, target, bias, weight = ctx.saved_tensors
+        launch = ctx.launch
+        upstream = (g_nll, g_intersection, g_prediction, g_log_prob)
+        upstream = (None if g is None else g.contiguous() for g in upstream)
+        grad = torch.empty_like(logits)
+        grid, cells, block = launch.gather() if launch.resize else (launch.grid, 1, 16)
+        with torch.cuda.device_of(logits):
+            _backward_kernel[grid](
+                logits, target, bias, weight, *upstream, grad, *grad.stride(),
+                column_inverse=launch.column_inverse, cells_each=cells, BLOCK_N=block, **launch.arguments,
+            )  # fmt: skip
+        return grad, None, None
