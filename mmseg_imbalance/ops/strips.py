@@ -40,9 +40,9 @@ from torch.autograd.function import once_differentiable
 from mmseg_imbalance.ops.soft_stats import Options, SoftStats
 
 # numbers in a (C, r, W) buffer of a strip: few enough for the cache, enough for Python's share to be small
-STRIP_NUMBERS = 1 << 19
+STRIP_NUMBERS = 3 << 18
 # a part keeps the source rows of its strips at full width, which are a strip's worth of memory or so
-STRIPS_PER_PART = 5
+STRIPS_PER_PART = 4
 COLUMN_BLOCK = 128
 T = TypeVar('T')
 
