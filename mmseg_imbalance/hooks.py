@@ -147,6 +147,7 @@ class LogitAdjustmentHook(Hook):
         if not math.isfinite(tau):
             raise ValueError(f'tau must be a finite number, got {tau}')
         self.tau = tau
+        self.handle = None
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
         self.max_images = max_images
         self.num_workers = num_workers
@@ -168,8 +169,14 @@ class LogitAdjustmentHook(Hook):
                     f'{name} was trained with logit_adjustment={loss.logit_adjustment} already; '
                     f'tau={self.tau} at test time comes on top of it'
                 )
+        loader = runner.cfg.get('train_dataloader')
+        if loader is None:
+            raise ValueError(
+                'LogitAdjustmentHook counts the training annotations, but the config has no '
+                'train_dataloader; add one, only its dataset is used'
+            )
         frequency = count_classes(
-            DATASETS.build(runner.cfg.train_dataloader.dataset),
+            DATASETS.build(loader.dataset),
             max_images=self.max_images,
             ignore_index=head.ignore_index,
             num_workers=self.num_workers,
@@ -177,13 +184,14 @@ class LogitAdjustmentHook(Hook):
             progress=True,
         )
         shift = self.tau * torch.from_numpy(log_prior(frequency.pixels)).float()
-        if head.out_channels == 1:  # the logit of class 1 against class 0
-            shift = shift[1:] - shift[:1]
-        if len(shift) != head.out_channels:
+        if len(shift) != head.num_classes:
             raise ValueError(
                 f'the training data have {len(shift)} classes, {list(frequency.classes)}, but '
-                f'{type(head).__name__} predicts {head.out_channels}'
+                f'{type(head).__name__} predicts {head.num_classes}'
             )
+        if head.out_channels == 1:  # the logit of class 1 against class 0
+            shift = shift[1:] - shift[:1]
+        self._remove()  # of a test that ended in an error
         self.calls = 0
 
         def subtract(module, args, logits):
@@ -193,8 +201,13 @@ class LogitAdjustmentHook(Hook):
         self.handle = head.conv_seg.register_forward_hook(subtract)
         runner.logger.info(f'LogitAdjustmentHook: {self.tau} * ln f_c is subtracted from the logits')
 
+    def _remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
     def after_test(self, runner) -> None:
-        self.handle.remove()
+        self._remove()
         if not self.calls:
             raise RuntimeError(
                 'LogitAdjustmentHook changed nothing: the last decode head does not call its conv_seg'

@@ -261,8 +261,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_at_least_0(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f'{name} must be a finite number, at least 0, got {value}')
+        if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+            raise ValueError(f'{name} must be a finite number, at least 0, got {value!r}')
 
 
 class _PixelTerm(WeightedLoss):
@@ -302,6 +302,8 @@ class _RegionTerm(WeightedLoss):
             raise ValueError(f"alpha={alpha} and beta={beta} are of region='tversky', got {region!r}")
         alpha, beta = 0.3 if alpha is None else alpha, 0.7 if beta is None else beta
         _check_at_least_0(alpha=alpha, beta=beta, smooth=smooth)
+        if alpha == beta == 0:
+            raise ValueError('alpha and beta must not both be 0: the index would be 1 for any prediction')
         if not 0 < gamma < math.inf:
             raise ValueError(f'gamma must be a finite number above 0, got {gamma}')
         _check_choice('region', region, REGIONS)
@@ -380,6 +382,7 @@ class WeightedFocalLoss(WeightedCrossEntropyLoss):
     def __init__(
         self, class_weight: ClassWeight = None, *, gamma: float = 2.0, loss_name: str = 'loss_focal', **kwargs
     ) -> None:
+        _check_at_least_0(gamma=gamma)
         super().__init__(class_weight, focal_gamma=gamma, loss_name=loss_name, **kwargs)
 
 
@@ -484,7 +487,7 @@ class CombinedWeightedLoss(_PixelTerm, _RegionTerm, nn.ModuleList):
         focal_gamma, label_smoothing: of the pixel term, see :class:`WeightedCrossEntropyLoss`.
         balance: 'fixed', or 'uncertainty': sum_t exp(-s_t) L_t + s_t / 2 with learnt log-variances s, which
             start where exp(-s) is the fixed factor (Kendall et al. 2018, https://arxiv.org/abs/1705.07115,
-            equation 10). They are parameters of the head, ``log_variance``, and logged.
+            equation 10). They are parameters of the head, ``log_variance``, and logged as the parts are.
         **kwargs: of :class:`WeightedLoss`.
     """
 

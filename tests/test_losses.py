@@ -482,6 +482,8 @@ def test_weights_stay_out_of_checkpoints_and_out_of_the_order_of_buffers():
         (dict(region='iou'), r"region must be one of \('dice', .*got 'iou'"),
         (dict(alpha=0.3), r"alpha=0.3 and beta=None are of region='tversky', got 'dice'"),
         (dict(region='tversky', beta=-1.0), 'beta must be'),
+        (dict(region='tversky', alpha=0, beta=0), 'must not both be 0'),
+        (dict(smooth='x'), "smooth must be a finite number, at least 0, got 'x'"),
         (dict(gamma=0.0), 'gamma must be a finite number above 0, got 0.0'),
         (dict(region='tversky', square_denominator=True), 'can leave'),
         (dict(balance='learnt'), r"balance must be one of \('fixed', 'uncertainty'\), got 'learnt'"),

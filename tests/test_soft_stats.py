@@ -336,6 +336,16 @@ def test_an_ignored_value_outside_the_type_of_the_labels_ignores_nothing(make_ba
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('label_size', [(3, 40), (6, 80)])
+def test_logits_closer_than_their_exponentials_are_no_tie(backend, label_size):
+    generator = torch.Generator().manual_seed(0)
+    logits = (1e-9 * torch.randn(1, 5, 3, 40, generator=generator)).to(DEVICE)
+    target = torch.randint(0, 5, (1, *label_size), generator=generator).to(DEVICE)
+    resized = F.interpolate(logits, label_size, mode='bilinear')
+    assert soft_stats(logits, target, backend=backend).correct.item() == (resized.argmax(1) == target).sum()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_the_first_class_wins_a_tie(backend):
     logits = torch.zeros(1, 3, 4, 4, device=DEVICE)
     target = torch.arange(16, device=DEVICE).view(1, 4, 4) % 3

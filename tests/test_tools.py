@@ -80,6 +80,7 @@ def test_train_resume_and_test(scenes, tmp_path):
     results = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
     assert {'mIoU', 'IoU.road', 'IoU.car'} <= set(results)
 
+    assert results['IoU.road'] > 0
     # road is far the most frequent class: a large tau leaves nothing of it
     adjusted = succeed(*test, '--logit-adjustment', '50', *small(scenes))
     assert '50.0 * ln f_c is subtracted' in adjusted

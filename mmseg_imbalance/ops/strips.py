@@ -28,7 +28,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from threading import Barrier
 from typing import NamedTuple, TypeVar
@@ -148,28 +148,33 @@ class _Part:
             m *= self.o.pixel_weight[self.image, self.rows]
         return valid, torch.where(valid, self.target, 0).long(), m
 
-    def below_top(self) -> Iterator[Tensor]:
-        """z - max z over the classes, (C, r, W), strip by strip, z: logits at label size with their bias.
+    def below_top(self) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
+        """z - max z over the classes, (C, r, W), strip by strip, and what calculates the same once more.
 
-        All strips share one buffer: fresh ones would be paged in again each time.
+        z: logits at label size with their bias. All strips share one buffer: fresh ones would be paged in
+        again each time.
         """
-        z, bias, width = self.logits, self.o.logit_bias, self.target.shape[1]
+        z, width = self.logits, self.target.shape[1]
         if self.axes is not None:
             z = self._columns(self.axes[1])
         buffer = torch.empty(len(z) * self.step * width, dtype=self.dtype, device=z.device)
         for rows in self.strips():
             shape = (len(z), rows.stop - rows.start, width)
-            out = buffer[: math.prod(shape)].view(shape)
-            if self.axes is not None:
-                matrix, band = self.resize(rows)
-                here = torch.matmul(matrix, z[:, band], out=out)
-            else:
-                here = z[:, rows]
-                if bias is not None:
-                    here = torch.add(here, bias.to(self.dtype)[:, None, None], out=out)
-                elif z.dtype != self.dtype:
-                    here = out.copy_(here)
-            yield torch.sub(here, here.amax(0), out=out)
+            again = partial(self._below_top, z, rows, None)
+            yield self._below_top(z, rows, buffer[: math.prod(shape)].view(shape)), again
+
+    def _below_top(self, z: Tensor, rows: slice, out: Tensor | None) -> Tensor:
+        bias = self.o.logit_bias
+        if self.axes is not None:
+            matrix, band = self.resize(rows)
+            here = torch.matmul(matrix, z[:, band], out=out)
+        else:
+            here = z[:, rows]
+            if bias is not None:
+                here = torch.add(here, bias.to(self.dtype)[:, None, None], out=out)
+            elif z.dtype != self.dtype:
+                here = here.to(self.dtype)
+        return torch.sub(here, here.amax(0), out=out)
 
     def strips(self) -> Iterator[slice]:
         """Their rows of the image."""
@@ -233,18 +238,16 @@ def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     return -power * log_p, gamma * power / miss * p * log_p - power
 
 
-def _is_first(e: Tensor, below: Tensor, total: Tensor, y: Tensor) -> Tensor:
+def _is_first(e: Tensor, below: Tensor, total: Tensor, y: Tensor, exactly: Callable[[], Tensor]) -> Tensor:
     """Whether the largest logit, the first one among equals, is that of y, (r, W)."""
-    if not e.is_cpu:
-        return e.argmax(0) == y
-    # slow on CPU, so it is done only where classes share the maximum, which takes a sum of 2 at least
     hit = below == 0
+    # argmax is slow on CPU, so it is done only where classes share the maximum, which takes a sum of 2 at
+    # least; exp makes 1 of what is close to the maximum too, so z - max z is needed again
     near = (hit & (total >= 2)).flatten().nonzero()[:, 0]
-    top = e.flatten(1).index_select(1, near) == 1
-    shared = top.sum(0, dtype=torch.int32) > 1
+    shared = (e.flatten(1).index_select(1, near) == 1).sum(0, dtype=torch.int32) > 1
     if shared.any():
         tied = near[shared]
-        hit.flatten()[tied] = top[:, shared].to(torch.uint8).argmax(0) == y.flatten()[tied]
+        hit.flatten()[tied] = exactly().flatten(1)[:, tied].argmax(0) == y.flatten()[tied]
     return hit
 
 
@@ -273,14 +276,17 @@ def _sums(part: _Part) -> _Sums:
     prediction = m.new_zeros(classes, dtype=torch.float64)
     log_prob = torch.zeros_like(prediction) if o.with_log_prob else None
     by_strip = (values.split(part.step) for values in (y, m, below, total, hit))
-    for e, (e_y, e_m, e_below, e_total, e_hit) in zip(
+    for (e, exactly), (e_y, e_m, e_below, e_total, e_hit) in zip(
         part.below_top(), zip(*by_strip, strict=True), strict=True
     ):
         torch.gather(e, 0, e_y[None], out=e_below[None])  # exact for logits of any size
         if log_prob is not None:
             log_prob += e.flatten(1) @ e_m.flatten()
+        if not e.is_cpu:
+            e_hit.copy_(e.argmax(0) == e_y)
         torch.sum(e.exp_(), 0, out=e_total)
-        e_hit.copy_(_is_first(e, e_below, e_total, e_y))
+        if e.is_cpu:
+            e_hit.copy_(_is_first(e, e_below, e_total, e_y, exactly))
         factor = e_m / e_total
         if o.square_prediction:
             e, factor = e.square_(), factor.div_(e_total)
@@ -365,7 +371,7 @@ def _gradient(part: _Part, g: _Upstream, grad: Tensor) -> Tensor | None:
     columns = None
     if part.axes is not None:
         columns = grad.new_zeros(len(part.logits), part.band.stop - part.band.start, y.shape[1])  # (C, k, W)
-    for e, rows in zip(part.below_top(), part.strips(), strict=True):
+    for (e, _), rows in zip(part.below_top(), part.strips(), strict=True):
         here = slice(rows.start - part.rows.start, rows.stop - part.rows.start)
         pixels = y[here], m[here], [None if values is None else values[here] for values in by_label]
         if columns is not None:
@@ -419,7 +425,8 @@ class _SoftStats(torch.autograd.Function):
                 grad = logits.new_zeros(logits.shape)
             else:
                 grad = logits.new_zeros(logits.shape, dtype=parts[0].dtype)
-            bands = _each(lambda part: _gradient(part, upstream, grad), parts)
+            # all of them first: OpenMP's threads, once woken for a sum, keep a core busy for a while
+            bands = list(_each(lambda part: _gradient(part, upstream, grad), parts))
             for part, band in zip(parts, bands, strict=True):
                 if band is not None:
                     grad[part.image, :, part.band] += band
