@@ -157,5 +157,17 @@ def FeatureHead(base: str | type[BaseDecodeHead], **kwargs: object) -> BaseDecod
 def _feature_class(head: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
     if issubclass(head, FeatureKeeper):
         return head
+    name = f'Feature{head.__name__}'
     own = dict(__module__=__name__, __doc__=head.__doc__)
-    return type(f'Feature{head.__name__}', (FeatureKeeper, head, SmallLogitHead), own)
+    named = globals().get(name)
+    if named is not None and issubclass(named, head):
+        return named
+    return type(name, (FeatureKeeper, head, SmallLogitHead), own)
+
+
+def __getattr__(name: str) -> type[BaseDecodeHead]:
+    # how pickle finds the classes that FeatureHead has made
+    head = FRAMEWORK_MODELS.module_dict.get(name.removeprefix('Feature'))
+    if name.startswith('Feature') and isinstance(head, type) and issubclass(head, BaseDecodeHead):
+        return _feature_class(head)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -595,3 +595,18 @@ def test_a_cascade_of_feature_heads():
             assert model.decode_head[0].loss_decode.seen[1] is not None
             assert model.decode_head[0].features is None  # though its forward runs once more
     assert_same(logs[0][0][1], logs[1][0][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('type', [*NAMED, 'FCNHead', 'UPerHead'])
+def test_a_head_can_be_pickled_whole(type, tmp_path):
+    head = ours(type, COMBINED)
+    torch.save(head, tmp_path / 'head.pth')
+    again = torch.load(tmp_path / 'head.pth', weights_only=False)
+    assert again.__class__ is head.__class__
+
+
+def test_a_head_with_a_name_of_its_own_keeps_it():
+    options = config('ASPPHead', COMBINED)
+    assert type(heads.FeatureHead(base=options.pop('type'), **options)) is heads.FeatureASPPHead
+    with pytest.raises(AttributeError, match='FeatureNoHead'):
+        heads.FeatureNoHead  # noqa: B018
