@@ -156,7 +156,7 @@ def test_logit_adjustment_twice_is_warned_of_and_a_foreign_head_refused(small_co
     cfg = small_config(BALANCED, experiment_name=f'{cfg.experiment_name}-2')
     runner = Runner.from_cfg(cfg)
     hook = LogitAdjustmentHook()
-    del runner.cfg.train_dataloader
+    runner.cfg.pop('train_dataloader')
     with pytest.raises(ValueError, match='no train_dataloader; add one'):
         hook.before_test(runner)
     del runner.model.decode_head.conv_seg
