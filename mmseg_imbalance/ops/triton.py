@@ -281,7 +281,7 @@ def _forward_kernel(
                 high = (digit[:, None] == (s // S)[None, :]) & found[None, :]  # (S, P)
                 low = ((s % S)[:, None] == digit[None, :]).to(tl.float32)  # (P, S)
                 group_count += tl.dot(high.to(tl.float32), low, input_precision='tf32')
-                # in two parts of 11 bits, which tf32 keeps whole
+                # in two parts, of which tf32 keeps 11 bits each, 22 of the 24
                 large = (plain.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
                 value = tl.where(high, large[None, :], 0.0)
                 group_nll += tl.dot(value, low, input_precision='tf32')
