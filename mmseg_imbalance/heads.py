@@ -58,6 +58,7 @@ class SmallLogitHead(BaseDecodeHead):
             value = module(logits, label, **arguments)
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
+            losses.update(getattr(module, 'logged', {}))
         if resized is None:
             losses['acc_seg'] = self._accuracy(seg_logits, label, modules)
         else:
@@ -98,6 +99,12 @@ class FeatureKeeper(BaseDecodeHead):
     """
 
     _keep = False
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self.modules():
+            if getattr(module, 'needs_features', False):
+                module.set_feature_shape(max(self.out_channels, 2), self.conv_seg.in_channels)
 
     def loss(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         self._keep = any(getattr(module, 'needs_features', False) for module in self.modules())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from mmengine.fileio import load
@@ -19,6 +20,7 @@ from mmseg_imbalance.weighting import log_prior
 
 REGIONS = ('dice', 'jaccard', 'tversky', 'generalized_dice')
 ClassWeight = None | str | Path | Sequence[float] | Mapping[str, float]
+Number = TypeVar('Number', int, float)
 
 
 class WeightedLoss(nn.Module):
@@ -75,6 +77,8 @@ class WeightedLoss(nn.Module):
         self.weight_classes: list[str] | None = None
         # (B,) of the last batch, None if the logits were changed first; heads log the accuracy from it
         self.correct: Tensor | None = None
+        # what the package's heads log beside the loss: no name contains 'loss', so none is added to it
+        self.logged: dict[str, Tensor] = {}
         if isinstance(class_weight, str | Path) and class_weight != 'auto':
             class_weight, self.weight_classes = _read_class_weight(class_weight)
         if isinstance(class_weight, Mapping):
@@ -147,21 +151,33 @@ class WeightedLoss(nn.Module):
             self._match_class_pixels(pred)
         if self.logit_variation > 0 and self.training:
             pred = pred + self._variation(pred)
+        if ignore_index is None:
+            ignore_index = torch.iinfo(torch.int64).min  # a number that no label has
+        own_weight, group, num_groups = self.weigh_pixels(pred, target, ignore_index, align_corners, features)
+        if own_weight is not None:
+            weight = own_weight if weight is None else weight * own_weight
         stats = soft_stats(
             pred,
             target,
             pixel_weight=weight,
             logit_bias=self.logit_adjustment * self.log_prior if self.logit_adjustment > 0 else None,
-            # a number that no label has
-            ignore_index=torch.iinfo(torch.int64).min if ignore_index is None else ignore_index,
+            ignore_index=ignore_index,
             focal_gamma=self.focal_gamma,
             square_prediction=self.square_denominator,
             with_log_prob=self.label_smoothing > 0,
+            group=group,
+            num_groups=num_groups,
             align_corners=align_corners,
             backend=self.backend,
         )
         self.correct = None if self.changes_logits else stats.correct
         return self.loss_weight * self.compute(stats, self._weight_for(pred))
+
+    def weigh_pixels(
+        self, pred: Tensor, target: Tensor, ignore_index: int, align_corners: bool, features: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, int]:
+        """(B, H, W) weights besides the head's, group ids of the pixels, and the number of groups."""
+        return None, None, 0
 
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
         """The scalar from the sums of a batch and the (C,) weights."""
@@ -208,28 +224,40 @@ class WeightedLoss(nn.Module):
         return noise.mul_(rarity.to(noise)[:, None, None])
 
     def _match_class_names(self) -> None:
-        # MMEngine's runner leaves the training data set's description in the message hub
-        meta = MessageHub.get_current_instance().get_info('dataset_meta') or {}
-        classes = meta.get('classes')
         if isinstance(self.pending, dict):
-            if classes is None:
-                raise RuntimeError(
-                    'class_weight by name needs the class names of a training data set, which a runner '
-                    'provides; outside a runner give a list in the order of the classes'
-                )
-            unknown = sorted(set(self.pending) - set(classes))
-            if unknown:
-                raise ValueError(
-                    f'class_weight names {unknown}, which the data set does not have; '
-                    f'its classes are {list(classes)}'
-                )
-            self.set_class_weight([self.pending.get(name, 1.0) for name in classes])
-        elif classes is not None and list(classes) != self.weight_classes:
+            self.set_class_weight(in_class_order(self.pending, 1.0, 'class_weight'))
+        elif (classes := _class_names()) is not None and classes != self.weight_classes:
             raise ValueError(
                 f'the class_weight file is for the classes {self.weight_classes}, but the data set has '
-                f'{list(classes)}; write one for it with tools/class_weights.py CONFIG --out FILE'
+                f'{classes}; write one for it with tools/class_weights.py CONFIG --out FILE'
             )
         self.weight_classes = None
+
+
+def _class_names() -> list[str] | None:
+    # MMEngine's runner leaves the training data set's description in the message hub
+    meta = MessageHub.get_current_instance().get_info('dataset_meta') or {}
+    return None if meta.get('classes') is None else list(meta['classes'])
+
+
+def in_class_order(values: Mapping[str, Number], default: Number, name: str) -> list[Number]:
+    """What is given by class name as a list in the order of the training data set's classes.
+
+    Raises:
+        RuntimeError: nobody has said which data set that is.
+        ValueError: a name that it does not have.
+    """
+    classes = _class_names()
+    if classes is None:
+        raise RuntimeError(
+            f'{name} by name needs the class names of a training data set, which a runner '
+            'provides; outside a runner give a list in the order of the classes'
+        )
+    if unknown := sorted(set(values) - set(classes)):
+        raise ValueError(
+            f'{name} names {unknown}, which the data set does not have; its classes are {classes}'
+        )
+    return [values.get(c, default) for c in classes]
 
 
 def _check_weights(weights: Sequence[float], what: str) -> None:
