@@ -23,8 +23,10 @@ from mmseg_imbalance.registry import MODELS
 
 # cells of a class, over all ranks, among which its first centroids are sought
 START_CELLS = 256
-KMEANS_STARTS = 8  # of which the best is kept
+KMEANS_STARTS = 4  # of which the best is kept
+KMEANS_CANDIDATES = 8  # for each seed
 KMEANS_ROUNDS = 10
+NEW_SHARE = 1e-3  # of a subclass that has been moved
 LOSS_FLOOR = 1e-6  # a mean loss below it counts as it
 
 
@@ -69,7 +71,6 @@ class SubclassClustering(nn.Module):
         ValueError: an argument out of its range.
     """
 
-    needs_features = True
     # C classes, K the largest K_c, D channels of the features, R cells
     centroid: Tensor  # (C, K, D)
     pixels: Tensor  # (C, K) average over batches; 0: there is no such subclass yet
@@ -248,7 +249,8 @@ class SubclassClustering(nn.Module):
             score = centroid @ values  # (C K, h w)
             if scale is not None:
                 score *= scale
-            nearest = (score - offset).view(classes, each, -1).argmax(1) + first  # (C, h w)
+            # argmax is slow on CPU along an axis that is not the last
+            nearest = (score - offset).view(classes, each, -1).max(1).indices + first  # (C, h w)
             # a label beyond the classes is left for soft_stats to name
             at = torch.where(counts, label, 0).long().flatten().clamp_(0, classes - 1)
             at.mul_(values.shape[1]).add_(cells)
@@ -417,11 +419,11 @@ class SubclassClustering(nn.Module):
         rows, found = self._choose(features, hardness, self.largest)
         order = (lost.cumsum(1) - 1).clamp_min(0)  # the first of them takes the hardest
         lost = lost & found.gather(1, order)
-        mean_loss = self.loss.sum(1, keepdim=True) / self.pixels.sum(1, keepdim=True)
         rows = rows.gather(1, order[..., None].expand_as(rows))
+        # next to nothing of its class, so that its share is soon what it attracts
+        for state in (self.pixels, self.loss):
+            state.copy_(torch.where(lost, NEW_SHARE * state.sum(1, keepdim=True), state))
         self.centroid.copy_(torch.where(lost[..., None], rows, self.centroid))
-        self.pixels.copy_(torch.where(lost, 1, self.pixels))  # next to nothing: its share is what it attracts
-        self.loss.copy_(torch.where(lost, mean_loss, self.loss))
         self.starved.masked_fill_(lost, 0)
 
 
@@ -446,32 +448,36 @@ def kmeans(
         Centroids (C, K, D), and how many points are nearest to each, (C, K): 0 for those that do not exist
         or find no different points.
 
-    Source: Arthur & Vassilvitskii 2007, k-means++: the advantages of careful seeding, section 2.2.
+    Source: Arthur & Vassilvitskii 2007, k-means++: the advantages of careful seeding, section 2.2, with the
+    choice among several candidates for each seed of its last section.
     """
     sets, number, _ = points.shape
+    every = torch.arange(sets, device=points.device)
     # differences from the middle have more digits
     middle = points.mul(valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None]
     x = torch.where(valid[..., None], points - middle, 0)
     square = x.square().sum(2)[:, None]  # (C, 1, n)
     # closer than this two points are one
     same = 1e-5 * square.amax(2, keepdim=True) + 1e-10 * points.square().sum(2).amax(1)[:, None, None]
-    draws = torch.rand(sets, KMEANS_STARTS, exists.shape[1], generator=generator, dtype=torch.float64)
-    draws = draws.to(points.device)
-    distance = torch.ones_like(square).expand(-1, KMEANS_STARTS, -1)  # (C, T, n), for the first draw even
-    nearest = torch.full_like(distance, torch.inf)
+    shape = (exists.shape[1], sets, KMEANS_STARTS, KMEANS_CANDIDATES)
+    draws = torch.rand(shape, generator=generator, dtype=torch.float64).to(points.device)
+    nearest = torch.full((sets, KMEANS_STARTS, number), torch.inf, dtype=x.dtype, device=x.device)
+    chance = valid[:, None].expand_as(nearest).to(x)  # even for the first
     seeds, made = [], []
-    for k in range(exists.shape[1]):
-        total = distance.mul(valid[:, None]).cumsum(2, dtype=torch.float64)
-        drawn = (total <= draws[:, :, k, None] * total[:, :, -1:]).sum(2).clamp_max(number - 1)  # (C, T)
-        seed = x.gather(1, drawn[..., None].expand(-1, -1, x.shape[2]))  # (C, T, D)
-        seeds.append(seed)
-        made.append((total[:, :, -1] > 0) & exists[:, None, k])
-        away = square - 2 * seed @ x.mT + seed.square().sum(2, keepdim=True)
-        nearest = torch.where(made[-1][..., None], torch.minimum(nearest, away), nearest)
-        distance = torch.where(nearest > same, nearest, 0)
+    for draw, there in zip(draws, exists.unbind(1), strict=True):
+        until = chance.cumsum(2, dtype=torch.float64)  # (C, T, n)
+        drawn = torch.searchsorted(until, draw * until[:, :, -1:], right=True).clamp_max(number - 1)
+        seed = x[every[:, None, None], drawn]  # (C, T, L, D)
+        away = square[:, None] - 2 * seed @ x.mT[:, None] + seed.square().sum(3, keepdim=True)
+        away = torch.minimum(nearest[:, :, None], away).where(valid[:, None, None], 0)  # (C, T, L, n)
+        least = away.sum(3).argmin(2)[..., None]  # of the candidates, (C, T, 1)
+        seeds.append(seed.take_along_dim(least[..., None], 2)[:, :, 0])
+        made.append((until[:, :, -1] > 0) & there[:, None])
+        away = away.take_along_dim(least[..., None], 2)[:, :, 0]
+        nearest = torch.where(made[-1][..., None], away, nearest)
+        chance = torch.where(nearest > same, nearest, 0).where(valid[:, None], 0)
     centroid, counts, spread = lloyd(x, valid, torch.stack(seeds, 2), torch.stack(made, 2))
     best = spread.argmin(1)
-    every = torch.arange(sets, device=points.device)
     return centroid[every, best] + middle, counts[every, best]
 
 
@@ -504,8 +510,6 @@ class SimilarityWeighting(nn.Module):
         threshold, paper_exact: of :func:`~mmseg_imbalance.ops.similarity_weight`. With ``paper_exact`` the
             loss is the mean over all pixels, ignored ones included, which class weights do not divide.
     """
-
-    needs_features = False
 
     def __init__(self, threshold: float = 0.98, paper_exact: bool = False) -> None:
         super().__init__()
@@ -565,7 +569,7 @@ class SubclassifiedLoss(WeightedCrossEntropyLoss):
         super().__init__(class_weight, loss_name=loss_name, **options)
         self.mode = mode
         self.weighting = MODES[mode](**chosen)
-        self.needs_features = self.weighting.needs_features
+        self.needs_features = mode == 'cluster'
 
     def set_feature_shape(self, num_classes: int, channels: int) -> None:
         """Make the state of mode 'cluster' for what a head hands over; heads call it when they are built."""
@@ -591,7 +595,7 @@ class SubclassifiedLoss(WeightedCrossEntropyLoss):
             weighed = stats.nll if class_weight is None else stats.nll * class_weight
             return weighed.sum() / self._all_pixels
         loss = super().compute(stats, class_weight)
-        if self.mode == 'cluster' and self.training:
+        if self.needs_features and self.training:
             with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
                 self.weighting.learn(stats)
                 stem = self.loss_name.replace('loss', '').strip('_.')

@@ -1,0 +1,18 @@
+_base_ = './deeplabv3_r18-d8-small-combined_1xb8-2k_longtail-cityscapes-256x128.py'
+
+model = dict(
+    decode_head=dict(
+        loss_decode=[
+            dict(type='CombinedWeightedLoss', class_weight='auto', loss_weight=0.8),
+            dict(
+                type='SubclassifiedLoss',
+                num_subclasses=3,
+                warmup_iters=200,
+                ramp_iters=200,
+                class_weight='auto',
+                loss_weight=0.2,
+            ),
+        ],
+    ),
+)
+custom_hooks = [dict(type='ClassWeightHook'), dict(type='SubclassVisualizationHook')]
