@@ -103,13 +103,21 @@ class FeatureKeeper(BaseDecodeHead):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():
-            if getattr(module, 'needs_features', False):
+            if hasattr(module, 'set_feature_shape') and module.needs_features:
                 module.set_feature_shape(max(self.out_channels, 2), self.conv_seg.in_channels)
 
     def loss(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         self._keep = any(getattr(module, 'needs_features', False) for module in self.modules())
         try:
             return super().loss(*args, **kwargs)
+        finally:
+            self._keep, self.features = False, None
+
+    def forward_with_features(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What ``forward`` returns, and (B, D, h, w) what entered ``cls_seg`` last: None if nothing did."""
+        self._keep = True
+        try:
+            return self.forward(inputs), self.features
         finally:
             self._keep, self.features = False, None
 

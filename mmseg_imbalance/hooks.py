@@ -13,12 +13,21 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import autocast
 from torch import nn
 
 from mmseg_imbalance.frequency import ClassFrequency, count_classes, default_cache_dir
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.registry import DATASETS, HOOKS
-from mmseg_imbalance.visualization import class_table, plot_class_weights, table_text
+from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
+from mmseg_imbalance.visualization import (
+    class_table,
+    draw_subclasses,
+    names_and_colours,
+    plot_class_weights,
+    subclass_table,
+    table_text,
+)
 from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior, weight_record
 
 
@@ -61,7 +70,7 @@ class ClassWeightHook(Hook):
 
     def before_train(self, runner) -> None:
         # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _unwrapped(runner.model)
         ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
         auto = {name: loss for name, loss in ours.items() if loss.pending == 'auto'}
         waiting = auto | {name: loss for name, loss in ours.items() if loss.needs_class_pixels}
@@ -212,6 +221,63 @@ class LogitAdjustmentHook(Hook):
             raise RuntimeError(
                 'LogitAdjustmentHook changed nothing: the last decode head does not call its conv_seg'
             )
+
+
+@HOOKS.register_module()
+class SubclassVisualizationHook(Hook):
+    """At validation, show what each SubclassifiedLoss makes of a few images, and log its subclasses.
+
+    Each picture, of the image, the truth, the subclass of every pixel and its weight, goes to the backends
+    of the visualizer: files, TensorBoard, WandB. It comes from a forward pass over the whole image, whatever
+    windows the model is tested on. Neither the model nor the training is changed.
+
+    Args:
+        num_images: how many, at least 0: the first of the validation loop on the main rank.
+    """
+
+    def __init__(self, num_images: int = 4) -> None:
+        if num_images < 0:
+            raise ValueError(f'num_images must be at least 0, got {num_images}')
+        self.num_images = num_images
+        self.drawn = 0
+
+    def before_run(self, runner) -> None:
+        try:
+            self.losses = find_subclassified(_unwrapped(runner.model))
+        except ValueError as error:
+            self.losses = {}
+            runner.logger.warning(f'SubclassVisualizationHook has nothing to show: {error}')
+
+    def before_val_epoch(self, runner) -> None:
+        self.drawn = 0
+        if not self.losses or not is_main_process():
+            return
+        metainfo = getattr(runner.val_dataloader.dataset, 'metainfo', {})
+        number = max(2, *(head.out_channels for head, _ in self.losses.values()))
+        self.classes, self.palette = names_and_colours(metainfo, number)
+        for name, (_, loss) in self.losses.items():
+            state = subclasses(loss)
+            if state is not None:
+                table = table_text(subclass_table(self.classes, state))
+                runner.logger.info(f'subclasses of {name}, {runner.iter} iterations:\n{table}')
+
+    def after_val_iter(self, runner, batch_idx: int, data_batch: dict, outputs: object = None) -> None:
+        if not self.losses or not is_main_process():
+            return
+        model = _unwrapped(runner.model)
+        for index in range(min(len(data_batch['inputs']), self.num_images - self.drawn)):
+            with autocast(enabled=getattr(runner.val_loop, 'fp16', False)):
+                maps = subclass_maps(model, self.losses, data_batch, index)
+            image = Path(data_batch['data_samples'][index].get('img_path', str(self.drawn))).stem
+            for name, seen in maps.items():
+                state = subclasses(self.losses[name].loss)
+                picture = draw_subclasses(seen, self.classes, self.palette, state)
+                runner.visualizer.add_image(f'{name}_subclass_{image}', picture, step=runner.iter)
+            self.drawn += 1
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
 
 
 def _ignore_index(model: nn.Module, losses: dict[str, nn.Module]) -> int | None:

@@ -220,14 +220,13 @@ class SubclassClustering(nn.Module):
                 f'features must be of shape {(*expected, "h", "w")} beside logits of {len(self.centroid)} '
                 f'classes, got {tuple(features.shape)} beside logits of shape {tuple(pred.shape)}'
             )
-        valid = target != ignore_index
-        group = self.assign(features, target, valid)
+        group, by_cell = self.assign(features, target, target != ignore_index)
         weight = self.table().weight.nan_to_num(1.0).flatten()
-        self._batch = (features, pred, valid, group) if self.training else None
-        return weight[group], group, weight.numel()
+        self._batch = (features, pred, by_cell) if self.training else None
+        return weight.index_select(0, group.flatten()).view(target.shape), group, weight.numel()
 
-    def assign(self, features: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """The subclass of every pixel, c K + k, (B, H, W) int32: the nearest centroid of its class.
+    def assign(self, features: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The subclass of every pixel, c K + k: the nearest centroid of its class.
 
         Equals clustering features resized to the label by nearest neighbour: each centroid is compared with
         each cell, f mu - |mu|^2 / 2, in one product, and a pixel looks up what its cell is for its class.
@@ -235,27 +234,36 @@ class SubclassClustering(nn.Module):
         Args:
             features: (B, D, h, w).
             target: (B, H, W) class indices.
-            valid: (B, H, W) bool; the others count as class 0.
+            valid: (B, H, W) bool; what the others are assigned to means nothing.
+
+        Returns:
+            (B, H, W) int32, and how many valid pixels of each subclass each cell holds, (B, C, K, h w).
         """
         classes, each, _ = self.centroid.shape
+        (h, w), (height, width) = features.shape[2:], target.shape[1:]
         centroid = self.centroid.flatten(0, 1)  # (C K, D)
         there = self.pixels.flatten() > 0
         offset = torch.where(there, centroid.square().sum(1) / 2, torch.inf)[:, None]
-        cells = _cell_of_pixel(features.shape[2:], target.shape[1:], target.device).flatten()
-        first = torch.arange(0, classes * each, each, device=target.device)[:, None]
+        numbers = torch.arange(classes * each, dtype=torch.int32, device=target.device).view(classes, each, 1)
+        rows, columns = _nearest(h, height, target.device), _nearest(w, width, target.device)
+        cell = (rows[:, None] * w + columns).flatten()
         groups = torch.empty(target.shape, dtype=torch.int32, device=target.device)
-        for image, label, counts, group in zip(features, target, valid, groups, strict=True):
+        by_cell = centroid.new_empty(len(target), classes, each, h * w)
+        for image, label, counted, group, count in zip(features, target, valid, groups, by_cell, strict=True):
             values, scale = self._values(image)
             score = centroid @ values  # (C K, h w)
             if scale is not None:
                 score *= scale
             # argmax is slow on CPU along an axis that is not the last
-            nearest = (score - offset).view(classes, each, -1).max(1).indices + first  # (C, h w)
+            nearest = (score - offset).view(classes, each, h * w).max(1, keepdim=True).indices
+            nearest = nearest.int() + numbers[:, :1]  # (C, 1, h w)
             # a label beyond the classes is left for soft_stats to name
-            at = torch.where(counts, label, 0).long().flatten().clamp_(0, classes - 1)
-            at.mul_(values.shape[1]).add_(cells)
-            group.flatten().copy_(nearest.int().flatten()[at])
-        return groups
+            at = label.long().flatten().clamp(0, classes - 1).mul_(h * w).add_(cell)
+            group.copy_(nearest.flatten().index_select(0, at).view_as(group))
+            pixels = torch.zeros(classes * h * w, dtype=torch.int32, device=at.device)
+            pixels.scatter_add_(0, at, counted.flatten().int())
+            torch.mul(pixels.view_as(nearest), nearest == numbers, out=count)
+        return groups, by_cell
 
     def _values(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The features (D, h, w) of an image as (D, h w), and what is to be multiplied to normalise them."""
@@ -273,9 +281,8 @@ class SubclassClustering(nn.Module):
         Raises:
             RuntimeError: features or losses that are not finite, with the iteration.
         """
-        (features, logits, valid, group), self._batch = self._batch, None
+        (features, logits, by_cell), self._batch = self._batch, None
         shape = self.pixels.shape
-        by_cell = self._pixels_by_cell(features, group, valid)  # (B, C, K, h w)
         if self.update_rule == 'ema':
             found = self._feature_sums(features, by_cell)
         else:
@@ -324,18 +331,6 @@ class SubclassClustering(nn.Module):
         if loses:
             self._reseed(features, logits, by_cell, lost)
         self.iteration += 1
-
-    def _pixels_by_cell(self, features: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
-        """How many pixels of each subclass each cell holds, (B, C, K, h w)."""
-        cells = features.shape[2] * features.shape[3]
-        cell = _cell_of_pixel(features.shape[2:], groups.shape[1:], groups.device).flatten()
-        counts = []
-        for group, counted in zip(groups, valid, strict=True):
-            at = group.flatten().long().mul_(cells).add_(cell)
-            count = torch.zeros(self.pixels.numel() * cells, dtype=torch.int32, device=at.device)
-            count.scatter_add_(0, at, counted.flatten().int())
-            counts.append(count.to(self.centroid.dtype))
-        return torch.stack(counts).view(len(groups), *self.pixels.shape, cells)
 
     def _feature_sums(self, features: Tensor, by_cell: Tensor) -> Tensor:
         """Sum of the features of the pixels of each subclass, (C K, D)."""
@@ -427,10 +422,10 @@ class SubclassClustering(nn.Module):
         self.starved.masked_fill_(lost, 0)
 
 
-def _cell_of_pixel(cells: torch.Size, pixels: torch.Size, device: torch.device) -> Tensor:
-    """The cell of (h, w) that resizing to (H, W) by nearest neighbour puts on each pixel, (H, W) int64."""
-    index = torch.arange(cells.numel(), dtype=torch.float32, device=device)  # exact up to 16 million
-    return F.interpolate(index.view(1, 1, *cells), pixels, mode='nearest')[0, 0].long()
+def _nearest(cells: int, pixels: int, device: torch.device) -> Tensor:
+    """The cell that resizing by nearest neighbour puts on each pixel of an axis, (pixels,) int64."""
+    index = torch.arange(cells, dtype=torch.float32, device=device)
+    return F.interpolate(index.view(1, 1, -1), pixels, mode='nearest').flatten().long()
 
 
 def kmeans(

@@ -1,19 +1,49 @@
-"""Class frequencies and weights as a table and as a chart."""
+"""Class frequencies and weights as a table and as a chart; subclasses as a table and as pictures."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.patches import Patch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mmseg_imbalance.frequency import ClassFrequency
+
+IGNORED = (24, 24, 24)  # RGB, darker than any subclass
+TINY = 1e-6  # weights of 0 have no logarithm
+LIGHTEST, DARKEST = 0.80, 0.25  # luma of a class's lightest and heaviest subclass
+
+
+class Subclasses(NamedTuple):
+    """State of the subclasses of a loss, (C, K) each; NaN where there is none."""
+
+    share: np.ndarray  # of the pixels of its class
+    mean_loss: np.ndarray
+    weight: np.ndarray  # of each of its pixels
+    exists: np.ndarray  # bool, whether the class is to have so many
+
+
+class SubclassMaps(NamedTuple):
+    """What a loss makes of the pixels of an image."""
+
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    truth: np.ndarray  # (H, W) class indices, -1 where ignored
+    weight: np.ndarray  # (H, W)
+    subclass: np.ndarray | None  # (H, W) index within the class; None: the loss has no subclasses
 
 
 def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) -> Table:
@@ -70,3 +100,121 @@ def plot_class_weights(
     figure.suptitle(f'{frequency.num_images:,} images')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def names_and_colours(metainfo: Mapping[str, object], number: int) -> tuple[list[str], np.ndarray]:
+    """Of the first ``number`` classes of a data set's metainfo, numbers and (C, 3) RGB where it has none."""
+    names = list(metainfo.get('classes') or ())
+    palette = np.reshape(metainfo.get('palette') or (), (-1, 3))
+    more = 255 * colormaps['tab20'](np.arange(number) % 20)[len(palette) :, :3]
+    names += [f'class {c}' for c in range(len(names), number)]
+    return names[:number], np.concatenate([palette, more])[:number].astype(np.uint8)
+
+
+def subclass_table(classes: Sequence[str], state: Subclasses) -> Table:
+    """One row per subclass: share of its class, mean loss, weight; - where it has none yet."""
+    table = Table()
+    table.add_column('class')
+    for name in ('subclass', 'share', 'mean loss', 'weight'):
+        table.add_column(name, justify='right')
+    for c, name in enumerate(classes):
+        table.add_section()
+        for k in np.flatnonzero(state.exists[c]):
+            numbers = ['-'] * 3
+            if np.isfinite(state.weight[c, k]):
+                share, loss, weight = (x[c, k] for x in (state.share, state.mean_loss, state.weight))
+                numbers = [f'{share:.1%}', f'{loss:.4f}', f'{weight:.3f}']
+            table.add_row(escape(name) if k == 0 else '', str(k), *numbers)
+    return table
+
+
+def subclass_colours(palette: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(C, K, 3) uint8: the (C, 3) colour of each class from light to dark by the rank of the (C, K) weights.
+
+    The only subclass of a class, and one without a weight, has the middle shade.
+    """
+    there = np.isfinite(weight)
+    rank = np.where(there, weight, np.inf).argsort(1).argsort(1)
+    last = there.sum(1, keepdims=True) - 1
+    rank = np.where(there & (last > 0), rank / np.maximum(last, 1), 0.5)
+    wanted = (LIGHTEST + rank * (DARKEST - LIGHTEST))[..., None]  # (C, K, 1)
+    colour = np.asarray(palette, float)[:, None] / 255  # (C, 1, 3)
+    luma = colour @ [[0.299], [0.587], [0.114]]
+    darker = colour * wanted / np.maximum(luma, 1e-6)
+    lighter = 1 - (1 - colour) * (1 - wanted) / np.maximum(1 - luma, 1e-6)
+    return np.rint(255 * np.where(luma > wanted, darker, lighter)).astype(np.uint8)
+
+
+def draw_subclasses(
+    maps: SubclassMaps, classes: Sequence[str], palette: np.ndarray, state: Subclasses | None
+) -> np.ndarray:
+    """The image, the truth, the subclass of every pixel and its weight, side by side: (h, w, 3) uint8 RGB.
+
+    Args:
+        maps: of one image; ignored pixels are dark grey.
+        classes: C names.
+        palette: (C, 3) RGB, 0 to 255.
+        state: of the subclasses; None: the loss has none, and there is no such panel.
+    """
+    counted = maps.truth >= 0
+    shades = [[colour] for colour in np.asarray(palette, np.uint8)]  # of each class, from light to dark
+    panels = dict(image=maps.image, truth=_painted(palette, maps.truth, counted))
+    if state is not None:
+        every = subclass_colours(palette, state.weight)
+        each = np.maximum(np.isfinite(state.weight).sum(1), 1)
+        order = state.weight.argsort(1)  # NaN comes last
+        shades = [every[c, order[c, :n]] for c, n in enumerate(each)]
+        title = 'subclass: the heavier, the darker'
+        panels[title] = _painted(every, (maps.truth, maps.subclass), counted)
+    scale = _weight_scale(maps.weight[counted], state)
+    colours = scale.to_rgba(np.maximum(maps.weight, TINY), bytes=True)[..., :3]
+    panels['weight'] = _painted(colours, ..., counted)
+
+    height, width = maps.truth.shape
+    columns = 2 if len(panels) == 4 and width > 1.6 * height else len(panels)
+    rows = math.ceil(len(panels) / columns)
+    present = np.unique(maps.truth[counted])
+    inches = rows * (18 / columns * height / width + 0.4) + 0.3 * math.ceil(len(present) / 6)
+    figure = Figure((19.2, inches), dpi=100, layout='constrained')
+    figure.get_layout_engine().set(h_pad=0.08)
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (title, picture) in zip(grid, panels.items(), strict=False):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=13)
+    ticks = np.geomspace(scale.norm.vmin, scale.norm.vmax, 5)
+    beside = grid[len(panels) - 1].inset_axes((1.015, 0.04, 0.02, 0.92))
+    bar = figure.colorbar(scale, cax=beside, ticks=ticks)
+    bar.ax.set_yticklabels([f'{tick:.2f}' for tick in ticks])
+    bar.ax.minorticks_off()
+    figure.legend(
+        [tuple(Patch(color=colour / 255) for colour in shades[c]) for c in present],
+        [classes[c] for c in present],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        handlelength=4,
+        ncols=6,
+        loc='outside lower center',
+        frameon=False,
+        fontsize=12,
+    )
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _weight_scale(weights: np.ndarray, state: Subclasses | None) -> ScalarMappable:
+    """Colours of weights, with 1 in the middle and a limit as far above it as below.
+
+    The limit is that of all subclasses, so that images can be compared; without subclasses, of most pixels.
+    """
+    percentile = 99.5
+    if state is not None:
+        weights, percentile = state.weight[np.isfinite(state.weight)], 100
+    logs = np.abs(np.log(np.maximum(weights, TINY)))
+    limit = max(1.2, np.exp(np.percentile(logs, percentile)) if len(logs) else 1)
+    return ScalarMappable(LogNorm(1 / limit, limit, clip=True), colormaps['RdBu_r'])
+
+
+def _painted(colours: np.ndarray, index: object, counted: np.ndarray) -> np.ndarray:
+    return np.where(counted[..., None], np.asarray(colours, np.uint8)[index], np.uint8(IGNORED))

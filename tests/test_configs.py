@@ -1,6 +1,7 @@
 """Every config of the repository builds and trains; pairs differ in the loss and what serves it alone."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,19 @@ CONFIGS = sorted(
 )
 BALANCED = [name for name in CONFIGS if '-combined' in name]
 PLAIN = [name.replace('-combined', '') for name in BALANCED]
+SUBCLASSIFIED = [name for name in CONFIGS if '-subclass' in name or '-similarity' in name]
+
+
+def combined(name):
+    """The config that one with a subclassified loss is compared with."""
+    return re.sub('-(subclass[^_]*|similarity)_', '-combined_', name)
 
 
 def test_there_is_a_pair_for_every_model_and_data_set():
     assert len(BALANCED) == 6
     assert set(PLAIN) <= set(CONFIGS)
+    assert {combined(name) for name in SUBCLASSIFIED if 'subclass' in name} == set(BALANCED)
+    assert {combined(name) for name in SUBCLASSIFIED if 'similarity' in name} == set(BALANCED)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -37,7 +46,25 @@ def test_two_iterations_and_an_evaluation(small_config, name):
         for head in heads:
             assert {f'{head}.loss_combined', f'{head}.combined_ce', f'{head}.combined_dice'} <= set(losses[0])
         assert Path(cfg.work_dir, 'class_weights.json').exists()
+    if name in SUBCLASSIFIED:
+        assert {'decode.loss_combined', 'decode.loss_subclass'} <= set(losses[0])
+        assert ('decode.subclass_smallest_share' in losses[0]) == ('similarity' not in name)
+        assert list(Path(runner._log_dir, 'vis_data', 'vis_image').glob('*subclass*.png'))
     assert any('IoU.car' in record for record in records)
+
+
+@pytest.mark.parametrize('name', SUBCLASSIFIED)
+def test_a_subclassified_loss_takes_a_fifth_of_the_combined_one_and_nothing_else(name):
+    ours, base = (
+        Config.fromfile(REPOSITORY / 'configs' / f'{n}.py').to_dict() for n in (name, combined(name))
+    )
+    first, second = ours['model']['decode_head'].pop('loss_decode')
+    assert first == base['model']['decode_head'].pop('loss_decode') | dict(loss_weight=0.8)
+    assert second['type'] == 'SubclassifiedLoss'
+    assert (second['class_weight'], second['loss_weight']) == ('auto', 0.2)
+    assert second.get('mode', 'cluster') == ('similarity' if 'similarity' in name else 'cluster')
+    assert ours.pop('custom_hooks') == [*base.pop('custom_hooks'), dict(type='SubclassVisualizationHook')]
+    assert ours == base
 
 
 @pytest.mark.parametrize('name', BALANCED)
@@ -56,7 +83,7 @@ def test_a_pair_differs_in_the_loss_its_hook_and_the_head_that_serves_it_alone(n
     assert balanced == plain
 
 
-@pytest.mark.parametrize('name', [name for name in BALANCED + PLAIN if '_cityscapes' in name])
+@pytest.mark.parametrize('name', [name for name in BALANCED + PLAIN + SUBCLASSIFIED if '_cityscapes' in name])
 def test_published_settings_keep_the_pretrained_weights(name):
     cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
     assert 'resnet50_v1c' in str(cfg.model.pretrained) or 'mit_b0' in cfg.model.backbone.init_cfg.checkpoint

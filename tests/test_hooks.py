@@ -15,7 +15,10 @@ from ranks import on_ranks
 from torch import nn
 
 from mmseg_imbalance.frequency import count_classes
-from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook
+from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
+from mmseg_imbalance.subclass import SubclassifiedLoss
+from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
+from mmseg_imbalance.visualization import draw_subclasses
 from mmseg_imbalance.weighting import class_weights, log_prior
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
@@ -280,3 +283,182 @@ def test_two_ranks_train_with_the_same_weights_and_an_error_of_one_ends_both(sma
     assert all(isinstance(error, ValueError) for error in errors), errors
     assert str(errors[0]) == str(errors[1])
     assert '1.png' in str(errors[0])
+
+
+def subclassified(small_config, mode='cluster', hook=True, **options):
+    """A config in which the head has a SubclassifiedLoss beside the combined one."""
+    cfg = small_config(BALANCED, **options)
+    own = dict(num_subclasses=2, warmup_iters=0, ramp_iters=0) if mode == 'cluster' else {}
+    loss = dict(type='SubclassifiedLoss', mode=mode, class_weight='auto', **own)
+    cfg.model.decode_head.loss_decode = [cfg.model.decode_head.loss_decode, loss]
+    if hook:
+        cfg.custom_hooks = [*cfg.custom_hooks, dict(type='SubclassVisualizationHook')]
+    return cfg
+
+
+def pictures(runner):
+    return {path.name: path for path in Path(runner.log_dir, 'vis_data', 'vis_image').glob('*.png')}
+
+
+@pytest.mark.parametrize('mode', ['cluster', 'similarity'])
+def test_validation_draws_images_and_logs_a_table_of_subclasses(small_config, mode):
+    runner = Runner.from_cfg(subclassified(small_config, mode))
+    runner.train()
+    files = pictures(runner)
+    assert sorted(files) == [f'decode_head.1_subclass_{i}_2.png' for i in range(2)]
+
+    # the model is still as it was at validation
+    model = runner.model.eval()
+    dataset = runner.val_dataloader.dataset
+    batch = runner.val_dataloader.collate_fn([dataset[1]])
+    maps = subclass_maps(model, find_subclassified(model), batch, 0)['decode_head.1']
+    state = subclasses(model.decode_head.loss_decode[1])
+    assert (state is None) == (maps.subclass is None) == (mode == 'similarity')
+    palette = np.array(dataset.metainfo['palette'])
+    expected = draw_subclasses(maps, dataset.metainfo['classes'], palette, state)
+    written = np.array(Image.open(files['decode_head.1_subclass_1_2.png']))
+    np.testing.assert_array_equal(written, expected)
+
+    log = log_of(runner)
+    tables = log.count('subclasses of decode_head.1, 2 iterations')
+    assert tables == (mode == 'cluster')
+    if tables:
+        table = log.partition('subclasses of decode_head.1')[2]
+        assert 'mean loss' in table
+        for name, weights in zip(dataset.metainfo['classes'], state.weight, strict=True):
+            assert name in table
+            assert all(f' {w:.3f} ' in table for w in weights[np.isfinite(weights)])
+
+
+def test_training_goes_on_as_if_there_had_been_no_pictures(small_config, tmp_path):
+    def trained(hook):
+        name = f'{tmp_path.name}-{hook}'
+        cfg = subclassified(small_config, hook=hook, experiment_name=name)
+        cfg.visualizer.name = name
+        cfg.train_cfg.update(max_iters=3, val_interval=1)
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        assert len(pictures(runner)) == (6 if hook else 0)
+        return runner.model.state_dict(), torch.get_rng_state()
+
+    (without, random), (beside, same) = trained(False), trained(True)
+    assert torch.equal(random, same)
+    assert without.keys() == beside.keys()
+    assert any('weighting.pixels' in name for name in without)
+    for name, value in without.items():
+        assert torch.equal(value, beside[name]), name
+
+
+def test_so_many_images_are_drawn_and_an_averaged_model_is_drawn_in_half_precision(small_config):
+    cfg = subclassified(small_config)
+    cfg.custom_hooks[-1].num_images = 1
+    cfg.custom_hooks.append(dict(type='EMAHook'))
+    cfg.val_cfg.fp16 = True
+    cfg.val_dataloader.batch_size = 2
+    runner = Runner.from_cfg(cfg)
+    loss = runner.model.decode_head.loss_decode[1]
+    seen = []
+    weigh = loss.weigh_pixels
+    loss.weigh_pixels = lambda pred, *args: (seen.append((pred.dtype, loss.training)), weigh(pred, *args))[1]
+    runner.train()
+    assert list(pictures(runner)) == ['decode_head.1_subclass_0_2.png']
+    # of two iterations and of one image
+    assert [training for _, training in seen] == [True, True, False]
+    assert seen[0][0] == torch.float32
+    assert seen[2][0] in (torch.float16, torch.bfloat16)
+
+
+def test_without_a_subclassified_loss_there_is_one_warning(small_config):
+    cfg = small_config(BALANCED)
+    cfg.custom_hooks.append(dict(type='SubclassVisualizationHook'))
+    cfg.train_cfg.val_interval = 1
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.iter == 2
+    assert log_of(runner).count('SubclassVisualizationHook has nothing to show: no head of') == 1
+    assert not pictures(runner)
+
+
+def test_a_number_of_images_below_0_is_refused():
+    with pytest.raises(ValueError, match='num_images must be at least 0, got -1'):
+        SubclassVisualizationHook(-1)
+
+
+@pytest.mark.parametrize('padded', [False, True])
+def test_maps_are_those_of_the_whole_image_at_the_size_of_its_truth(small_config, padded):
+    cfg = subclassified(small_config)
+    if padded:
+        cfg.model.data_preprocessor.test_cfg = dict(size_divisor=64)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    model = runner.model.eval()
+    dataset = runner.val_dataloader.dataset
+    sample = dataset[1]
+    assert sample['inputs'].shape != (3, 72, 96)
+    batch = runner.val_dataloader.collate_fn([dataset[0], sample])
+    maps = subclass_maps(model, find_subclassified(model), batch, 1)['decode_head.1']
+    assert maps.image.shape == (72, 96, 3)
+    # BGR in, RGB out
+    mean = sample['inputs'].float().mean((1, 2)).numpy()
+    np.testing.assert_allclose(maps.image.mean((0, 1)), mean[::-1], atol=1)
+
+    label = sample['data_samples'].gt_sem_seg.data[0].numpy()
+    assert (label == 255).any()
+    np.testing.assert_array_equal(maps.truth, np.where(label == 255, -1, label))
+    counted = maps.truth >= 0
+    state = subclasses(model.decode_head.loss_decode[1])
+    assert len(np.unique(maps.subclass[counted])) == 2
+    expected = state.weight[maps.truth, maps.subclass][counted]
+    np.testing.assert_allclose(maps.weight[counted], expected, rtol=1e-6)
+
+    # the nearest centroid of the class, from features made here
+    head, weighting = model.decode_head, model.decode_head.loss_decode[1].weighting
+    pre = model.data_preprocessor
+    with torch.no_grad():
+        image = ((sample['inputs'].flip(0).float() - pre.mean) / pre.std)[None]
+        features = head.forward_with_features(model.extract_feat(image))[1][0]  # (D, h, w)
+    assert head.features is None
+    height, width = features.shape[1:]
+    rows, columns = np.arange(72) * height // 72, np.arange(96) * width // 96
+    at_pixel = features[:, rows][:, :, columns].permute(1, 2, 0).double()[torch.from_numpy(counted)]
+    centroids = weighting.centroid.double()[maps.truth[counted]]  # (n, K, D)
+    distance = (centroids - at_pixel[:, None]).square().sum(2)
+    distance[torch.from_numpy(~np.isfinite(state.weight[maps.truth[counted]]))] = torch.inf
+    same = distance.argmin(1).numpy() == maps.subclass[counted]
+    assert same.mean() > 0.999
+
+
+def test_losses_of_auxiliary_heads_are_found_and_of_cascades_those_of_the_first_stage(small_config):
+    cfg = small_config(TWO_HEADS)
+    cfg.model.auxiliary_head.loss_decode = dict(type='SubclassifiedLoss', mode='similarity')
+    cfg.custom_hooks.append(dict(type='SubclassVisualizationHook', num_images=1))
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert list(pictures(runner)) == ['auxiliary_head_subclass_0_2.png']
+
+    def stage(*losses):
+        head = nn.Module()
+        head.loss_decode = nn.ModuleList(losses)
+        return head
+
+    model = nn.Module()
+    subclass = SubclassifiedLoss(mode='similarity')
+    model.decode_head = nn.ModuleList([stage(nn.Identity(), subclass), stage(SubclassifiedLoss())])
+    found = find_subclassified(model)
+    assert list(found) == ['decode_head.0.1']
+    assert found['decode_head.0.1'] == (model.decode_head[0], subclass)
+    model.decode_head[0] = stage()
+    with pytest.raises(ValueError, match=r'decode_head\.1\.loss_decode\.0: later stages of a cascade'):
+        find_subclassified(model)
+
+
+def test_two_ranks_draw_once_and_do_not_hang(small_config, tmp_path):
+    cfg = subclassified(small_config, experiment_name=f'{tmp_path.name}-ranks')
+    (weights, parameter), (other_weights, other_parameter) = on_ranks(
+        2, train_on_ranks, cfg.pretty_text, None
+    )
+    assert weights == other_weights
+    assert parameter == other_parameter
+    # each rank validates one of the two images, and the main one shows its own
+    names = [path.name for path in Path(cfg.work_dir).rglob('vis_image/*.png')]
+    assert names == ['decode_head.1_subclass_0_2.png']

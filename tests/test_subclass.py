@@ -2,6 +2,9 @@
 
 import copy
 import io
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -10,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
 from mmengine.logging import MessageHub
+from mmengine.model import ExponentialMovingAverage
+from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -308,7 +313,7 @@ def test_it_finds_the_parts_of_a_mixture(rule):
         rng = np.random.default_rng(seed)
         loss = make_loss(
             classes=3, channels=16, dtype=torch.float32, num_subclasses=3, update=rule, update_freq=10,
-            momentum=0.05, warmup_iters=10, ramp_iters=10, max_ratio=None,
+            momentum=0.1, warmup_iters=10, ramp_iters=10, max_ratio=None,
         )  # fmt: skip
         middle = rng.normal(0, 1, (3, 3, 16))
         for _ in range(40):
@@ -623,3 +628,58 @@ def test_tiles_do_not_change_the_counts(monkeypatch):
     with Largest() as record:
         similarity_weight(logits, target)
     assert record.numel <= target.numel() * 4  # the logits at every fourth pixel and the map, no matrix
+
+
+# in a run
+
+
+def without_chance(cfg):
+    """A config in which nothing is random, so that a resumed run sees what the first one saw."""
+    scale = dict(type='Resize', scale=(64, 64), keep_ratio=False)
+    load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    cfg.train_dataloader.dataset.pipeline = [*load, scale, dict(type='PackSegInputs')]
+    cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=False)
+    cfg.train_cfg.update(max_iters=6, val_interval=6)
+    cfg.default_hooks.checkpoint.update(interval=3, max_keep_ckpts=-1)
+    cfg.param_scheduler = [dict(type='ConstantLR', factor=1.0)]
+    cfg.custom_hooks = [dict(type='ClassWeightHook')]
+    return cfg
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_a_resumed_run_continues_with_identical_losses(small_config, tmp_path, rule):
+    options = dict(update=rule, update_freq=2, warmup_iters=1, ramp_iters=3, momentum=0.3)
+
+    def run(name, **changes):
+        cfg = small_config('segformer/segformer_mit-b0-small-subclass3_1xb8-2k_camvid-240x180', **changes)
+        cfg.model.decode_head.loss_decode[1].update(options)
+        cfg.experiment_name = cfg.visualizer.name = f'{tmp_path.name}-{name}'
+        runner = Runner.from_cfg(without_chance(cfg))
+        runner.train()
+        lines = Path(runner._log_dir, 'vis_data', 'scalars.json').read_text().splitlines()
+        keys = (
+            'loss',
+            'decode.loss_subclass',
+            'decode.subclass_smallest_share',
+            'decode.subclass_weight_ratio',
+        )
+        records = [record for record in map(json.loads, lines) if 'loss' in record]
+        return {record['iter']: [record[key] for key in keys] for record in records}, runner.model
+
+    first, model = run('first')
+    shutil.copytree(tmp_path / 'work_dir', tmp_path / 'kept')
+    resumed, other = run('resumed', resume=True, load_from=str(tmp_path / 'kept' / 'iter_3.pth'))
+    assert list(resumed) == [4, 5, 6]
+    assert resumed == {i: first[i] for i in (4, 5, 6)}
+    assert first[6][3] > 1.01  # subclasses weigh differently
+    for (name, value), again in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, again), name
+
+
+def test_an_averaged_model_keeps_the_state():
+    loss = make_loss(num_subclasses=3, momentum=0.3)
+    average = ExponentialMovingAverage(loss)
+    train(loss, range(4))
+    average.update_parameters(loss)
+    for name, value in loss.state_dict().items():
+        assert torch.equal(average.module.state_dict()[name], value), name

@@ -12,7 +12,7 @@ def state_after(rule, images):
     """The state and the values logged after some steps with these of four images."""
     torch.set_num_threads(1)
     loss = make_loss(
-        num_subclasses=3, update=rule, update_freq=3, reservoir_size=20, momentum=0.4, min_share=0.25,
+        num_subclasses=3, update=rule, update_freq=3, reservoir_size=20, momentum=0.4, min_share=0.2,
         warmup_iters=2, ramp_iters=4, dtype=torch.float32,
     )  # fmt: skip
     moved = 0
@@ -20,9 +20,8 @@ def state_after(rule, images):
         logits, target, features = batch(i, images=4, dtype=torch.float32)
         target[2:][target[2:] == 2] = 255  # a class that the first rank alone has
         logits, target, features = logits[images], target[images], features[images]
-        before = loss.weighting.starved.clone()
         loss(logits, target, features=features)
-        moved += int(((before > 2) & (loss.weighting.starved == 0)).sum())
+        moved += (loss.weighting.table().share < 0.0011).sum().item()
     values = {name: value.cpu().numpy() for name, value in loss.state_dict().items()}
     return values, {name: value.item() for name, value in loss.logged.items()}, moved
 

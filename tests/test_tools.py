@@ -192,6 +192,78 @@ def test_class_weights_ends_with_one_clear_error(tmp_path):
     assert 'Traceback' not in output
 
 
+@pytest.fixture(scope='module')
+def subclassified(scenes, tmp_path_factory):
+    """A config with a SubclassifiedLoss, subclasses by class name, and a checkpoint after two iterations."""
+    folder = tmp_path_factory.mktemp('subclassified')
+    config = folder / 'config.py'
+    config.write_text(f"""
+_base_ = [r'{REPOSITORY / BALANCED}']
+numbers = dict(road=3, car=2)
+loss = dict(type='SubclassifiedLoss', class_weight='auto', num_subclasses=numbers)
+model = dict(decode_head=dict(loss_decode=[dict(type='CombinedWeightedLoss', class_weight='auto'), loss]))
+val_dataloader = dict(dataset=dict(data_root=r'{scenes}'))
+""")
+    succeed(sys.executable, 'tools/train.py', config, '--work-dir', folder, *small(scenes))
+    return config, folder / 'iter_2.pth'
+
+
+def test_subclass_report_is_one_page_with_every_class_and_the_images(subclassified):
+    from mmseg.datasets import CityscapesDataset
+
+    config, checkpoint = subclassified
+    command = [sys.executable, 'tools/subclass_report.py', checkpoint, config]
+    output = succeed(*command, '--images', 5)
+    page = checkpoint.with_name('iter_2_subclasses.html')
+    assert f'report: {page}' in output
+    text = page.read_text()
+    # there are but two; nothing is fetched from elsewhere
+    assert text.count('src="data:image/png;base64,') == text.count('src=') == 2
+    for outside in ('://', '<link', '<script', 'url(', '@import'):
+        assert outside not in text
+    assert f'<dd>{config}</dd>' in text
+    assert f'<dd>{checkpoint}</dd>' in text
+    assert '<dt>iteration</dt><dd>2</dd>' in text
+
+    tables = dict(re.findall(r'<table><caption>(.*?)</caption>(.*?)</table>', text, re.DOTALL))
+    assert tuple(tables) == CityscapesDataset.METAINFO['classes']
+    assert {name: table.count('class="swatch"') for name, table in tables.items()} == {
+        name: dict(road=3, car=2).get(name, 1) for name in tables
+    }
+    shares = [float(share) for share in re.findall(r'<td>([\d.]+)%', tables['road'])]
+    assert len(shares) == 3
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+
+    other = checkpoint.with_name('pages') / 'one.html'
+    succeed(*command, '--images', 1, '--out', other)
+    assert other.read_text().count('src="data:image/png;base64,') == 1
+
+
+def test_subclass_report_ends_with_one_clear_error(subclassified, scenes, tmp_path):
+    import torch
+
+    config, checkpoint = subclassified
+    other = tmp_path / 'other.pth'
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
+    torch.save(dict(state_dict={k: v for k, v in state.items() if 'weighting' not in k}), other)
+    for arguments, message in [
+        ([checkpoint, BALANCED], 'no head of EncoderDecoder has a SubclassifiedLoss'),
+        (
+            [other, config],
+            'missing in it or have another shape, such as decode_head.loss_decode.1.weighting.',
+        ),
+        ([tmp_path / 'nothing.pth', config], 'nothing.pth'),
+        ([checkpoint, config, '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),
+    ]:
+        code, output = run(sys.executable, 'tools/subclass_report.py', *arguments)
+        assert code == 1, output
+        last = output.rstrip().splitlines()[-1]
+        assert last.startswith('subclass_report.py: ')
+        assert message in last
+        assert 'Traceback' not in output
+    assert not list(tmp_path.glob('*.html'))
+
+
 def test_unknown_config_and_options_end_without_a_traceback(tmp_path):
     code, output = run(sys.executable, 'tools/train.py', tmp_path / 'nothing.py')
     assert code != 0

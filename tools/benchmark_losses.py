@@ -24,7 +24,7 @@ from itertools import groupby, product
 from pathlib import Path
 
 import torch
-from benchmark_rows import IGNORED, STEPS, loss_case, step_case
+from benchmark_rows import IGNORED, STEPS, loss_case, similarity_case, step_case, subclass_case
 from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
@@ -41,7 +41,8 @@ def check(row, tolerance):
     """Largest difference from the formula, relative to the value and to the largest gradient."""
     try:
         row.trial = row.make_trial()
-        pairs = zip(row.truth(), row.trial.result(), strict=True)
+        truth = row.truth or row.trial.truth
+        pairs = zip(truth(), row.trial.result(), strict=True)
         row.off_by = max(((b - a).abs().max() / a.abs().max()).nan_to_num(torch.inf).item() for a, b in pairs)
     except Exception as error:
         # a backend of this package may say that it cannot run here, but not crash
@@ -242,6 +243,7 @@ def parse(argv):
     add(
         '--competitors', action=argparse.BooleanOptionalAction, default=True, help='losses of other libraries'
     )
+    add('--subclass', action='store_true', help='the subclassified loss too')
     add('--step', nargs='+', choices=STEPS, default=[], help='whole training steps too')
     add('--step-size', type=size, metavar='HxW', help='of their images; default: the crops of their configs')
     for form in ('json', 'markdown', 'plot'):
@@ -257,8 +259,12 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     bandwidth = copy_bandwidth() if args.device == 'cuda' else None
-    shapes = product(args.size, args.classes, args.batch, args.scale)
-    cases = [partial(loss_case, (batch, *size), classes, scale) for size, classes, batch, scale in shapes]
+    shapes = [
+        ((batch, *size), classes, scale)
+        for size, classes, batch, scale in product(args.size, args.classes, args.batch, args.scale)
+    ]
+    kinds = [loss_case, *([subclass_case, similarity_case] if args.subclass else [])]
+    cases = [partial(kind, *shape) for kind in kinds for shape in shapes]
     cases += [partial(step_case, name) for name in args.step]
     # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
     keep_freed_blocks(False)

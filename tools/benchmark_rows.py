@@ -21,11 +21,14 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedLoss
+from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedLoss
+from mmseg_imbalance.ops import similarity_weight
+from mmseg_imbalance.subclass import SubclassifiedLoss
 
 IGNORED = 255
 LOSS_SCALE = 4096  # the gradient of a mean over a million pixels would vanish in float16
 CONFIGS = Path(__file__).parents[1] / 'configs'
+CHANNELS, SUBCLASSES = 512, 3  # of the features that are clustered
 STEPS = {  # the framework's config, and ours
     'segformer': (
         'segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
@@ -44,7 +47,7 @@ class Row:
 
     name: str
     make_trial: Callable
-    truth: Callable  # the result by the formula
+    truth: Callable | None = None  # the result by the formula; None: the trial's own
     note: str = ''
     ours: bool = False
     trial: 'LossTrial | StepTrial | None' = None
@@ -303,6 +306,146 @@ def loss_case(shape, classes, scale, args):
     # read in forward and again in backward, which writes the gradient
     least = 3 * logits.nbytes + 2 * target.nbytes if full else None
     return Case(by(shape[0], classes, *shape[1:]), by(*logits.shape[2:]), rows, least)
+
+
+def weighted_mean(logits, target, weight, pixel_weight):
+    """Cross-entropy in which a pixel of weight k is k pixels."""
+    loss = F.cross_entropy(
+        full_size(logits, target), target, weight.to(logits), ignore_index=IGNORED, reduction='none'
+    )
+    valid = target != IGNORED
+    return (loss * pixel_weight).sum() / (weight[target.where(valid, 0)] * valid * pixel_weight).sum()
+
+
+def cluster_weight(loss, features, target):
+    """What the state of a loss makes of each pixel, from the distances of all cells to all centroids."""
+    state = loss.weighting
+    cells = features.double().movedim(1, 3).flatten(1, 2)  # (B, h w, D)
+    away = torch.cdist(cells, state.centroid.double().flatten(0, 1)).unflatten(2, state.pixels.shape)
+    nearest = away.argmin(3).mT.unflatten(2, features.shape[2:])  # (B, C, h, w)
+    label = target.where(target != IGNORED, 0)[:, None]
+    full = F.interpolate(nearest.float(), target.shape[1:]).gather(1, label).long()
+    return state.table().weight.nan_to_num(1)[label, full][:, 0].double()
+
+
+def similarity_by_definition(logits, target, threshold=0.98):
+    """The weights of :func:`~mmseg_imbalance.ops.similarity_weight`, every query with every key."""
+    maps = []
+    for z, y in zip(logits.split(1), target[:, None, None].float().split(1), strict=True):
+        grids = [[n // stride for n in y.shape[-2:]] for stride in (4, 8)]
+        q, k = (F.interpolate(full_size(z, y[0, 0]), grid, mode='bilinear')[0].flatten(1) for grid in grids)
+        q_label, k_label = (F.interpolate(y[0], grid).flatten() for grid in grids)
+        count = []
+        for vectors, labels in zip(q.T.split(1024), q_label.split(1024), strict=True):
+            longest = torch.maximum(vectors.square().sum(1)[:, None], k.square().sum(0))
+            similar = (vectors @ k / (longest + 1e-5) > threshold) & (labels[:, None] == k_label)
+            count.append(similar.sum(1))
+        known = (q_label != IGNORED).to(z)
+        both = torch.stack([known / (torch.cat(count) + 10).sqrt(), known]).view(1, 2, *grids[0])
+        weight, known = F.interpolate(both, y.shape[-2:], mode='bilinear')[0]
+        inside = (y[0, 0, 0] != IGNORED) & (known > 0)
+        weight = weight / known.where(inside, 1)
+        maps.append(torch.where(inside, weight / weight[inside].mean(), 1).clamp(max=10))
+    return torch.stack(maps)
+
+
+class SubclassTrial(LossTrial):
+    """A subclassified loss beside its formula with the weights that its state gives before the step."""
+
+    def __init__(self, loss, pixel_weight, logits, target, weight):
+        super().__init__(loss, logits, target)
+        self.pixel_weight, self.weight = pixel_weight, weight
+
+    def result(self):
+        return self.in_classes(super().result())
+
+    def truth(self):
+        double = self.logits.detach().double().requires_grad_()
+        formula = partial(weighted_mean, weight=self.weight, pixel_weight=self.pixel_weight())
+        return self.in_classes(LossTrial(formula, double, self.target).result())
+
+    def in_classes(self, result):
+        # a similarity within rounding of the threshold turns out either way, so that pixels may differ
+        value, gradient = result
+        return value, gradient.double().square().sum((0, 2, 3)).sqrt()
+
+
+@dataclass(eq=False)
+class WeightTrial:
+    """The weights of one image alone, which have no gradient, or the matrix product in them."""
+
+    run: Callable
+    result: Callable
+    truth: Callable
+
+
+def subclass_case(shape, classes, scale, args):
+    """SubclassifiedLoss in its modes beside WeightedCrossEntropyLoss from the same logits."""
+    logits, target = make_batch(shape, classes, scale, args)
+    weight = torch.linspace(0.2, 3, classes, device=args.device)
+    features = torch.randn(len(logits), CHANNELS, *logits.shape[2:], device=args.device).to(logits.dtype)
+
+    def clusters(rule):
+        loss = SubclassifiedLoss(
+            weight.tolist(),
+            num_subclasses=SUBCLASSES,
+            update=rule,
+            update_freq=1,
+            warmup_iters=0,
+            ramp_iters=1,
+        )
+        call = partial(loss, features=features)
+        for _ in range(2):  # centroids, then weights
+            call(logits, target)
+        loss.weighting.update_freq = 100
+        return SubclassTrial(call, partial(cluster_weight, loss, features, target), logits, target, weight)
+
+    def similar():
+        loss = SubclassifiedLoss(weight.tolist(), mode='similarity')
+        by_definition = partial(similarity_by_definition, logits.detach().double(), target)
+        return SubclassTrial(loss, by_definition, logits, target, weight)
+
+    def plain():
+        ones = partial(torch.ones, target.shape, dtype=torch.float64, device=args.device)
+        return SubclassTrial(WeightedCrossEntropyLoss(weight.tolist()), ones, logits, target, weight)
+
+    size = f'{SUBCLASSES} subclasses, features {by(*features.shape)}, {features.nbytes / 1e6:.3g} MB'
+    rows = [
+        Row('WeightedCrossEntropyLoss', plain, ours=True),
+        *(
+            Row(f'clusters, {rule}', partial(clusters, rule), note=size, ours=True)
+            for rule in ('ema', 'kmeans')
+        ),
+        Row('similarity', similar, ours=True),
+    ]
+    return Case(by(shape[0], classes, *shape[1:]), f'{by(*logits.shape[2:])} subclass', rows)
+
+
+def similarity_case(shape, classes, scale, args):
+    """The similarity weights of one image beside the product of all its queries and keys."""
+    size = shape[1:]
+    logits, target = make_batch((1, *size), classes, scale, args)
+    logits = logits.detach()
+    q, k = (torch.randn(size[0] // n * (size[1] // n), classes, device=args.device) for n in (4, 8))
+
+    def product():
+        for rows in q.split(512):  # the whole matrix would be 1 GB and slower
+            rows @ k.T
+
+    def nothing():
+        return [torch.ones(1)]
+
+    def weights():
+        return [similarity_weight(logits, target).double().square().mean((1, 2))]
+
+    def by_definition():
+        return [similarity_by_definition(logits.double(), target).square().mean((1, 2))]
+
+    rows = [
+        Row('matrix product alone', partial(WeightTrial, product, nothing, nothing)),
+        Row('similarity weights', partial(WeightTrial, weights, weights, by_definition), ours=True),
+    ]
+    return Case(by(1, classes, *size), f'{by(*logits.shape[2:])} similarity', rows)
 
 
 def over_all_pixels(logits, target, weight):

@@ -303,10 +303,12 @@ def _sums(part: _Part) -> _Sums:
         row.scatter_add_(0, y.flatten(), values.flatten().double())
     group = None
     if o.group is not None:
-        ids = torch.where(valid, o.group[part.image, part.rows], 0).long().flatten()
-        group = by_label.new_zeros(2, o.num_groups)
-        for row, values in zip(group, (nll, torch.ones_like(nll)), strict=True):
-            row.scatter_add_(0, ids, torch.where(valid, values, 0).flatten().double())
+        # ignored pixels are a group of their own, the last
+        ids = torch.where(valid, o.group[part.image, part.rows], o.num_groups).long().flatten()
+        group = by_label.new_zeros(2, o.num_groups + 1)
+        group[0].scatter_add_(0, ids, nll.flatten().double())
+        group[1].scatter_add_(0, ids, group.new_ones(()).expand_as(ids))
+        group = group[:, : o.num_groups]
     return _Sums(by_label, prediction, (hit & valid).sum(), log_prob, group)
 
 
