@@ -1,7 +1,7 @@
 # make demo           train with and without class balancing on generated data, compare, show the files
 # make test           the tests, on the maintained fork of MMSegmentation
 # make test-openmmlab the tests, on upstream MMSegmentation; builds mmcv, about 10 minutes the first time
-# make test-gpu       the tests of kernels and heads, on a CUDA device in place of Triton's interpreter
+# make test-gpu       the tests of kernels, heads and subclasses on a CUDA device, without Triton's interpreter
 # make lint           ruff and mypy
 #
 # Each makes the environment that it needs by itself, once. PYTHON and TORCH choose another interpreter
@@ -23,7 +23,7 @@ test-openmmlab: .venv-openmmlab/installed
 
 test-gpu: .venv/installed
 	.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")'
-	.venv/bin/python -m pytest tests/test_soft_stats.py tests/test_heads.py
+	.venv/bin/python -m pytest tests/test_soft_stats.py tests/test_heads.py tests/test_subclass.py
 
 lint: .venv/installed
 	.venv/bin/ruff check

@@ -378,9 +378,10 @@ class SubclassClustering(nn.Module):
     def _start(self, points: Tensor, valid: Tensor, which: Tensor, mean_loss: Tensor, iteration: int) -> None:
         """First centroids of the classes ``which``, from (C, n, D) points; their losses start out equal."""
         which = which & valid.any(1)
-        seed = torch.Generator().manual_seed(iteration)
-        centroid, counts = kmeans(points[which], valid[which], self.exists[which], generator=seed)
-        self.centroid[which] = centroid
+        # on the CPU, since cumulative sums on CUDA need not come out alike on all ranks
+        args = (x[which].cpu() for x in (points, valid, self.exists))
+        centroid, counts = kmeans(*args, torch.Generator().manual_seed(iteration))
+        self.centroid[which] = centroid.to(points.device)
         counts = counts.to(self.pixels)
         self.pixels[which] = counts
         self.loss[which] = counts * mean_loss[which].clamp_min(LOSS_FLOOR)[:, None]

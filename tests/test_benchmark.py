@@ -78,6 +78,38 @@ def test_one_table_has_every_row_and_says_why_one_is_missing(run, nothing_instal
     assert 'no compiler found' in table
 
 
+def test_the_subclassified_loss_beside_cross_entropy_and_the_matrix_product(run):
+    status, records = run(*TINY, '--scale', 4, 1, '--no-competitors', '--subclass')
+    assert status == 0
+    rows = {(record['logits'], record['loss']): record for record in records}
+    clusters = [rows['6x10 subclass', f'clusters, {rule}'] for rule in ('ema', 'kmeans')]
+    for row in (*clusters, rows['6x10 subclass', 'similarity']):
+        assert row['off_by'] < 1e-4
+        assert row['time_ratio'] > 0
+    assert '3 subclasses, features 2x512x6x10' in clusters[0]['note']
+    assert rows['6x10 subclass', 'WeightedCrossEntropyLoss']['time_ratio'] == 1
+    assert ('24x40 subclass', 'similarity') not in rows
+    for logits in ('6x10', '24x40'):
+        assert rows[f'{logits} similarity', 'matrix product alone']['time_ratio'] == 1
+        assert rows[f'{logits} similarity', 'similarity weights']['off_by'] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ('name', 'row'), [('cluster_weight', 'clusters, ema'), ('similarity_by_definition', 'similarity')]
+)
+def test_subclass_weights_that_are_off_get_no_speed(run, monkeypatch, name, row):
+    formula = getattr(benchmark_rows, name)
+
+    def off(*args):
+        weight = formula(*args)
+        return weight + torch.linspace(0, 1, weight.numel()).view_as(weight)
+
+    monkeypatch.setattr(benchmark_rows, name, off)
+    status, records = run(*TINY, '--scale', 4, '--no-competitors', '--subclass')
+    assert status == 1
+    assert by_name(records)[row]['ms'] is None
+
+
 @pytest.mark.parametrize('factor', [1.01, float('nan')])
 def test_numbers_that_are_off_get_no_speed(run, monkeypatch, capsys, factor):
     right = strips.soft_stats

@@ -263,8 +263,11 @@ def main(argv=None):
         ((batch, *size), classes, scale)
         for size, classes, batch, scale in product(args.size, args.classes, args.batch, args.scale)
     ]
-    kinds = [loss_case, *([subclass_case, similarity_case] if args.subclass else [])]
-    cases = [partial(kind, *shape) for kind in kinds for shape in shapes]
+    cases = [partial(loss_case, *shape) for shape in shapes]
+    if args.subclass:
+        # no head has features of label size
+        cases += [partial(subclass_case, *shape) for shape in shapes if shape[2] > 1]
+        cases += [partial(similarity_case, *shape) for shape in shapes]
     cases += [partial(step_case, name) for name in args.step]
     # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
     keep_freed_blocks(False)
