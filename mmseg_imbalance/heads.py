@@ -103,7 +103,9 @@ class FeatureKeeper(BaseDecodeHead):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():
-            if hasattr(module, 'set_feature_shape') and module.needs_features:
+            # without a conv_seg, the loss that is not handed features says so, or takes the first ones' shape
+            known = hasattr(module, 'set_feature_shape') and hasattr(self, 'conv_seg')
+            if known and module.needs_features:
                 module.set_feature_shape(max(self.out_channels, 2), self.conv_seg.in_channels)
 
     def loss(self, *args: object, **kwargs: object) -> dict[str, Tensor]:

@@ -294,7 +294,7 @@ class SubclassClustering(nn.Module):
 
         present = pixels.sum(1) > 0  # (C,)
         born = (self.pixels > 0).any(1)
-        kept = torch.where(present & born, 1 - self.momentum, 1.0).to(pixels)[:, None]
+        kept = 1 - self.momentum * (present & born).to(pixels)[:, None]
         new_pixels = kept * self.pixels + (1 - kept) * pixels
         new_loss = kept * self.loss + (1 - kept) * loss
         share = new_pixels / new_pixels.sum(1, keepdim=True).clamp_min(torch.finfo(pixels.dtype).tiny)
@@ -320,14 +320,13 @@ class SubclassClustering(nn.Module):
         self.pixels.copy_(new_pixels)
         self.loss.copy_(new_loss)
         self.starved.copy_(new_starved)
-        mean_loss = loss.sum(1) / pixels.sum(1).where(present, 1)  # (C,) of this batch
         if self.update_rule == 'kmeans':
             self._reserve(features, by_cell, iteration)
             if (iteration + 1) % self.update_freq == 0:
-                self._run_kmeans(mean_loss, iteration)
+                self._run_kmeans(waiting, pixels, loss, iteration)
         elif waits:
             chosen = self._choose(features, self._random_keys(by_cell, iteration), START_CELLS)
-            self._start(*chosen, waiting, mean_loss, iteration)
+            self._start(*chosen, waiting, pixels, loss, iteration)
         if loses:
             self._reseed(features, logits, by_cell, lost)
         self.iteration += 1
@@ -375,16 +374,21 @@ class SubclassClustering(nn.Module):
             rows = sum_over_ranks(torch.where(here[..., None], own, 0))
         return rows, top > -torch.inf
 
-    def _start(self, points: Tensor, valid: Tensor, which: Tensor, mean_loss: Tensor, iteration: int) -> None:
-        """First centroids of the classes ``which``, from (C, n, D) points; their losses start out equal."""
+    def _start(
+        self, points: Tensor, valid: Tensor, which: Tensor, pixels: Tensor, loss: Tensor, iteration: int
+    ) -> None:
+        """First centroids of the classes ``which``, from (C, n, D) points.
+
+        They share the (C, K) pixels and losses of the batch, which holds the classes, by their points.
+        """
         which = which & valid.any(1)
         # on the CPU, since cumulative sums on CUDA need not come out alike on all ranks
         args = (x[which].cpu() for x in (points, valid, self.exists))
         centroid, counts = kmeans(*args, torch.Generator().manual_seed(iteration))
         self.centroid[which] = centroid.to(points.device)
-        counts = counts.to(self.pixels)
-        self.pixels[which] = counts
-        self.loss[which] = counts * mean_loss[which].clamp_min(LOSS_FLOOR)[:, None]
+        share = counts.to(self.pixels) / counts.sum(1, keepdim=True).to(self.pixels)
+        self.pixels[which] = share * pixels[which].sum(1, keepdim=True)
+        self.loss[which] = share * loss[which].sum(1, keepdim=True)
         self.starved[which] = 0
 
     def _reserve(self, features: Tensor, by_cell: Tensor, iteration: int) -> None:
@@ -396,12 +400,12 @@ class SubclassClustering(nn.Module):
         self.reservoir[:, slots] = torch.where(found[..., None], rows, self.reservoir[:, slots])
         self.reserved[:, slots] |= found
 
-    def _run_kmeans(self, mean_loss: Tensor, iteration: int) -> None:
+    def _run_kmeans(self, waiting: Tensor, pixels: Tensor, loss: Tensor, iteration: int) -> None:
         there = self.pixels > 0
         self.centroid.copy_(
             lloyd(self.reservoir, self.reserved, self.centroid[:, None], there[:, None])[0][:, 0]
         )
-        self._start(self.reservoir, self.reserved, ~there.any(1), mean_loss, iteration)
+        self._start(self.reservoir, self.reserved, waiting, pixels, loss, iteration)
 
     def _reseed(self, features: Tensor, logits: Tensor, by_cell: Tensor, lost: Tensor) -> None:
         """Move the subclasses ``lost``, (C, K), to the hardest cells of their classes.
@@ -595,5 +599,7 @@ class SubclassifiedLoss(WeightedCrossEntropyLoss):
             with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
                 self.weighting.learn(stats)
                 stem = self.loss_name.replace('loss', '').strip('_.')
-                self.logged = {f'{stem}_{name}': x for name, x in self.weighting.summary().items()}
+                self.logged = {
+                    f'{stem}_{name}'.lstrip('_'): x for name, x in self.weighting.summary().items()
+                }
         return loss

@@ -251,9 +251,8 @@ class Subclasses:
                 count[k] = count.get(k, 0) + 1 if small else 0
                 if count[k] > 1 / g:
                     lost.setdefault(c, []).append(k)
-        batch_loss = {
-            c: sum(losses.get((c, k), 0.0) for k in range(255))
-            / sum(pixels.get((c, k), 0) for k in range(255))
+        batch = {
+            c: [sum(of.get((c, k), 0) for k in range(self.number[c])) for of in (pixels, losses)]
             for c in present
         }
         if self.update == 'kmeans':
@@ -270,11 +269,11 @@ class Subclasses:
                         )
                         for k, centroid in centroids.items():
                             parts[k]['centroid'] = centroid
-                new = [c for c, parts in enumerate(self.state) if not parts and known[c]]
+                new = [c for c, parts in enumerate(self.state) if not parts and known[c] and c in present]
                 # a seed is drawn among all slots of the reservoir, in their order
-                self.start(new, known, batch_loss)
+                self.start(new, known, batch)
         elif waiting:
-            self.start(waiting, self.sample(waiting, members, features, self.CELLS), batch_loss)
+            self.start(waiting, self.sample(waiting, members, features, self.CELLS), batch)
         self.reseed(lost, members, features, logits)
         self.iteration += 1
 
@@ -315,7 +314,7 @@ class Subclasses:
             }
         return centroids, {k: len(fs) for k, fs in groups.items()}, spread
 
-    def start(self, classes, points, batch_loss):
+    def start(self, classes, points, batch):
         if not classes:
             return
         draws = self.draw_seeds(self.iteration, max(self.number), len(classes), self.STARTS, self.CANDIDATES)
@@ -351,9 +350,9 @@ class Subclasses:
                     chance = [x if x > same else 0.0 for x in nearest]
                 tries.append(self.lloyd(fs, centroids))
             centroids, counts, _ = min(tries, key=lambda t: t[2])
-            mean_loss = max(batch_loss.get(c, 0.0), 1e-6)
+            pixels, loss = (x / len(fs) for x in batch[c])
             self.state[c] = {
-                k: dict(centroid=centroids[k], pixels=float(n), loss=n * mean_loss)
+                k: dict(centroid=centroids[k], pixels=n * pixels, loss=n * loss)
                 for k, n in counts.items()
                 if n
             }

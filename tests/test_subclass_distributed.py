@@ -12,7 +12,7 @@ def state_after(rule, images):
     """The state and the values logged after some steps with these of four images."""
     torch.set_num_threads(1)
     loss = make_loss(
-        num_subclasses=3, update=rule, update_freq=3, reservoir_size=20, momentum=0.4, min_share=0.2,
+        num_subclasses=3, update=rule, update_freq=3, reservoir_size=20, momentum=0.6, min_share=0.3,
         warmup_iters=2, ramp_iters=4, dtype=torch.float32,
     )  # fmt: skip
     moved = 0
