@@ -253,6 +253,8 @@ class SubclassVisualizationHook(Hook):
         if not self.losses or not is_main_process():
             return
         metainfo = getattr(runner.val_dataloader.dataset, 'metainfo', {})
+        if runner.message_hub.get_info('dataset_meta') is None:  # written before training alone
+            runner.message_hub.update_info('dataset_meta', metainfo)
         number = max(2, *(head.out_channels for head, _ in self.losses.values()))
         self.classes, self.palette = names_and_colours(metainfo, number)
         for name, (_, loss) in self.losses.items():

@@ -295,8 +295,9 @@ class SubclassClustering(nn.Module):
         present = pixels.sum(1) > 0  # (C,)
         born = (self.pixels > 0).any(1)
         kept = 1 - self.momentum * (present & born).to(pixels)[:, None]
-        new_pixels = kept * self.pixels + (1 - kept) * pixels
-        new_loss = kept * self.loss + (1 - kept) * loss
+        # a checkpoint may hold subclasses that the config has no more
+        new_pixels = (kept * self.pixels + (1 - kept) * pixels) * self.exists
+        new_loss = (kept * self.loss + (1 - kept) * loss) * self.exists
         share = new_pixels / new_pixels.sum(1, keepdim=True).clamp_min(torch.finfo(pixels.dtype).tiny)
         starving = self.exists & (share < self.min_share) & born[:, None]
         new_starved = torch.where(present[:, None], self.starved + 1, self.starved) * starving
@@ -323,7 +324,11 @@ class SubclassClustering(nn.Module):
         if self.update_rule == 'kmeans':
             self._reserve(features, by_cell, iteration)
             if (iteration + 1) % self.update_freq == 0:
-                self._run_kmeans(waiting, pixels, loss, iteration)
+                there = (self.pixels > 0)[:, None]
+                centroid, _, _ = lloyd(self.reservoir, self.reserved, self.centroid[:, None], there)
+                self.centroid.copy_(centroid[:, 0])
+            if waits and iteration + 1 >= self.update_freq:
+                self._start(self.reservoir, self.reserved, waiting, pixels, loss, iteration)
         elif waits:
             chosen = self._choose(features, self._random_keys(by_cell, iteration), START_CELLS)
             self._start(*chosen, waiting, pixels, loss, iteration)
@@ -399,13 +404,6 @@ class SubclassClustering(nn.Module):
         slots = torch.arange(iteration * number, (iteration + 1) * number, device=rows.device) % size
         self.reservoir[:, slots] = torch.where(found[..., None], rows, self.reservoir[:, slots])
         self.reserved[:, slots] |= found
-
-    def _run_kmeans(self, waiting: Tensor, pixels: Tensor, loss: Tensor, iteration: int) -> None:
-        there = self.pixels > 0
-        self.centroid.copy_(
-            lloyd(self.reservoir, self.reserved, self.centroid[:, None], there[:, None])[0][:, 0]
-        )
-        self._start(self.reservoir, self.reserved, waiting, pixels, loss, iteration)
 
     def _reseed(self, features: Tensor, logits: Tensor, by_cell: Tensor, lost: Tensor) -> None:
         """Move the subclasses ``lost``, (C, K), to the hardest cells of their classes.
@@ -570,6 +568,11 @@ class SubclassifiedLoss(WeightedCrossEntropyLoss):
         self.mode = mode
         self.weighting = MODES[mode](**chosen)
         self.needs_features = mode == 'cluster'
+        if mode == 'similarity' and self.weighting.paper_exact and self.label_smoothing > 0:
+            raise ValueError(
+                f'paper_exact=True is plain cross-entropy, weighted; it takes no label_smoothing, got '
+                f'{self.label_smoothing}'
+            )
 
     def set_feature_shape(self, num_classes: int, channels: int) -> None:
         """Make the state of mode 'cluster' for what a head hands over; heads call it when they are built."""

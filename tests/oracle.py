@@ -269,9 +269,9 @@ class Subclasses:
                         )
                         for k, centroid in centroids.items():
                             parts[k]['centroid'] = centroid
-                new = [c for c, parts in enumerate(self.state) if not parts and known[c] and c in present]
-                # a seed is drawn among all slots of the reservoir, in their order
-                self.start(new, known, batch)
+            if waiting and self.iteration + 1 >= self.freq:
+                known = {c: [x for x in self.reservoir[c] if x is not None] for c in waiting}
+                self.start(waiting, known, batch)
         elif waiting:
             self.start(waiting, self.sample(waiting, members, features, self.CELLS), batch)
         self.reseed(lost, members, features, logits)

@@ -379,6 +379,14 @@ def test_without_a_subclassified_loss_there_is_one_warning(small_config):
     assert not pictures(runner)
 
 
+def test_subclasses_by_class_name_are_shown_without_training(small_config):
+    cfg = small_config('segformer/segformer_mit-b0-small-subclass3_1xb8-2k_camvid-240x180')
+    cfg.model.decode_head.loss_decode[1].num_subclasses = dict(car=2)
+    runner = Runner.from_cfg(cfg)
+    runner.val()
+    assert 'subclasses of decode_head.1, 0 iterations' in log_of(runner)
+
+
 def test_a_number_of_images_below_0_is_refused():
     with pytest.raises(ValueError, match='num_images must be at least 0, got -1'):
         SubclassVisualizationHook(-1)

@@ -170,6 +170,44 @@ def test_pixels_weigh_1_before_there_are_centroids():
         loss.train()(logits, target, features=features)
 
 
+def test_a_class_that_starts_late_counts_in_pixels_and_with_its_own_losses():
+    """Labels are 8 times the features: a start from cells must not vanish under the next batch's pixels."""
+    for rule in RULES:
+        loss = make_loss(classes=2, num_subclasses=2, update=rule, update_freq=3)
+        rare = torch.zeros(2, 8, 8, dtype=torch.bool, device=DEVICE)
+        rare[:, :2] = True  # a quarter
+        for i in range(7):
+            features = torch.where(rare[:, None], 5.0, 0.0).expand(-1, 4, -1, -1).double()
+            features = features + 0.1 * torch.randn(
+                features.shape, generator=torch.Generator().manual_seed(i)
+            )
+            target = torch.full(
+                (2, 64, 64), int(i == 4 or i == 6), device=DEVICE
+            )  # class 1 twice, not in i = 2
+            if i == 6:
+                target[:, 16:] = 0  # of class 1 its rare part alone
+            logits = torch.stack([rare * 0.5, rare * -1.0], 1).double()
+            loss(logits, target, features=features.to(DEVICE))
+            if i == 4:
+                before = loss.weighting.table().share[1].max().item()
+                mean_loss = loss.weighting.table().mean_loss[1]
+                assert before == pytest.approx(0.75, abs=0.05)  # of a sample, with 'kmeans'
+                assert (mean_loss > 0.5).all()
+        # the batch in between had 8192 pixels of the class, this one 2048, all of the other part
+        expected = 0.99 * 8192 * before / (0.99 * 8192 + 0.01 * 2048)
+        assert loss.weighting.table().share[1].max().item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_subclasses_that_the_config_has_no_more_end():
+    loss = make_loss(num_subclasses=3)
+    train(loss, range(3))
+    fewer = make_loss(num_subclasses=[1, 2, 3, 3, 3])
+    fewer.load_state_dict(loss.state_dict())
+    train(fewer, range(3, 9))
+    assert (fewer.weighting.pixels > 0).sum(1).tolist()[:2] == [1, 2]
+    assert fewer.weighting.table().weight[0, 0] == 1
+
+
 def test_pixel_weights_of_the_head_count_too():
     loss = make_loss(num_subclasses=2)
     train(loss, range(3))
@@ -402,6 +440,7 @@ def test_under_autocast_the_state_is_that_of_full_precision():
         (dict(mode='clusters'), "mode must be one of .* got 'clusters'"),
         (dict(threshold=0.9), "threshold are for mode='similarity', got mode='cluster'"),
         (dict(mode='similarity', momentum=0.1, update='ema'), "momentum, update are for mode='cluster'"),
+        (dict(mode='similarity', paper_exact=True, label_smoothing=0.1), 'takes no label_smoothing, got 0.1'),
         (dict(mode='similarity', threshold=0), 'threshold must be finite and above 0, got 0'),
         (dict(loss_name='subclass'), "must contain 'loss'"),
     ],
@@ -617,6 +656,18 @@ def test_similarity_equals_the_papers_code():
     assert value.item() == pytest.approx(golden['loss'].item(), rel=1e-5)
     scale = np.abs(golden['grad']).max()
     np.testing.assert_allclose(logits.grad.cpu().numpy() / scale, golden['grad'] / scale, atol=1e-5)
+
+
+def test_no_weight_exceeds_10():
+    """All but one pixel in a few hundred resemble thousands of others."""
+    target = torch.zeros(1, 1600, 1600, dtype=torch.int64, device=DEVICE)
+    target[:, :64, :64] = 1
+    logits = torch.ones(1, 2, 1600, 1600, device=DEVICE)
+    weight = similarity_weight(logits, target)
+    assert weight[0, -1, -1] < 1.01
+    logits[:, 1, 700:708, 700:708] = -3
+    weight = similarity_weight(logits, target)
+    assert weight.max() == 10
 
 
 def test_tiles_do_not_change_the_counts(monkeypatch):
