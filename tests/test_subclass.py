@@ -561,6 +561,14 @@ def test_a_head_without_features_is_told_which_have_them():
         head.loss(*head_batch(), None)
 
 
+def test_a_head_that_never_calls_cls_seg_is_refused_with_the_same_names():
+    cfg = head_config('FeatureHead', base='SegmenterMaskTransformerHead', num_layers=1, num_heads=2)
+    cfg.update(embed_dims=16, in_index=2, norm_cfg=dict(type='LN'))
+    head = MODELS.build(cfg)
+    with pytest.raises(RuntimeError, match=r"no cls_seg was called .*base='UPerHead'"):
+        head.loss(*head_batch(), None)
+
+
 def test_similarity_works_with_a_plain_head_as_with_ours():
     loss = dict(type='SubclassifiedLoss', mode='similarity', class_weight=WEIGHT)
     values = []
