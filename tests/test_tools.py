@@ -268,3 +268,75 @@ def test_unknown_config_and_options_end_without_a_traceback(tmp_path):
     code, output = run(sys.executable, 'tools/train.py', tmp_path / 'nothing.py')
     assert code != 0
     assert 'nothing.py' in output
+
+
+def test_small_regions_are_removed_from_whatever_is_predicted(scenes, tmp_path):
+    import numpy as np
+    import torch
+    from mmengine.config import Config
+    from mmseg.registry import MODELS
+    from PIL import Image
+
+    from mmseg_imbalance.components import components, remove_small
+
+    config = tmp_path / 'config.py'
+    config.write_text(f"""
+_base_ = [r'{REPOSITORY / PLAIN}']
+resizes = [dict(type='Resize', scale_factor=factor, keep_ratio=True) for factor in (1.0, 2.0)]
+steps = [resizes, [dict(type='LoadAnnotations')], [dict(type='PackSegInputs')]]
+tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=steps)]
+""")
+    # a segmentor of chance paints many small regions; it predicts a logit for every fourth pixel
+    torch.manual_seed(0)
+    model = MODELS.build(Config.fromfile(config).model)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    checkpoint = tmp_path / 'chance.pth'
+    torch.save(dict(state_dict=model.state_dict()), checkpoint)
+
+    def predict(name, *options, command=(sys.executable,)):
+        folder = tmp_path / name
+        options = [*options, '--out', folder / 'maps', '--work-dir', folder, '--show-dir', folder / 'painted']
+        output = succeed(
+            *command,
+            'tools/test.py',
+            config,
+            checkpoint,
+            *options,
+            *small(scenes),
+            'default_hooks.visualization.interval=1',
+            'test_dataloader.batch_size=2',
+        )
+        assert 'do not match' not in output  # the checkpoint and the model
+        (results,) = folder.glob('*/*.json')
+        maps = {path.name: np.array(Image.open(path)) for path in (folder / 'maps').glob('*.png')}
+        assert len(maps) == 2
+        return json.loads(results.read_text()), maps
+
+    def as_if_removed(plain, cleaned):
+        assert cleaned[0]['mIoU'] != plain[0]['mIoU']
+        for name, labels in plain[1].items():
+            assert components(labels)[1].min() < 100 <= components(cleaned[1][name])[1].min()
+            assert np.array_equal(cleaned[1][name], remove_small(labels, 100))
+
+    def painted(name):
+        pictures = [path.read_bytes() for path in sorted((tmp_path / name / 'painted').rglob('*.png'))]
+        assert len(pictures) == 2
+        return pictures
+
+    plain = predict('plain')
+    as_if_removed(plain, predict('cleaned', '--remove-small', 100))
+    assert all(a != b for a, b in zip(painted('plain'), painted('cleaned'), strict=True))
+    launch = ['-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', free_port()]
+    ranks = [sys.executable, *launch]
+    augmented = predict('augmented', '--tta')
+    assert any((augmented[1][name] != labels).any() for name, labels in plain[1].items())
+    options = ['--tta', '--remove-small', 100, '--launcher', 'pytorch']
+    as_if_removed(augmented, predict('ranks', *options, command=ranks))
+
+
+def test_an_area_to_remove_is_a_positive_number_of_pixels():
+    for area in ('0', '2.5'):
+        code, output = run(sys.executable, 'tools/test.py', PLAIN, 'none.pth', f'--remove-small={area}')
+        assert code == 2
+        assert f'must be a whole number of pixels, at least 1, got {area!r}' in output
+        assert 'Traceback' not in output

@@ -1,6 +1,15 @@
 """Test a segmentor, as the framework's tools/test.py does, on GPUs or CPU."""
 
+import argparse
+
 from launch import build_runner, parser, read_config
+
+
+def pixels(text):
+    """A positive number of pixels."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number of pixels, at least 1, got {text!r}')
+    return int(text)
 
 
 def main(argv=None):
@@ -17,6 +26,12 @@ def main(argv=None):
         metavar='TAU',
         help='subtract TAU * ln(share of the class in the training data) from the logits; counts are cached',
     )
+    options.add_argument(
+        '--remove-small',
+        type=pixels,
+        metavar='AREA',
+        help='give connected components of fewer pixels, of the label size, to the class around them',
+    )
     args = options.parse_args(argv)
 
     cfg = read_config(args)
@@ -31,9 +46,13 @@ def main(argv=None):
         hook = dict(type='LogitAdjustmentHook', tau=args.logit_adjustment)
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), hook]
     if args.tta:
+        if missing := [name for name in ('tta_model', 'tta_pipeline') if cfg.get(name) is None]:
+            options.error(f"--tta needs {' and '.join(missing)} in the config, as the framework's have them")
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
+    if args.remove_small:
+        cfg.model = dict(type='SmallRegionRemover', module=cfg.model, area=args.remove_small)
     if args.out:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     build_runner(cfg).test()

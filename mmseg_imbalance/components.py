@@ -1,0 +1,151 @@
+"""Connected components of label maps, and the removal of small ones from predictions."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import cv2
+import numpy as np
+import torch
+from mmengine.model import BaseTTAModel
+from torch import nn
+
+from mmseg_imbalance.registry import MODELS
+
+
+def components(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The 8-connected components of equal label, thin diagonal poles in one piece.
+
+    Args:
+        labels: (H, W) integers.
+
+    Returns:
+        (H, W) int32, the component of each pixel, from 0 to n - 1; (n,) int64, its pixels; (n,), its label.
+    """
+    ids = np.empty(labels.shape, np.int32)
+    values = [np.empty(0, labels.dtype)]
+    start = 0
+    for value in np.unique(labels):
+        mask = labels == value
+        count, found = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+        found += start - 1  # 0 is what is outside of the mask
+        np.copyto(ids, found, where=mask)
+        values.append(np.full(count - 1, value))
+        start += count - 1
+    # OpenCV's own areas come with centroids, which take four times as long as the labelling
+    return ids, np.bincount(ids.ravel(), minlength=start), np.concatenate(values)
+
+
+def remove_small(labels: np.ndarray, area: int) -> np.ndarray:
+    """Give components of fewer than ``area`` pixels to the class that surrounds them.
+
+    That is the most frequent one, the smallest of equals, among the pixels that touch the component by a side
+    or corner. Passes over the map, smallest components first, of equal ones the first row by row, until none
+    is left or one fills the image; a component that touches what the pass has changed waits for the next, as
+    neighbours would swap their classes. Components of ``area`` pixels or more keep all of them.
+
+    Args:
+        labels: (H, W) integers, left unchanged.
+        area: in pixels; 1 and less change nothing.
+
+    Returns:
+        (H, W), a new map in the dtype of ``labels``.
+
+    Raises:
+        ValueError: if labels are of another kind.
+    """
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f'labels must be (H, W) integers, one map, got {labels.dtype} of {labels.shape}')
+    labels = labels.copy()
+    while area > 1 and _remove_once(labels, area):
+        pass
+    return labels
+
+
+def _remove_once(labels: np.ndarray, area: int) -> bool:
+    """One pass of :func:`remove_small`, in place; whether a component waits for the next."""
+    ids, areas, values = components(labels)
+    framed = np.pad(ids, 1, constant_values=-1)
+    small = np.append(areas < area, False)  # its last entry is what the frame's -1 looks up
+    pixels = np.flatnonzero(small[framed])
+    if len(areas) < 2 or not len(pixels):
+        return False
+    found, first = np.unique(framed.flat[pixels], return_index=True)
+    rank = np.empty(len(areas), np.int64)
+    rank[found[np.lexsort((first, areas[found]))]] = np.arange(len(found))
+
+    component, neighbour = _rings(framed, pixels)
+    # pairs of small neighbours, by the one whose turn is later: when it comes, all earlier turns are settled
+    pairs = np.stack((rank[component], rank[neighbour]))[:, small[neighbour]]
+    absorbed = np.ones(len(found), bool).tolist()
+    for later, earlier in np.unique(pairs[:, pairs[0] > pairs[1]], axis=1).T.tolist():
+        if absorbed[earlier]:
+            absorbed[later] = False
+    absorbed = np.array(absorbed)[rank[found]]
+
+    values[found[absorbed]] = _most_frequent(component, values[neighbour])[absorbed]
+    labels[:] = values[ids]
+    return not absorbed.all()
+
+
+def _rings(framed: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel around each component that ``pixels`` make up: the component, and the pixel's own."""
+    own = framed.flat[pixels].astype(np.int64)
+    width = framed.shape[1]
+    pairs = []
+    for shift in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
+        beside = pixels + shift
+        other = framed.flat[beside]
+        ring = (other != own) & (other >= 0)
+        pairs.append(own[ring] * framed.size + beside[ring])
+    pairs = np.sort(np.concatenate(pairs))
+    component, pixel = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], framed.size)  # each pixel once
+    return component, framed.flat[pixel]
+
+
+def _most_frequent(component: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The most frequent value of each component that occurs, in their order; the smallest of equals."""
+    classes, values = np.unique(values, return_inverse=True)
+    pairs, counts = np.unique(component * len(classes) + values, return_counts=True)
+    component, values = np.divmod(pairs, len(classes))
+    order = np.lexsort((values, -counts, component))
+    _, first = np.unique(component[order], return_index=True)
+    return classes[values[order[first]]]
+
+
+@MODELS.register_module()
+class SmallRegionRemover(BaseTTAModel):
+    """A segmentor whose test predictions pass :func:`remove_small`; their logits stay as they are.
+
+    To the framework it is one of its wrappers for test time augmentation: checkpoints are those of the
+    segmentor inside.
+
+    Args:
+        module: the segmentor, or the wrapper that augments it, whose merged predictions are cleaned.
+        area: in pixels of the predicted map, at least 1, which changes nothing.
+        data_preprocessor: of a module without its own; the runner hands it on.
+    """
+
+    def __init__(self, module: dict | nn.Module, area: int, data_preprocessor: dict | None = None) -> None:
+        if type(area) is not int or area < 1:
+            raise ValueError(f'area must be an integer number of pixels, at least 1, got {area!r}')
+        if isinstance(module, dict) and data_preprocessor is not None:
+            # handed to the base class, it would replace the module's own
+            module = copy(module)
+            module.setdefault('data_preprocessor', data_preprocessor)
+        super().__init__(module)
+        self.area = area
+        self.predict = self.module.test_step
+        if isinstance(self.module, BaseTTAModel):
+            # loading a checkpoint looks into one such wrapper, not into one inside of another
+            self.module = self.module.module
+
+    def test_step(self, data: dict | tuple | list) -> list:
+        return self.merge_preds([[sample] for sample in self.predict(data)])
+
+    def merge_preds(self, data_samples_list: list[list]) -> list:
+        for (sample,) in data_samples_list:
+            labels = sample.pred_sem_seg.data
+            cleaned = remove_small(labels[0].long().cpu().numpy(), self.area)
+            sample.pred_sem_seg.data = torch.from_numpy(cleaned)[None].to(labels)
+        return [sample for (sample,) in data_samples_list]
