@@ -1,19 +1,72 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import METRICS
-from sklearn.metrics import confusion_matrix
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import METRICS, DefaultScope
+from mmengine.runner import Runner
+from mmengine.structures import PixelData
+from mmseg.evaluation import IoUMetric
+from mmseg.structures import SegDataSample
+from PIL import Image
+from scipy import ndimage, stats
+from sklearn.metrics import confusion_matrix, jaccard_score, precision_score, recall_score
+from test_hooks import recoloured
+
+from mmseg_imbalance.datasets import CamVidDataset
+from mmseg_imbalance.frequency import count_classes
+from mmseg_imbalance.metrics import (
+    bootstrap_counts,
+    class_groups,
+    fine_grained_iou,
+    load_image_scores,
+    present_mean,
+    resampled_iou,
+)
+
+CLASSES = ('road', 'car', 'pole', 'sign', 'never')
+GROUPS = dict(head=['road'], body=['car', 'never'], tail=['pole', 'sign'])
+SMALL = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
+TWO_HEADS = 'deeplabv3/deeplabv3_r18-d8-small-combined_1xb8-2k_camvid-240x180'
 
 
-def evaluate(labels, predictions, classes):
-    metric = METRICS.build(dict(type='ClassIoUMetric'))
-    metric.dataset_meta = dict(classes=classes)
-    samples = [
+def samples(labels, predictions, names=None):
+    made = [
         dict(pred_sem_seg=dict(data=torch.tensor(p)[None]), gt_sem_seg=dict(data=torch.tensor(t)[None]))
         for p, t in zip(predictions, labels, strict=True)
     ]
-    metric.process({}, samples)
-    return metric.evaluate(len(samples))
+    for sample, name in zip(made, names or (), strict=False):
+        sample['img_path'] = name
+    return made
+
+
+def evaluate(labels, predictions, classes, type='ClassIoUMetric', names=None, **options):
+    metric = METRICS.build(dict(type=type, **options))
+    metric.dataset_meta = dict(classes=classes)
+    made = samples(labels, predictions, names)
+    metric.process({}, made)
+    return metric.evaluate(len(made))
+
+
+def imbalance(labels, predictions, groups=GROUPS, **options):
+    return evaluate(labels, predictions, CLASSES, 'ImbalanceIoUMetric', groups=groups, **options)
+
+
+def scenes_of(images, seed=0, size=(23, 31)):
+    """Labels with blobs of the first four of CLASSES, one of them in few images, and predictions."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((images, *size), np.int64)
+    for label in labels:
+        for c, times in ((1, 4), (2, 3), (3, rng.integers(0, 2))):
+            for _ in range(times):
+                y, x = rng.integers(0, size[0] - 3), rng.integers(0, size[1] - 3)
+                label[y : y + rng.integers(1, 9), x : x + rng.integers(1, 9)] = c
+    predictions = np.where(rng.random(labels.shape) < 0.3, rng.integers(0, 4, labels.shape), labels)
+    labels[:, :2] = 255
+    return labels, predictions
 
 
 def test_the_iou_of_each_class_is_that_of_the_confusion_matrix():
@@ -29,3 +82,468 @@ def test_the_iou_of_each_class_is_that_of_the_confusion_matrix():
         assert metrics[f'IoU.{name}'] == pytest.approx(100 * value, abs=0.01)
     assert 'IoU.never' not in metrics
     assert metrics['mIoU'] == pytest.approx(100 * iou.mean(), abs=0.01)
+
+
+@pytest.mark.parametrize('iou_metrics', [['mIoU'], ['mIoU', 'mDice', 'mFscore']])
+def test_the_keys_of_the_framework_come_first_with_its_values(iou_metrics):
+    labels, predictions = scenes_of(7)
+    theirs = evaluate(labels, predictions, CLASSES, 'mmseg.IoUMetric', iou_metrics=iou_metrics)
+    ours = imbalance(labels, predictions, iou_metrics=iou_metrics)
+    assert list(ours.items())[: len(theirs)] == list(theirs.items())
+    named = evaluate(labels, predictions, CLASSES, iou_metrics=iou_metrics)
+    assert list(ours.items())[: len(named)] == list(named.items())
+    prefixed = imbalance(labels, predictions, iou_metrics=iou_metrics, prefix='val')
+    assert prefixed == {f'val/{key}': value for key, value in ours.items()}
+
+
+def test_group_means_are_those_of_sklearn():
+    labels, predictions = scenes_of(6)
+    metrics = imbalance(labels, predictions)
+    valid = labels != 255
+    truth, found = labels[valid], predictions[valid]
+    for group, members in dict(head=[0], body=[1], tail=[2, 3]).items():  # class 4 is nowhere
+        for key, score in dict(mIoU=jaccard_score, mPrecision=precision_score, mRecall=recall_score).items():
+            expected = 100 * score(truth, found, labels=members, average=None).mean()
+            assert metrics[f'{key}.{group}'] == pytest.approx(expected, abs=0.006)
+
+
+def test_a_class_only_predicted_has_an_iou_of_0_and_no_recall():
+    labels = np.zeros((1, 4, 5), int)
+    predictions = labels.copy()
+    predictions[0, 0] = 1
+    metrics = imbalance(labels, predictions, groups=dict(tail=['road', 'car', 'pole']))
+    assert metrics['mIoU.tail'] == pytest.approx((75 + 0) / 2)
+    assert metrics['mRecall.tail'] == 75
+    assert metrics['mPrecision.tail'] == pytest.approx((100 + 0) / 2)
+    # in the fine-grained means, which go by the label, it costs road alone
+    assert metrics['mIoU_I'] == metrics['mIoU_C'] == 75
+
+
+def test_a_group_without_a_class_in_the_images_has_no_keys():
+    labels, predictions = scenes_of(2)
+    metrics = imbalance(labels, predictions, groups=dict(head=['road'], tail=['never']))
+    assert 'mIoU.head' in metrics
+    assert not [key for key in metrics if 'tail' in key or 'body' in key or 'never' in key]
+
+
+@pytest.mark.parametrize(
+    ('groups', 'error', 'message'),
+    [
+        ('halves', TypeError, "'halves'"),
+        (dict(tail='car'), TypeError, "'car'"),
+        (dict(middle=['car']), ValueError, 'middle'),
+        (dict(head=['car'], tail=['pole', 'car']), ValueError, r"\['car'\] are named twice"),
+        (dict(head=['lorry']), ValueError, r"\['lorry'\], but the data set has \['road', 'car'"),
+    ],
+)
+def test_wrong_groups_are_named(groups, error, message):
+    labels, predictions = scenes_of(1)
+    with pytest.raises(error, match=message):
+        imbalance(labels, predictions, groups=groups)
+
+
+@pytest.mark.parametrize(
+    'option', [dict(quantiles=[0]), dict(quantiles=[101]), dict(object_areas=(9, 4)), dict(bootstrap=-1)]
+)
+def test_options_out_of_range_are_named(option):
+    with pytest.raises(ValueError, match=f'{next(iter(option))}.*got'):
+        METRICS.build(dict(type='ImbalanceIoUMetric', **option))
+
+
+@pytest.mark.parametrize(
+    ('pixels', 'expected'),
+    [
+        ([5, 0, 9, 7, 1, 3], ([2, 3], [0, 5], [4, 1])),
+        ([1, 2, 3, 4], ([3, 2], [1], [0])),
+        ([1, 2, 3, 4, 5], ([4, 3], [2, 1], [0])),
+        ([4, 4, 4], ([0], [1], [2])),
+        ([1, 2], ([1], [], [0])),
+        ([1], ([0], [], [])),
+    ],
+)
+def test_thirds_by_pixels(pixels, expected):
+    groups = class_groups(np.array(pixels))
+    assert tuple(members.tolist() for members in groups.values()) == expected
+    assert list(groups) == ['head', 'body', 'tail']
+
+
+def loops_over_images(intersect, union, label, percent):
+    """mIoU_I and mIoU_C over the lowest ``percent``, written as sorted lists."""
+    of_images, of_classes = [], {}
+    for i in range(len(label)):
+        ious = []
+        for c in range(label.shape[1]):
+            if label[i, c]:
+                ious.append(intersect[i, c] / union[i, c])
+                of_classes.setdefault(c, []).append(ious[-1])
+        if ious:
+            of_images.append(sum(ious) / len(ious))
+
+    def lowest(values):
+        taken = sorted(values)[: max(1, int(percent * len(values) / 100))]
+        return sum(taken) / len(taken)
+
+    means = [lowest(values) for values in of_classes.values()]
+    return lowest(of_images), sum(means) / len(means)
+
+
+@given(
+    st.integers(1, 43),
+    st.integers(1, 5),
+    st.sampled_from([1, 5, 7, 10, 29, 33.3, 100]),
+    st.integers(0, 2**31),
+)
+def test_fine_grained_iou_is_that_of_plain_loops(images, classes, percent, seed):
+    rng = np.random.default_rng(seed)
+    label, predicted = rng.integers(0, 50, (2, images, classes)) * rng.integers(0, 2, (2, images, classes))
+    label[0, 0] = 8  # one pair at least
+    intersect = rng.integers(0, np.minimum(label, predicted) + 1)
+    scores = fine_grained_iou(intersect, label + predicted - intersect, label, [percent])
+    for suffix, share in (('', 100), (f'_q{percent}', percent)):
+        expected = loops_over_images(intersect, label + predicted - intersect, label, share)
+        assert (scores[f'mIoU_I{suffix}'], scores[f'mIoU_C{suffix}']) == pytest.approx(expected)
+
+
+def test_an_image_without_labels_and_a_class_without_images_are_left_out():
+    assert present_mean(np.array([np.nan, 3.0, 1.0])) == 2
+    assert present_mean(np.array([np.nan, 3.0, 1.0]), 34) == 1
+    assert np.isnan(present_mean(np.array([np.nan, np.nan])))
+    labels, predictions = scenes_of(4)
+    blank = np.full_like(labels[:1], 255)
+    without, with_blank = (
+        imbalance(t, p, bootstrap=0)
+        for t, p in (
+            (labels, predictions),
+            (np.concatenate([labels, blank]), np.concatenate([predictions, blank - 255])),
+        )
+    )
+    assert with_blank == without
+
+
+def recall_by_scipy(labels, predictions, limits):
+    """{(size, class): (right, all) pixels} of the objects that scipy finds."""
+    found = {}
+    for label, prediction in zip(labels, predictions, strict=True):
+        for c in range(4):
+            ids, number = ndimage.label(label == c, np.ones((3, 3)))
+            for k in range(1, number + 1):
+                piece = ids == k
+                area = piece.sum()
+                size = 'small' if area < limits[0] else 'medium' if area < limits[1] else 'large'
+                right, pixels = found.get((size, c), (0, 0))
+                found[size, c] = (right + (piece & (prediction == c)).sum(), pixels + area)
+    return found
+
+
+def test_recall_by_object_size_is_that_of_scipys_objects():
+    labels, predictions = scenes_of(5)
+    labels[0, 5:7, 5:7] = labels[0, 7:9, 7:9] = 3  # joined by their corners: 8 pixels, not small
+    limits = (7, 30)
+    metrics = imbalance(labels, predictions, object_areas=limits)
+    expected = recall_by_scipy(labels, predictions, limits)
+    for size in ('small', 'medium', 'large'):
+        recalls = {c: 100 * r / n for (s, c), (r, n) in expected.items() if s == size}
+        assert len(recalls) > 1 or size == 'large'
+        for c, value in recalls.items():
+            assert metrics[f'Recall.{size}.{CLASSES[c]}'] == pytest.approx(value, abs=0.006)
+        assert metrics[f'mRecall.{size}'] == pytest.approx(np.mean(list(recalls.values())), abs=0.006)
+        assert sum(key.startswith(f'Recall.{size}.') for key in metrics) == len(recalls)
+
+
+def test_sizes_begin_at_their_limits():
+    labels = np.full((1, 40, 40), 255)
+    labels[0, 0, :3], labels[0, 10, :4], labels[0, 20, :9], labels[0, 30, :10] = 1, 1, 2, 2
+    metrics = imbalance(labels, np.ones_like(labels), object_areas=(4, 10))
+    assert {key: value for key, value in metrics.items() if key.startswith('Recall.')} == {
+        'Recall.small.car': 100,
+        'Recall.medium.car': 100,
+        'Recall.medium.pole': 0,
+        'Recall.large.pole': 0,
+    }
+
+
+def test_labels_out_of_range_are_no_objects():
+    # 5 is no class here and not ignored either, as unlabelled CamVid is without a mapping
+    labels, predictions = scenes_of(2)
+    outside = labels.copy()
+    outside[outside == 255] = 5
+    other = imbalance(outside, predictions, object_areas=(7, 30), ignore_index=7)
+    for key, value in imbalance(labels, predictions, object_areas=(7, 30)).items():
+        if 'Recall' in key:
+            assert other[key] == value
+
+
+def test_switched_off_parts_have_no_keys():
+    labels, predictions = scenes_of(3)
+    metrics = imbalance(labels, predictions, groups={}, quantiles=(), object_areas=None, bootstrap=0)
+    names = evaluate(labels, predictions, CLASSES)
+    assert set(metrics) - set(names) == {'mIoU_I', 'mIoU_C'}
+
+
+def test_bootstrap_counts_are_draws_with_replacement():
+    counts = bootstrap_counts(7, 4000, seed=3)
+    assert counts.shape == (4000, 7)
+    assert (counts.sum(1) == 7).all()
+    assert np.array_equal(counts, bootstrap_counts(7, 4000, seed=3))
+    assert not np.array_equal(counts, bootstrap_counts(7, 4000, seed=4))
+    expected = 4000 * 7 * stats.binom(7, 1 / 7).pmf(np.arange(8))
+    seen = np.bincount(counts.ravel(), minlength=8)
+    pooled = [np.append(x[:4], x[4:].sum()) for x in (seen, expected)]
+    assert stats.chisquare(*pooled).pvalue > 1e-3
+
+
+def test_no_global_random_number_is_drawn():
+    labels, predictions = scenes_of(3)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    expected = np.random.random(), torch.rand(()).item()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    imbalance(labels, predictions)
+    assert (np.random.random(), torch.rand(()).item()) == expected  # noqa: NPY002
+
+
+def test_the_interval_is_that_of_resampled_images():
+    labels, predictions = scenes_of(12)
+    metrics = imbalance(labels, predictions)
+    valid = labels != 255
+    values = {'': [], '.tail': []}
+    for counts in bootstrap_counts(12, 1000):  # class 3 is not in all of them
+        drawn = np.repeat(np.arange(12), counts)
+        matrix = confusion_matrix(
+            labels[drawn][valid[drawn]], predictions[drawn][valid[drawn]], labels=range(4)
+        )
+        union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+        iou = [np.diag(matrix)[c] / union[c] if union[c] else None for c in range(4)]
+        for key, members in (('', iou), ('.tail', iou[2:])):
+            values[key].append(np.mean([v for v in members if v is not None]))
+    for key, found in values.items():
+        low, high = 100 * np.percentile(found, [2.5, 97.5])
+        assert metrics[f'mIoU{key}.low'] == pytest.approx(low, abs=0.006)
+        assert metrics[f'mIoU{key}.high'] == pytest.approx(high, abs=0.006)
+        assert metrics[f'mIoU{key}.low'] < metrics[f'mIoU{key}'] < metrics[f'mIoU{key}.high']
+    assert metrics['mIoU.head.low'] < metrics['mIoU.head.high']
+
+
+def test_the_interval_agrees_with_scipys():
+    labels, predictions = scenes_of(40)
+    right = ((labels == predictions) & (labels == 1)).sum((1, 2))
+    union = (((labels == 1) | (predictions == 1)) & (labels != 255)).sum((1, 2))
+    theirs = stats.bootstrap(
+        (right, union),
+        lambda i, u, axis=-1: i.sum(axis) / u.sum(axis),
+        paired=True,
+        vectorized=True,
+        method='percentile',
+        n_resamples=4000,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    counts = bootstrap_counts(40, 4000)
+    ours = np.percentile(resampled_iou(counts, right[:, None], union[:, None]), [2.5, 97.5])
+    width = theirs.high - theirs.low
+    assert ours == pytest.approx([theirs.low, theirs.high], abs=0.1 * width)
+
+
+def test_batches_and_the_order_of_the_images_do_not_matter():
+    labels, predictions = scenes_of(9)
+    names = [f'{i % 3}/{i}.png' for i in range(9)]
+    expected = imbalance(labels, predictions, names=names)
+    order = np.random.default_rng(0).permutation(9)
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric', groups=GROUPS))
+    metric.dataset_meta = dict(classes=CLASSES)
+    made = samples(labels[order], predictions[order], [names[i] for i in order])
+    for batch in (made[:4], made[4:5], made[5:]):
+        metric.process({}, batch)
+    assert metric.evaluate(9) == expected
+    assert not metric.results
+
+
+def test_only_integers_of_images_times_classes_are_kept():
+    labels, predictions = scenes_of(2)
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric', groups=GROUPS))
+    metric.dataset_meta = dict(classes=CLASSES)
+    metric.process({}, samples(labels, predictions))
+    for name, rows in metric.results:
+        assert (name, rows.shape, rows.dtype) == ('', (5, 10), torch.int64)
+
+
+def test_format_only_writes_predictions_and_no_scores(tmp_path):
+    metric = METRICS.build(
+        dict(type='ImbalanceIoUMetric', format_only=True, output_dir=str(tmp_path / 'out'))
+    )
+    metric.dataset_meta = dict(classes=CLASSES)
+    sample = SegDataSample(pred_sem_seg=PixelData(data=torch.full((1, 4, 6), 3)))
+    metric.process({}, [sample.to_dict() | dict(img_path='a/b.png')])
+    assert metric.evaluate(1) == {}
+    assert np.array_equal(Image.open(tmp_path / 'out/b.png'), np.full((4, 6), 3))
+
+
+@pytest.fixture
+def logger(tmp_path):
+    """A logger with a file, as a runner makes one."""
+    made = MMLogger.get_instance(tmp_path.name, log_file=str(tmp_path / 'run.log'))
+    yield made
+    MMLogger._instance_dict.pop(tmp_path.name)
+
+
+@pytest.fixture
+def no_runner():
+    """Message hubs of other tests are out of sight."""
+    kept = dict(MessageHub._instance_dict)
+    MessageHub._instance_dict.clear()
+    yield
+    MessageHub._instance_dict.clear()
+    MessageHub._instance_dict.update(kept)
+
+
+def test_the_counts_of_the_images_are_written_beside_the_log(logger, tmp_path):
+    labels, predictions = scenes_of(3)
+    metrics = imbalance(labels, predictions, names=['x/c.png', 'x/a.png', 'y/b.png'])
+    scores = load_image_scores(tmp_path / 'image_scores.npz')
+    assert scores['images'].tolist() == ['a.png', 'c.png', 'b.png']  # by path
+    assert scores['classes'].tolist() == list(CLASSES)
+    assert scores['group'].tolist() == ['head', 'body', 'tail', 'tail', 'body']
+    order = [1, 0, 2]
+    for key, theirs in zip(
+        ('intersect', 'union', 'pred', 'label'),
+        zip(
+            *(
+                IoUMetric.intersect_and_union(torch.tensor(predictions[i]), torch.tensor(labels[i]), 5, 255)
+                for i in order
+            ),
+            strict=True,
+        ),
+        strict=True,
+    ):
+        assert scores[key].dtype == np.int64
+        assert np.array_equal(scores[key], torch.stack(theirs).long())
+    assert {file.name for file in tmp_path.iterdir()} == {'run.log', 'image_scores.npz'}
+    table = (tmp_path / 'run.log').read_text()
+    for word in ('tail', 'small', '95 % interval', f'{metrics["mIoU.tail"]:.2f}'):
+        assert word in table
+
+
+def test_file_names_that_are_not_unique_are_written_whole(logger, tmp_path):
+    labels, predictions = scenes_of(2)
+    for _ in range(2):  # the second overwrites
+        imbalance(labels, predictions, names=['y/a.png', 'x/a.png'])
+    assert load_image_scores(tmp_path / 'image_scores.npz')['images'].tolist() == ['x/a.png', 'y/a.png']
+
+
+def test_a_file_that_cannot_be_written_is_a_warning(logger, tmp_path):
+    (tmp_path / 'image_scores.npz').mkdir()
+    labels, predictions = scenes_of(2)
+    assert 'mIoU.tail' in imbalance(labels, predictions)
+    assert 'image_scores.npz cannot be written' in (tmp_path / 'run.log').read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {'run.log', 'image_scores.npz'}
+
+
+@pytest.mark.parametrize('damage', ['cut', 'other', 'text', 'shape'])
+def test_damaged_scores_are_named(logger, tmp_path, damage):
+    file = tmp_path / 'image_scores.npz'
+    imbalance(*scenes_of(2))
+    if damage == 'cut':
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == 'other':
+        np.savez(file, images=np.zeros(3))
+    elif damage == 'text':
+        file.write_text('404')
+    else:
+        with np.load(file) as archive:
+            np.savez(file, **dict(archive) | dict(label=np.zeros((2, 4), int)))
+    with pytest.raises(ValueError, match=r'image_scores\.npz.*ImbalanceIoUMetric'):
+        load_image_scores(file)
+    with pytest.raises(FileNotFoundError):
+        load_image_scores(tmp_path / 'none.npz')
+
+
+def test_thirds_without_a_runner_are_left_out_with_one_warning(logger, no_runner, tmp_path):
+    labels, predictions = scenes_of(2)
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric'))
+    metric.dataset_meta = dict(classes=CLASSES)
+    for _ in range(2):
+        metric.process({}, samples(labels, predictions))
+        metrics = metric.evaluate(2)
+    assert 'mIoU_I' in metrics
+    assert 'mRecall.small' in metrics
+    assert not [key for key in metrics if 'tail' in key]
+    log = (tmp_path / 'run.log').read_text()
+    assert log.count('ImbalanceIoUMetric cannot') == log.count('there is no runner') == 1
+    assert 'groups=dict(head=[NAME' in log
+    scores = load_image_scores(tmp_path / 'image_scores.npz')
+    assert (scores['pixels'].size, set(scores['group'])) == (0, {''})
+
+
+def log_of(runner):
+    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
+
+
+def validated(cfg):
+    runner = Runner.from_cfg(cfg)
+    return runner, runner.val()
+
+
+def test_a_runner_validates_with_thirds_of_its_training_annotations(small_config):
+    cfg = small_config(SMALL, val_evaluator=dict(type='ImbalanceIoUMetric'))
+    runner, metrics = validated(cfg)
+    frequency = count_classes(runner.build_dataloader(cfg.train_dataloader).dataset)
+    scores = load_image_scores(Path(runner._log_dir, 'image_scores.npz'))
+    assert scores['images'].tolist() == ['0.jpg', '1.jpg']
+    assert np.array_equal(scores['pixels'], frequency.pixels)
+    order = np.argsort(-frequency.pixels, kind='stable')
+    assert scores['group'][order].tolist() == ['head'] * 4 + ['body'] * 4 + ['tail'] * 3
+    total = {key: scores[key].sum(0) for key in ('intersect', 'union', 'label')}
+    iou = total['intersect'] / total['union']
+    assert metrics['mIoU'] == pytest.approx(100 * np.nanmean(iou), abs=0.006)
+    assert metrics['mIoU.tail'] == pytest.approx(100 * np.nanmean(iou[order[8:]]), abs=0.006)
+    assert metrics['mIoU.low'] <= metrics['mIoU.high']
+    log = log_of(runner)
+    assert 'mRecall.small: ' in log  # logged as every other number
+    assert 'ImbalanceIoUMetric cannot' not in log
+
+
+@pytest.mark.parametrize('tta', [False, True])
+def test_training_pixels_are_counted_as_the_last_head_sees_them(
+    small_config, camvid, logger, no_runner, tmp_path, tta
+):
+    cfg = small_config(TWO_HEADS)
+    # without a pixel of 255, which would be out of range then
+    cfg.train_dataloader.dataset.data_root = recoloured(camvid, tmp_path / 'camvid', 11)
+    cfg.model.decode_head = [cfg.model.decode_head, cfg.model.decode_head | dict(ignore_index=3)]
+    if tta:
+        cfg.model = dict(type='SegTTAModel', module=cfg.model)
+    MessageHub.get_instance(tmp_path.name).update_info('cfg', cfg.pretty_text)
+    labels, predictions = scenes_of(2)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        evaluate(labels, predictions, CamVidDataset.METAINFO['classes'], 'ImbalanceIoUMetric', bootstrap=0)
+    scores = load_image_scores(tmp_path / 'image_scores.npz')
+    assert np.flatnonzero(scores['pixels'] == 0).tolist() == [3]
+    assert scores['group'][3] == 'tail'
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (dict(train_dataloader=None, train_cfg=None, optim_wrapper=None), 'no train_dataloader'),
+        ({'train_dataloader.dataset.data_root': '/nowhere'}, '/nowhere'),
+        ({'train_dataloader.dataset.metainfo': dict(classes=('sky', 'road'))}, "classes ['sky', 'road']"),
+        ({'train_dataloader.dataset.type': 'NoSuchDataset'}, 'NoSuchDataset'),
+    ],
+)
+def test_training_data_that_cannot_be_counted_cost_the_groups_only(small_config, change, reason):
+    cfg = small_config(SMALL, val_evaluator=dict(type='ImbalanceIoUMetric'))
+    for key, value in change.items():
+        if '.' in key:
+            cfg.merge_from_dict({key: value})
+        else:
+            cfg[key] = value
+    cfg.pop('param_scheduler')
+    if 'train_cfg' not in change:
+        cfg.custom_hooks = []
+    runner, metrics = validated(cfg)
+    assert 'mIoU_C_q5' in metrics
+    assert 'mIoU.low' in metrics
+    assert not [key for key in metrics if 'tail' in key]
+    warning = next(line for line in log_of(runner).splitlines() if 'ImbalanceIoUMetric cannot' in line)
+    assert 'WARNING' in warning
+    assert reason in log_of(runner)
