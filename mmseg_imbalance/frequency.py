@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ['CITYSCAPES_TRAIN', 'ClassFrequency', 'count_classes', 'default_cache_dir']
+__all__ = ['CITYSCAPES_TRAIN', 'ClassFrequency', 'count_classes', 'dataset_rows', 'default_cache_dir']
 
 _CACHE_FORMAT = 1
 T = TypeVar('T')
@@ -201,6 +201,7 @@ def count_classes(
     num_workers: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    per_image: bool = False,
 ) -> ClassFrequency:
     """Pixels and images of each class, from annotations alone, labelled as training sees them.
 
@@ -215,6 +216,7 @@ def count_classes(
         cache_dir: folder where counts are kept. They are found again by path, size and time of
             the annotations (those that are not local: path only), label mapping and classes.
         progress: show a bar, on rank 0.
+        per_image: the counts of each image are needed, so Cityscapes train is read as any other.
 
     Raises:
         FileNotFoundError: an annotation file is missing.
@@ -232,7 +234,7 @@ def count_classes(
             'not all ranks see the same annotation files. Give every node the same data set, under '
             'the same paths.'
         )
-    if _is_cityscapes_train(classes, sources):
+    if not per_image and _is_cityscapes_train(classes, sources):
         return CITYSCAPES_TRAIN
     dataset_images = sum(source.repeats for source in sources)
     if max_images is not None and max_images < len(sources):
@@ -317,6 +319,12 @@ def _flatten(dataset: Any) -> list[tuple[Any, int]]:
     if hasattr(dataset, 'repeat_indices'):  # ClassBalancedDataset
         return [pairs[index] for index in dataset.repeat_indices]
     return pairs * getattr(dataset, 'times', 1)  # RepeatDataset, or MultiImageMixDataset
+
+
+def dataset_rows(dataset: Any) -> np.ndarray:
+    """(len(dataset),) int64: which row of the counts of all images of `dataset` each of its indices is."""
+    rows: dict[tuple[Any, int], int] = {}
+    return np.array([rows.setdefault(pair, len(rows)) for pair in _flatten(dataset)], dtype=np.int64)
 
 
 def _plan(dataset: Any, ignore_index: int | None) -> tuple[tuple[str, ...], list[_Source]]:

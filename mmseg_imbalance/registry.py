@@ -5,9 +5,18 @@ works under ``default_scope = 'mmseg'``. The empty child registries make the pre
 for ``type='mmseg_imbalance.CombinedWeightedLoss'`` MMEngine imports this module, and so the package, itself.
 """
 
-from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, Registry
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    HOOKS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPERS,
+    TRANSFORMS,
+    Registry,
+)
 
-__all__ = ['DATASETS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS']
+__all__ = ['DATASETS', 'DATA_SAMPLERS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS', 'TRANSFORMS']
 
-for _root in (DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS):
+for _root in (DATA_SAMPLERS, DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS):
     Registry(_root.name, parent=_root, scope='mmseg_imbalance')

@@ -67,6 +67,8 @@ def small_config(scenes, camvid, tmp_path):
                 step.scale = (128, 64)
             if 'crop_size' in step:
                 step.crop_size = (64, 64)
+            if 'min_pixels' in step:
+                step.min_pixels = 1
 
     def make(name, **options):
         cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
@@ -77,6 +79,8 @@ def small_config(scenes, camvid, tmp_path):
             loader.dataset.data_root = str(data)
             shrink(loader.dataset.pipeline)
         cfg.train_dataloader.batch_size = 2
+        if 'min_pixels' in cfg.train_dataloader.sampler:
+            cfg.train_dataloader.sampler.min_pixels = 1
         cfg.train_cfg.update(max_iters=2, val_interval=2)
         cfg.model.update(pretrained=None, test_cfg=dict(mode='whole'))
         cfg.model.backbone.init_cfg = None

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
+from mmseg.registry import DATASETS, MODELS
 
 CONFIGS = sorted(
     str(path.relative_to(REPOSITORY / 'configs').with_suffix(''))
     for path in (REPOSITORY / 'configs').glob('[!_]*/*.py')
 )
-BALANCED = [name for name in CONFIGS if '-combined' in name]
+BALANCED = [name for name in CONFIGS if '-combined_' in name]
 PLAIN = [name.replace('-combined', '') for name in BALANCED]
 SUBCLASSIFIED = [name for name in CONFIGS if '-subclass' in name or '-similarity' in name]
+SLIDING = [name for name in CONFIGS if '-slide_' in name]
+SAMPLED = [name for name in CONFIGS if '-rcs_' in name]
 
 
 def combined(name):
@@ -28,6 +32,8 @@ def test_there_is_a_pair_for_every_model_and_data_set():
     assert set(PLAIN) <= set(CONFIGS)
     assert {combined(name) for name in SUBCLASSIFIED if 'subclass' in name} == set(BALANCED)
     assert {combined(name) for name in SUBCLASSIFIED if 'similarity' in name} == set(BALANCED)
+    assert len(SAMPLED) == 2
+    assert len(SLIDING) == 1
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -83,7 +89,78 @@ def test_a_pair_differs_in_the_loss_its_hook_and_the_head_that_serves_it_alone(n
     assert balanced == plain
 
 
+def without_scope(config):
+    """Where MMEngine says which package a base is from depends on how a config refers to it."""
+    if isinstance(config, dict):
+        return {key: without_scope(value) for key, value in config.items() if key != '_scope_'}
+    return [without_scope(value) for value in config] if isinstance(config, list) else config
+
+
+@pytest.mark.parametrize('name', SAMPLED)
+def test_rare_class_sampling_changes_the_sampler_and_the_crop_alone(name):
+    ours, base = (
+        without_scope(Config.fromfile(REPOSITORY / 'configs' / f'{n}.py').to_dict())
+        for n in (name, name.replace('-rcs', ''))
+    )
+    sampler = ours['train_dataloader'].pop('sampler')
+    assert base['train_dataloader'].pop('sampler')['type'] == 'InfiniteSampler'
+    assert sampler == dict(type='RareClassSampler', min_pixels=sampler['min_pixels'])
+    assert ours['train_pipeline'] == ours['train_dataloader']['dataset']['pipeline']
+    for config in (ours, base):
+        config['train_pipeline'] = None
+    steps = (config['train_dataloader']['dataset']['pipeline'] for config in (ours, base))
+    (crop, plain), *others = [(step, other) for step, other in zip(*steps, strict=True) if step != other]
+    assert not others
+    assert crop == plain | dict(type='RareClassCrop', min_pixels=crop['min_pixels'])
+    assert plain.pop('type') == 'RandomCrop'
+    assert crop['min_pixels'] < sampler['min_pixels']
+    crop.clear(), plain.clear()
+    assert ours == base
+
+
 @pytest.mark.parametrize('name', [name for name in BALANCED + PLAIN + SUBCLASSIFIED if '_cityscapes' in name])
 def test_published_settings_keep_the_pretrained_weights(name):
     cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
     assert 'resnet50_v1c' in str(cfg.model.pretrained) or 'mit_b0' in cfg.model.backbone.init_cfg.checkpoint
+
+
+@pytest.mark.parametrize('name', SLIDING)
+def test_a_sliding_window_differs_in_the_test_alone(name):
+    ours, base = (
+        Config.fromfile(REPOSITORY / 'configs' / f'{n}.py').to_dict()
+        for n in (name, name.replace('-slide', ''))
+    )
+    window = ours['model'].pop('test_cfg')
+    assert base['model'].pop('test_cfg')['mode'] == 'whole'
+    assert (window['mode'], window['crop_size']) == ('slide', ours['crop_size'])
+    assert all(0 < step < size for step, size in zip(window['stride'], window['crop_size'], strict=True))
+    scales, rest = [], []
+    for one in (ours, base):
+        steps = one.pop('test_pipeline')
+        for split in ('val', 'test'):
+            assert one[f'{split}_dataloader']['dataset'].pop('pipeline') == steps
+        scales += [step.pop('scale') for step in steps if 'scale' in step]
+        rest.append(steps)
+    assert rest[0] == rest[1]
+    (larger, _), (width, _) = scales
+    (resize,) = [step for step in base['train_pipeline'] if step['type'] == 'RandomResize']
+    assert width < larger <= width * resize['ratio_range'][1]
+    assert ours == base
+
+
+@pytest.mark.parametrize('name', SLIDING)
+def test_a_sliding_window_covers_the_image_in_windows_of_the_training_size(camvid, monkeypatch, name):
+    cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
+    cfg.test_dataloader.dataset.data_root = str(camvid)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    model = MODELS.build(cfg.model).eval()
+    windows, encode_decode = [], model.encode_decode
+
+    def recorded(inputs, metas):
+        windows.append(inputs.shape[2:])
+        return encode_decode(inputs, metas)
+
+    monkeypatch.setattr(model, 'encode_decode', recorded)
+    (sample,) = model.test_step(pseudo_collate([dataset[0]]))
+    assert windows == [cfg.crop_size] * 4
+    assert sample.pred_sem_seg.shape == (72, 96)

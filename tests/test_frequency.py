@@ -18,7 +18,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
 from mmseg_imbalance import frequency as module
-from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency, count_classes
+from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency, count_classes, dataset_rows
 
 CAMVID = Path(__file__).resolve().parents[2] / 'shared' / 'camvid'
 NAMES = ('sky', 'road', 'tree', 'car', 'sign')
@@ -162,6 +162,17 @@ def test_equals_a_slow_loop_through_the_pipeline(root, case):
     assert frequency.share.sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize('case', CASES)
+def test_every_index_finds_its_row_of_counts(root, case):
+    (root / 'list.txt').write_text('1\n4\n')
+    dataset = CASES[case](root)
+    counts = count_classes(dataset).counts[dataset_rows(dataset)]
+    assert len(counts) == len(dataset)
+    for index, row in enumerate(counts):
+        labels = dataset[index]['gt_seg_map']
+        assert row.tolist() == [(labels == c).sum() for c in range(len(row))]
+
+
 def test_wrappers_nest(root):
     def nested():
         scope = {'type': 'ConcatDataset', 'datasets': [make(root, indices=[2]), make(root)]}
@@ -286,6 +297,8 @@ def cityscapes(cities=CITIES, images=2975, **options):
 def test_cityscapes_train_needs_no_file(options):
     assert count_classes(cityscapes(lazy_init=True), **options) is CITYSCAPES_TRAIN
     assert count_classes(mosaic(cityscapes()), **options) is CITYSCAPES_TRAIN
+    with pytest.raises(FileNotFoundError):
+        count_classes(cityscapes(), per_image=True, **options)
     # Nothing was left out: valid and ignored pixels are all pixels of 2975 images.
     assert CITYSCAPES_TRAIN.pixels.sum() + CITYSCAPES_TRAIN.ignored == 2975 * 2048 * 1024
 

@@ -24,5 +24,5 @@ model = dict(
         for in_index, in_channels, loss_weight in ((3, 128, 0.4), (2, 256, 0.2), (1, 512, 0.1))
     ],
 )
-val_evaluator = dict(type='ClassIoUMetric')
+val_evaluator = dict(type='ImbalanceIoUMetric')
 test_evaluator = val_evaluator

@@ -45,5 +45,5 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type='ClassIoUMetric')
+val_evaluator = dict(type='ImbalanceIoUMetric')
 test_evaluator = val_evaluator

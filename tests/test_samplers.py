@@ -1,0 +1,522 @@
+"""Draws follow the formula, on any number of ranks and after a resume; crops hold the class if a try does."""
+
+import copy
+import itertools
+import math
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmcv.transforms.utils import cache_random_params
+from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset, pseudo_collate
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, init_default_scope
+from mmengine.runner import Runner
+from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
+from mmseg.datasets.transforms import LoadAnnotations, RandomCrop
+from mmseg.registry import TRANSFORMS
+from PIL import Image
+from ranks import on_ranks
+from scipy.stats import binomtest, chisquare
+from torch.utils.data import DataLoader
+
+from mmseg_imbalance import samplers as module
+from mmseg_imbalance.samplers import DrawnIndex, RareClassCrop, RareClassSampler
+
+CONFIG = 'segformer/segformer_mit-b0-small-combined-rcs_1xb8-2k_camvid-240x180'
+SIZE = (24, 32)
+CLASSES = ('road', 'house', 'car', 'pole', 'bike')
+SHARES = (0.55, 0.3, 0.1, 0.04, 0.01)  # about, of the pixels
+
+
+class StreetDataset(BaseSegDataset):
+    METAINFO = {'classes': CLASSES, 'palette': [[i, i, i] for i in range(5)]}
+
+    def get_cat_ids(self, index):
+        return np.unique(self[index]['gt_seg_map']).tolist()
+
+
+class DropImage:
+    """Leaves what is needed here: the labels, the index and the path, after crops if there are any."""
+
+    def __call__(self, results):
+        return {key: results[key] for key in ('gt_seg_map', 'sample_idx', 'seg_map_path')}
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """24 images of 32x24 whose classes have about the SHARES, with 255 here and there."""
+    root = tmp_path_factory.mktemp('streets')
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        shares = rng.dirichlet(np.array(SHARES) * 4)
+        labels = rng.choice(5, SIZE, p=shares).astype(np.uint8)
+        labels[rng.random(SIZE) < 0.05] = 255
+        for kind, image in (('img', np.zeros((*SIZE, 3), np.uint8)), ('ann', labels)):
+            (root / kind).mkdir(exist_ok=True)
+            Image.fromarray(image).save(root / kind / f'{number:02d}.{"jpg" if kind == "img" else "png"}')
+    return root
+
+
+def make(root, **options):
+    return StreetDataset(
+        data_root=str(root),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        pipeline=[LoadAnnotations(), DropImage()],
+        **options,
+    )
+
+
+def make_sampler(root, dataset=None, **options):
+    options = dict(temperature=0.3, min_pixels=9, seed=0, num_workers=0) | options
+    return RareClassSampler(make(root) if dataset is None else dataset, **options)
+
+
+def draw(sampler, number):
+    return [(int(i), i.class_index) for i in itertools.islice(sampler, number)]
+
+
+def pixels_of(dataset, classes=5):
+    """(len(dataset), classes) pixels, counted from what the pipeline loads."""
+    labels = [dataset[index]['gt_seg_map'] for index in range(len(dataset))]
+    return np.array([[(image == c).sum() for c in range(classes)] for image in labels])
+
+
+def formula(pixels, temperature, min_pixels):
+    share = [float(n) / float(pixels.sum()) for n in pixels.sum(0)]
+    found = [any(image[c] >= min_pixels for image in pixels) for c in range(len(share))]
+    terms = [math.exp((1 - f) / temperature) if there else 0 for f, there in zip(share, found, strict=True)]
+    return [term / sum(terms) for term in terms]
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What is logged at each level."""
+    messages = {}
+
+    def print_log(message, logger, level=20):
+        messages.setdefault(level, []).append(message)
+
+    monkeypatch.setattr(module, 'print_log', print_log)
+    return messages
+
+
+# Draws
+
+
+@pytest.mark.parametrize('temperature', [0.07, 0.3, 5])
+def test_class_shares_follow_the_formula(root, temperature):
+    want = formula(pixels_of(make(root)), temperature, 9)
+    sampler = make_sampler(root, temperature=temperature)
+    assert sampler.probability == pytest.approx(want)
+    drawn = Counter(c for _, c in draw(sampler, 20_000))
+    assert chisquare([drawn[c] for c in range(5)], [20_000 * p for p in want]).pvalue > 1e-3
+
+
+def test_images_are_those_with_enough_pixels_each_as_often_as_another(root):
+    pixels = pixels_of(make(root))
+    drawn = draw(make_sampler(root), 20_000)
+    for c in range(5):
+        enough = np.flatnonzero(pixels[:, c] >= 9)
+        assert len(enough) > 1
+        times = Counter(i for i, k in drawn if k == c)
+        assert set(times) == set(enough)
+        assert chisquare([times[i] for i in enough]).pvalue > 1e-3
+    assert (pixels == 9).any()  # tells at least from more than
+
+
+def test_ignored_pixels_do_not_count(root):
+    labels = np.stack([sample['gt_seg_map'] for sample in make(root)])
+    assert 0.03 < (labels == 255).mean() < 0.07
+    share = np.bincount(labels[labels != 255], minlength=5) / (labels != 255).sum()
+    weights = np.exp((1 - share) / 0.3)
+    assert make_sampler(root).probability == pytest.approx(weights / weights.sum())
+
+
+def test_a_tiny_temperature_draws_the_rarest_class_and_a_huge_one_all_alike(root):
+    assert make_sampler(root, temperature=5e-324).probability.tolist() == [0, 0, 0, 0, 1]
+    assert make_sampler(root, temperature=1e308).probability == pytest.approx([0.2] * 5)
+    assert {c for _, c in draw(make_sampler(root, temperature=5e-324), 999)} == {4}
+
+
+def test_the_stream_depends_on_the_seed_alone(root, monkeypatch):
+    stream = draw(make_sampler(root), 700)
+    assert stream != draw(make_sampler(root, seed=1), 700)
+    monkeypatch.setattr(module, 'BLOCK', 7)
+    assert stream == draw(make_sampler(root), 700)
+
+
+def test_it_is_endless_and_as_long_as_the_data_set(root):
+    sampler = make_sampler(root)
+    assert len(sampler) == 24
+    first = draw(sampler, 30)
+    sampler.set_epoch(3)
+    assert first + draw(sampler, 30) == draw(make_sampler(root), 60)  # a new iterator goes on
+
+
+@pytest.mark.parametrize('skipped', [0, 1, 5, 255, 256, 1000])
+def test_skip_continues_where_an_uninterrupted_run_would_be(root, skipped):
+    stream = draw(make_sampler(root), 1100)
+    sampler = make_sampler(root)
+    draw(sampler, 3)  # absolute: what was drawn before does not matter
+    sampler.skip(skipped)
+    assert draw(sampler, 100) == stream[skipped : skipped + 100]
+
+
+def test_skip_costs_nothing_and_goes_forward_only(root):
+    sampler = make_sampler(root)
+    sampler.skip(10**15)
+    assert draw(sampler, 1)
+    with pytest.raises(ValueError, match='num_samples=-1'):
+        sampler.skip(-1)
+
+
+# Ranks
+
+
+def drawn_on_a_rank(root):
+    fresh, skipping, seedless = (make_sampler(root, seed=seed) for seed in (0, 0, None))
+    skipping.skip(11)
+    return draw(fresh, 3000), draw(skipping, 50), (seedless.seed, draw(seedless, 50))
+
+
+def test_two_ranks_are_one_stream_and_never_in_lockstep(root):
+    ranks = on_ranks(2, drawn_on_a_rank, root)
+    fresh, skipping, ((seed, _), (other, _)) = zip(*ranks, strict=True)
+    stream = draw(make_sampler(root), 6000)
+    assert [one for pair in zip(*fresh, strict=True) for one in pair] == stream
+    assert [one for pair in zip(*skipping, strict=True) for one in pair] == stream[22:122]
+    assert seed == other  # nobody gave one, and they agree
+    pixels = pixels_of(make(root))
+    shares = formula(pixels, 0.3, 9)
+    chance = sum(p**2 / (pixels[:, c] >= 9).sum() for c, p in enumerate(shares))
+    same = sum(a == b for a, b in zip(*fresh, strict=True))
+    assert 0 < chance < 0.2
+    assert binomtest(same, 3000, chance).pvalue > 1e-3
+
+
+# Classes that cannot be drawn
+
+
+def test_a_class_without_enough_pixels_is_named_and_the_rest_renormalised(root, logged):
+    pixels = pixels_of(make(root))
+    scarce = pixels.max(0).argmin()
+    bound = int(pixels[:, scarce].max()) + 1
+    sampler = make_sampler(root, min_pixels=bound)
+    assert sampler.probability[scarce] == 0
+    assert sampler.probability == pytest.approx(formula(pixels, 0.3, bound))
+    assert scarce not in {c for _, c in draw(sampler, 2000)}
+    (warning,) = logged[30]
+    assert f'min_pixels={bound} of {CLASSES[scarce]} (at most {bound - 1})' in warning
+    assert 'Lower min_pixels' in warning
+    assert warning.count('at most') == 1
+
+
+def test_a_class_that_never_occurs_is_not_drawn_and_not_warned_of(root, logged, tmp_path):
+    for kind in ('img', 'ann'):
+        shutil.copytree(root / kind, tmp_path / kind)
+    for path in (tmp_path / 'ann').iterdir():
+        labels = np.asarray(Image.open(path))
+        Image.fromarray(np.where(labels == 4, 255, labels).astype(np.uint8)).save(path)
+    sampler = make_sampler(tmp_path, min_pixels=1)
+    assert ((sampler.probability > 0) == [True, True, True, True, False]).all()
+    assert 30 not in logged
+
+
+def test_no_class_that_can_be_drawn_is_an_error(root):
+    with pytest.raises(ValueError, match=r'min_pixels=769 of road \(at most \d+\), house .*Lower min_pixels'):
+        make_sampler(root, min_pixels=769)
+
+
+@pytest.mark.parametrize('value', [0, -0.01, math.inf, math.nan])
+def test_a_temperature_out_of_range_is_refused(root, value):
+    with pytest.raises(ValueError, match=f'temperature={value}, allowed are finite numbers above 0'):
+        make_sampler(root, temperature=value)
+
+
+@pytest.mark.parametrize('value', [0, -3, 2.5, '9'])
+def test_counts_out_of_range_are_refused(root, value):
+    with pytest.raises(ValueError, match=f'min_pixels={value!r}, allowed are integers from 1'):
+        make_sampler(root, min_pixels=value)
+    for name in ('min_pixels', 'max_tries'):
+        with pytest.raises(ValueError, match=f'{name}={value!r}, allowed are integers from 1'):
+            RareClassCrop((8, 8), **{name: value})
+
+
+def test_one_table_tells_what_is_drawn(root, logged):
+    sampler = make_sampler(root)
+    (table,) = logged[20]
+    row = next(line for line in table.splitlines() if 'bike' in line)
+    assert f'{sampler.probability[4]:.3%}' in row
+    assert f' {len(sampler.images[4])} ' in row
+    assert all(name in table for name in CLASSES)
+
+
+def test_counts_are_cached(root, tmp_path):
+    first = make_sampler(root, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    stamp = path.stat().st_mtime_ns
+    assert draw(make_sampler(root, cache_dir=tmp_path), 50) == draw(first, 50)
+    assert path.stat().st_mtime_ns == stamp
+
+
+# The way of the class to the pipeline
+
+
+@pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_an_index_knows_its_class(copied):
+    index = copied(DrawnIndex(7, 3))
+    assert (index, index.class_index, type(index)) == (7, 3, DrawnIndex)
+
+
+def test_what_wrapped_data_sets_make_of_an_index_knows_its_class():
+    for index in (DrawnIndex(9, 3) - np.int64(2), DrawnIndex(16, 3) % 9):
+        assert (index, index.class_index, type(index)) == (7, 3, DrawnIndex)
+
+
+WRAPPED = {
+    'plain': lambda root: make(root),
+    'lazy': lambda root: make(root, lazy_init=True),
+    'concat': lambda root: ConcatDataset([make(root, indices=[3]), make(root, indices=9), make(root)]),
+    'repeat': lambda root: RepeatDataset(make(root), times=3),
+    'nested': lambda root: RepeatDataset(
+        dict(type='ConcatDataset', datasets=[make(root, indices=5), make(root)]), times=2
+    ),
+    'mosaic': lambda root: MultiImageMixDataset(ConcatDataset([make(root, indices=[8, 2]), make(root)]), []),
+    'label_map': lambda root: make(root, metainfo=dict(classes=('bike', 'car', 'pole'))),
+    'reduce_zero_label': lambda root: make(root, reduce_zero_label=True),
+    'class balanced': lambda root: ClassBalancedDataset(make(root), oversample_thr=0.99),
+}
+
+
+@pytest.mark.parametrize('case', WRAPPED)
+def test_the_image_at_an_index_holds_enough_of_the_class(root, case):
+    dataset = WRAPPED[case](root)
+    sampler = make_sampler(root, dataset)
+    assert len(sampler) == len(dataset)
+    pixels = pixels_of(dataset, len(sampler.probability))
+    found = (pixels >= 9).any(0)
+    assert found.sum() > 2
+    for c, images in enumerate(sampler.images):
+        assert images.tolist() == np.flatnonzero(pixels[:, c] >= 9).tolist()
+    for index, c in draw(sampler, 300):
+        assert (dataset[index]['gt_seg_map'] == c).sum() >= 9
+
+
+@pytest.mark.parametrize(
+    ('case', 'workers'),
+    [*((case, 0) for case in WRAPPED if case != 'class balanced'), ('nested', 2), ('nested', 'persistent')],
+)
+def test_the_class_reaches_the_pipeline(root, case, workers):
+    dataset, sampler = WRAPPED[case](root), make_sampler(root, WRAPPED[case](root))
+    loader = DataLoader(
+        dataset,
+        batch_size=3,
+        sampler=sampler,
+        num_workers=2 if workers else 0,
+        persistent_workers=workers == 'persistent',
+        collate_fn=pseudo_collate,
+    )
+    batches = itertools.islice(loader, 8)
+    wanted = draw(make_sampler(root, dataset), 24)
+    for number, batch in enumerate(batches):
+        assert [index.class_index for index in batch['sample_idx']] == [
+            c for _, c in wanted[3 * number : 3 * number + 3]
+        ]
+        for index, labels in zip(batch['sample_idx'], batch['gt_seg_map'], strict=True):
+            assert (labels == index.class_index).sum() >= 9
+
+
+def test_both_are_found_by_the_framework_by_plain_and_by_prefixed_name(root):
+    init_default_scope('mmseg')
+    for prefix in ('', 'mmseg_imbalance.'):
+        config = dict(type=f'{prefix}RareClassSampler', min_pixels=9, num_workers=0)
+        sampler = DATA_SAMPLERS.build(config, default_args=dict(dataset=make(root), seed=0))
+        assert type(sampler) is RareClassSampler
+        crop = TRANSFORMS.build(dict(type=f'{prefix}RareClassCrop', crop_size=(8, 8)))
+        assert type(crop) is RareClassCrop
+
+
+# Crops
+
+
+def seed_crops(seed):
+    np.random.seed(seed)  # noqa: NPY002  the framework's crops draw from it
+
+
+def results_of(labels, drawn=None):
+    index = 0 if drawn is None else DrawnIndex(0, drawn)
+    image = np.repeat(np.arange(labels.size).reshape(*labels.shape, 1), 3, 2)
+    return dict(img=image, gt_seg_map=labels, seg_fields=['gt_seg_map'], sample_idx=index)
+
+
+@pytest.fixture
+def count_tries(monkeypatch):
+    """Counts the framework's crops."""
+    tries = []
+    plain = RandomCrop.__dict__['crop_bbox'].func
+    monkeypatch.setattr(
+        RandomCrop.__dict__['crop_bbox'],
+        'func',
+        lambda self, results: tries.append(1) or plain(self, results),
+    )
+    return tries
+
+
+def first_that_holds(labels, drawn, size, min_pixels, max_tries, **options):
+    """Brute force: the framework's crops in their order, each looked up among the sums at all positions."""
+    height, width = (min(s, n) for s, n in zip(size, labels.shape, strict=True))
+    held = {
+        (y, x): sum(labels[r, c] == drawn for r in range(y, y + height) for c in range(x, x + width))
+        for y in range(labels.shape[0] - height + 1)
+        for x in range(labels.shape[1] - width + 1)
+    }
+    plain = RandomCrop(size, **options)
+    if (labels == drawn).sum() >= min_pixels:
+        for tries in range(1, max_tries + 1):
+            bbox = plain.crop_bbox(results_of(labels))
+            if held[bbox[0], bbox[2]] >= min_pixels:
+                return bbox, tries, max(held.values())
+    else:
+        max_tries = 0
+    return plain.crop_bbox(results_of(labels)), max_tries + 1, max(held.values())
+
+
+@pytest.mark.parametrize('options', [{}, dict(cat_max_ratio=0.8)])
+@pytest.mark.parametrize('seed', range(12))
+def test_a_crop_is_the_first_try_that_holds_enough_or_a_plain_one(count_tries, seed, options):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(3, (13, 17), p=(0.6, 0.35, 0.05)).astype(np.uint8)
+    for drawn, min_pixels, max_tries in itertools.product((1, 2), (1, 3, 25, 90), (1, 4)):
+        seed_crops(seed)
+        bbox, tries, most = first_that_holds(labels, drawn, (7, 5), min_pixels, max_tries, **options)
+        del count_tries[:]
+        seed_crops(seed)
+        got = RareClassCrop((7, 5), min_pixels, max_tries, **options)(results_of(labels, drawn))
+        assert (got['gt_seg_map'] == labels[bbox[0] : bbox[1], bbox[2] : bbox[3]]).all()
+        assert len(count_tries) == tries <= max_tries + 1
+        if most < min_pixels:
+            assert tries in (1, max_tries + 1)
+        elif tries <= max_tries:
+            assert (got['gt_seg_map'] == drawn).sum() >= min_pixels
+        assert (
+            got['img'][..., 0] == results_of(labels)['img'][bbox[0] : bbox[1], bbox[2] : bbox[3], 0]
+        ).all()
+
+
+def test_a_class_in_one_corner_is_found_far_more_often(count_tries):
+    labels = np.zeros((40, 40), np.uint8)
+    labels[:6, :6] = 1
+
+    def found(crop):
+        seed_crops(0)
+        return np.mean([(crop(results_of(labels, 1))['gt_seg_map'] == 1).sum() >= 20 for _ in range(400)])
+
+    plain, rare = found(RandomCrop((25, 25))), found(RareClassCrop((25, 25), 20))
+    assert 0 < plain < 0.1
+    chance = plain + (1 - plain) * (1 - (1 - plain) ** 10)  # ten tries and a plain crop
+    assert rare == pytest.approx(chance, abs=0.08)
+
+
+def test_an_image_smaller_than_the_crop_is_taken_whole(count_tries):
+    labels = np.zeros((5, 6), np.uint8)
+    labels[0, :4] = 1
+    assert RareClassCrop((8, 8), 4)(results_of(labels, 1))['gt_seg_map'].shape == (5, 6)
+    assert RareClassCrop((8, 8), 5)(results_of(labels, 1))['gt_seg_map'].shape == (5, 6)
+    assert len(count_tries) == 2
+
+
+def test_without_a_drawn_class_it_is_a_plain_crop_with_one_warning(logged):
+    labels = np.random.default_rng(0).integers(0, 3, (13, 17)).astype(np.uint8)
+    crop, plain = RareClassCrop(5, 90, cat_max_ratio=0.4), RandomCrop(5, cat_max_ratio=0.4)
+    without_index = results_of(labels)
+    del without_index['sample_idx']
+    for results in (results_of(labels), without_index, results_of(labels)):
+        cropped = []
+        for transform in (crop, plain):
+            seed_crops(3)
+            cropped.append(transform(dict(results))['gt_seg_map'].tolist())
+        assert cropped[0] == cropped[1]
+    (warning,) = logged[30]
+    assert 'RareClassSampler' in warning
+
+
+def test_two_images_share_a_crop_where_the_framework_asks_for_it():
+    labels = np.zeros((40, 40), np.uint8)
+    labels[:6, :6] = 1
+    seed_crops(0)
+    for kind in (RareClassCrop((25, 25), 20), RandomCrop((25, 25))):  # one must not spoil the other
+        for _ in range(3):
+            with cache_random_params(kind):
+                first, second = (kind(results_of(labels, 1))['img'] for _ in range(2))
+            assert (first == second).all()
+            if isinstance(kind, RareClassCrop):
+                again = [(kind(results_of(labels, 1))['gt_seg_map'] == 1).sum() >= 20 for _ in range(30)]
+                assert np.mean(again) > 0.15
+
+
+@pytest.mark.parametrize(
+    'folding', [dict(reduce_zero_label=True), dict(metainfo=dict(classes=CLASSES[::-1]))]
+)
+def test_labels_are_those_that_training_sees(root, folding):
+    class AddImage:
+        def __call__(self, results):
+            return results | dict(img=np.zeros((*SIZE, 3), np.uint8))
+
+    dataset = make(root, **folding)
+    names = CLASSES[1:] if 'reduce_zero_label' in folding else CLASSES[::-1]
+    dataset.pipeline.transforms[1:] = [AddImage(), RareClassCrop((12, 16), 4), DropImage()]
+    seed_crops(0)
+    enough = Counter()
+    for index in itertools.islice(make_sampler(root, make(root, **folding), min_pixels=16), 300):
+        sample = dataset[index]
+        raw = np.asarray(Image.open(sample['seg_map_path']))
+        assert (raw == CLASSES.index(names[index.class_index])).sum() >= 16
+        enough[(sample['gt_seg_map'] == index.class_index).sum() >= 4] += 1
+    assert enough[True] > 0.95 * enough.total()
+
+
+# Through a runner
+
+
+class Record(Hook):
+    def __init__(self):
+        self.seen = {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.seen[runner.iter] = [
+            (Path(s.img_path).name, int(s.sample_idx), s.sample_idx.class_index)
+            for s in data_batch['data_samples']
+        ]
+
+
+@pytest.mark.parametrize(('loop', 'workers'), [('skips', 2), ('advances the loader', 0)])
+def test_a_resumed_run_sees_the_images_and_classes_of_an_uninterrupted_one(
+    small_config, tmp_path, monkeypatch, loop, workers
+):
+    if loop != 'skips':
+        monkeypatch.delattr(RareClassSampler, 'skip')  # as upstream, which asks no sampler to skip
+
+    def run(name, iterations, **options):
+        cfg = small_config(CONFIG, experiment_name=f'{tmp_path.name}-{name}', **options)
+        cfg.train_cfg.update(max_iters=iterations, val_interval=100)
+        cfg.default_hooks.checkpoint.update(interval=2)
+        cfg.train_dataloader.update(num_workers=workers, persistent_workers=workers > 0)
+        cfg.train_dataloader.sampler.temperature = 0.5  # several classes
+        keys = ('img_path', 'img_shape', 'ori_shape', 'pad_shape', 'scale_factor', 'flip', 'sample_idx')
+        cfg.train_dataloader.dataset.pipeline[-1].meta_keys = keys
+        cfg.work_dir = str(tmp_path / name)
+        runner, record = Runner.from_cfg(cfg), Record()
+        runner.register_hook(record)
+        runner.train()
+        return record.seen
+
+    whole = run('whole', 4)
+    half = run('half', 2)
+    rest = run('rest', 4, resume=True, load_from=str(tmp_path / 'half' / 'iter_2.pth'))
+    assert list(rest) == [2, 3]
+    assert half | rest == whole
+    assert len({c for batch in whole.values() for _, _, c in batch}) > 2
