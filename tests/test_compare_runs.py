@@ -1,0 +1,342 @@
+"""tools/compare_runs.py on work dirs as the framework leaves them."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compare_page import spread
+from compare_runs import NOISE, compare, main, markdown, short_names
+from scipy import stats
+
+from mmseg_imbalance.metrics import bootstrap_counts
+
+CLASSES = ('road', 'sky', 'car', 'tree', 'pole', 'rider')
+PIXELS = np.array([5000, 3000, 900, 600, 40, 10])
+CONFIG = """
+model = dict(decode_head=dict(loss_decode=dict(type={loss!r})), test_cfg=dict(mode='whole'))
+train_cfg = dict(type='IterBasedTrainLoop', max_iters={limit}, val_interval=10)
+train_dataloader = dict(batch_size=8, num_workers=2, dataset=dict(data_root='anywhere'))
+randomness = dict(seed={seed})
+load_from = {load_from!r}
+work_dir = {work_dir!r}
+"""
+
+
+def image_rows(quality, seed, images=40):
+    """Rows of so many images in which a share of the pixels of each class is found."""
+    rng = np.random.default_rng(seed)
+    label = rng.poisson(np.minimum(PIXELS, 300), (images, len(CLASSES)))
+    label[:, -1] *= rng.random(images) < 0.4  # the rarest is in some images only
+    intersect = rng.binomial(label, quality)
+    pred = intersect + rng.binomial(label, 0.1)
+    return dict(intersect=intersect, union=label + pred - intersect, pred=pred, label=label)
+
+
+def write_run(
+    folder, loss='CE', seed=0, quality=0.5, limit=20, reached=None, tested=True, scored=True, name=None
+):
+    """A work dir of a training of so many iterations and, below it, of its test."""
+    reached = limit if reached is None else reached
+    name = name or f'net_small-{loss.lower()}_data'
+    session = folder / '20260101_000000'
+    values = dict(loss=loss, limit=limit, seed=seed, work_dir=str(folder), load_from=None)
+    (session / 'vis_data').mkdir(parents=True)
+    (session / 'vis_data' / 'config.py').write_text(CONFIG.format(**values))
+    (folder / f'{name}.py').write_text('')
+    log = [dict(loss=1.0, time=0.5, memory=2048, iter=n, step=n) for n in range(5, reached + 1, 5)]
+    (session / 'vis_data' / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in log))
+    (session / f'{session.name}.log').write_text('    GPU 0,1: NVIDIA H100\n    GPU number: 2\n')
+    if not tested:
+        return folder
+    rows = image_rows(quality, seed)
+    total = {key: value.sum(0) for key, value in rows.items()}
+    iou = 100 * total['intersect'] / total['union']
+    metrics = dict(aAcc=50.0, mIoU=round(iou.mean(), 2), mAcc=50.0)
+    metrics |= {f'IoU.{c}': round(value, 2) for c, value in zip(CLASSES, iou, strict=True)}
+    test = folder / 'test' / '20260102_000000'
+    (test / 'vis_data').mkdir(parents=True)
+    (folder / 'test' / f'{name}.py').write_text('')
+    values['load_from'] = str(folder / f'iter_{reached}.pth')
+    (test / 'vis_data' / 'config.py').write_text(CONFIG.format(**values))
+    (test / f'{test.name}.json').write_text(json.dumps(metrics))
+    if scored:
+        group = np.array(['head', 'head', 'body', 'body', 'tail', 'tail'])
+        images = np.array([f'{n}.png' for n in range(len(rows['label']))])
+        classes = np.array(CLASSES)
+        np.savez(
+            test / 'image_scores.npz', images=images, classes=classes, pixels=PIXELS, group=group, **rows
+        )
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two configs of three seeds, of which the second finds more of the rare classes."""
+    better = np.array([0.5, 0.5, 0.5, 0.5, 0.9, 0.9])
+    first = [write_run(tmp_path / f'ce-{s}', 'CE', s) for s in range(3)]
+    second = [write_run(tmp_path / f'dice-{s}', 'Dice', s + 3, better) for s in range(3)]
+    return first, second
+
+
+def iou(work_dir):
+    rows = np.load(work_dir / 'test' / '20260102_000000' / 'image_scores.npz')
+    return rows['intersect'], rows['union']
+
+
+def test_seeds_of_one_config_are_one_group_and_another_loss_is_another(runs):
+    first, second = runs
+    comparison = compare([first[0], second[0], *first[1:], *second[1:]])
+    assert [group.label for group in comparison.groups] == ['small-ce', 'small-dice']
+    assert [[run.work_dir for run in group.runs] for group in comparison.groups] == [first, second]
+    assert not comparison.left_out
+
+
+def test_means_deviations_and_parts_are_those_of_numpy(runs):
+    comparison = compare([*runs[0], *runs[1]])
+    assert comparison.classes == list(CLASSES)
+    assert comparison.parts == dict(head=['road', 'sky'], body=['car', 'tree'], tail=['pole', 'rider'])
+    assert comparison.shares['rider'] == pytest.approx(10 / PIXELS.sum())
+    for group, dirs in zip(comparison.groups, runs, strict=True):
+        each = []
+        for work_dir in dirs:
+            intersect, union = iou(work_dir)
+            each.append(100 * intersect.sum(0) / union.sum(0))
+        each = np.array(each)  # (runs, C)
+        for c, name in enumerate(CLASSES):
+            assert group.estimates[name].mean == pytest.approx(each[:, c].mean())
+            assert group.estimates[name].std == pytest.approx(each[:, c].std(ddof=1))
+        assert group.estimates['mIoU'].values == pytest.approx(each.mean(1))
+        assert group.estimates['mIoU.tail'].std == pytest.approx(each[:, 4:].mean(1).std(ddof=1))
+
+
+def test_the_noise_of_seeds_is_the_least_significant_difference_of_student(runs):
+    comparison = compare([*runs[0], *runs[1]])
+    a, b = (group.estimates['pole'] for group in comparison.groups)
+    # with two groups it is the pooled two-sample t test of scipy
+    interval = stats.ttest_ind(b.values, a.values).confidence_interval(0.95)
+    assert b.difference - b.seed_noise == pytest.approx(interval.low)
+    assert b.difference + b.seed_noise == pytest.approx(interval.high)
+    assert a.difference is a.seed_noise is None
+
+
+def test_the_interval_over_images_is_that_of_a_paired_bootstrap(runs):
+    (a, *_), (b, *_) = runs
+    estimate = compare([a, b]).groups[1].estimates
+    counts = bootstrap_counts(40, 2000, seed=0)
+    differences = []
+    for times in counts[:300]:
+        rows = np.repeat(np.arange(40), times)  # the images of one resample, one by one
+        scores = [100 * x[rows].sum(0) / y[rows].sum(0) for x, y in (iou(a), iou(b))]
+        differences.append(scores[1] - scores[0])
+    differences = np.array(differences)
+    expected = np.percentile(differences, [2.5, 97.5], axis=0)
+    for c, name in enumerate(CLASSES):
+        width = expected[1, c] - expected[0, c]
+        assert estimate[name].interval == pytest.approx(expected[:, c], abs=0.15 * width)
+    expected = np.percentile(differences.mean(1), [2.5, 97.5])
+    assert estimate['mIoU'].interval == pytest.approx(expected, abs=0.15 * np.ptp(expected))
+
+
+def test_a_real_gain_is_told_from_noise(runs):
+    comparison = compare([*runs[0], *runs[1]])
+    estimates = comparison.groups[1].estimates
+    assert estimates['pole'].within_noise is False
+    assert estimates['mIoU.tail'].within_noise is False
+    assert estimates['road'].within_noise is True
+    line = next(line for line in markdown(comparison).splitlines() if line.startswith('| road'))
+    assert line.split('|')[-2].strip().endswith(NOISE)
+    line = next(line for line in markdown(comparison).splitlines() if line.startswith('| pole'))
+    assert re.fullmatch(r'\+\d\d\.\d\d', line.split('|')[-2].strip())
+
+
+def test_single_runs_without_rows_of_images_leave_the_noise_unknown(tmp_path):
+    dirs = [write_run(tmp_path / loss, loss, 0, 0.5, scored=False) for loss in ('CE', 'Dice')]
+    (dirs[0] / 'class_weights.json').write_text(
+        json.dumps(dict(classes=CLASSES, pixels=PIXELS.tolist(), weights=[1] * 6))
+    )
+    comparison = compare(dirs)
+    assert comparison.groups[1].estimates['car'].within_noise is None
+    assert 'noise unknown' in markdown(comparison)
+    assert comparison.parts['tail'] == ['pole', 'rider']  # thirds, from the file of ClassWeightHook
+
+
+def test_without_any_frequency_the_classes_keep_their_order_and_there_are_no_parts(tmp_path):
+    dirs = [write_run(tmp_path / loss, loss, 0, 0.5, scored=False) for loss in ('CE', 'Dice')]
+    comparison = compare(dirs)
+    assert (comparison.classes, comparison.parts, comparison.shares) == (list(CLASSES), {}, {})
+    assert any('how frequent' in note for note in comparison.notes)
+
+
+def broken_result(folder):
+    write_run(folder)
+    next(folder.glob('test/*/*.json')).write_text('{"mIoU": 4')
+
+
+def broken_config(folder):
+    write_run(folder)
+    (folder / '20260101_000000' / 'vis_data' / 'config.py').write_text('model = dict(')
+
+
+def only_mean_iou(folder):
+    write_run(folder)
+    next(folder.glob('test/*/*.json')).write_text('{"mIoU": 40.0}')
+
+
+def two_runs(folder):
+    write_run(folder / 'a')
+    write_run(folder / 'b')
+
+
+def other_classes(folder):
+    write_run(folder, scored=False)
+    next(folder.glob('test/*/*.json')).write_text('{"mIoU": 40.0, "IoU.cat": 40.0}')
+
+
+@pytest.mark.parametrize(
+    ('make', 'reason'),
+    [
+        (lambda folder: None, 'no such folder'),
+        (lambda folder: folder.mkdir(), 'no run of MMEngine'),
+        (lambda folder: write_run(folder, reached=10, tested=False), 'half-finished, 10 of 20 iterations'),
+        (lambda folder: write_run(folder, tested=False), 'neither validated nor tested'),
+        (broken_result, 'is broken'),
+        (broken_config, 'is broken: SyntaxError'),
+        (only_mean_iou, 'ImbalanceIoUMetric'),
+        (two_runs, 'several runs are in it'),
+        (other_classes, 'cat'),
+    ],
+)
+def test_what_cannot_be_compared_is_listed_with_the_reason_and_stops_nothing(runs, tmp_path, make, reason):
+    make(tmp_path / 'odd')
+    comparison = compare([runs[0][0], tmp_path / 'odd', runs[1][0]])
+    assert len(comparison.groups) == 2
+    [(name, why)] = comparison.left_out
+    assert name == str(tmp_path / 'odd')
+    assert reason in why
+    assert reason in markdown(comparison)
+
+
+def test_a_killed_run_that_was_resumed_counts_with_its_broken_line_noted(tmp_path):
+    folder = write_run(tmp_path / 'a')
+    log = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
+    log.write_text(log.read_text() + '{"loss": 0.')
+    comparison = compare([folder])
+    assert len(comparison.groups) == 1
+    assert any('line 5' in note for note in comparison.notes)
+
+
+def test_what_was_resumed_adds_up_and_what_was_begun_anew_does_not(tmp_path):
+    folder = write_run(tmp_path / 'a', quality=0.2)
+    write_run(tmp_path / 'b', tested=False)
+    second = (tmp_path / 'b' / '20260101_000000').rename(folder / '20260103_000000')
+    [(_, reason)] = compare([folder, write_run(tmp_path / 'c')]).left_out
+    assert 'neither validated nor tested' in reason  # the test is of the former model
+    newer = folder / 'test' / '20260104_000000'
+    (folder / 'test' / '20260102_000000').rename(newer)
+    (newer / '20260102_000000.json').rename(newer / '20260104_000000.json')
+    [group] = compare([folder]).groups
+    assert group.runs[0].seconds == 20 * 0.5  # of the newer training alone
+
+    config = second / 'vis_data' / 'config.py'
+    config.write_text(config.read_text() + 'resume = True\n')
+    log = second / 'vis_data' / 'scalars.json'
+    log.write_text(log.read_text().split('\n', 2)[2])  # it went on before iteration 15
+    [group] = compare([folder]).groups
+    assert group.runs[0].seconds == (20 + 5) * 0.5
+
+
+def test_time_memory_and_hardware_are_read_from_the_logs(tmp_path):
+    [group] = compare([write_run(tmp_path / 'a')]).groups
+    [run] = group.runs
+    assert run.seconds == pytest.approx(20 * 0.5)
+    assert (run.memory, run.hardware, run.iterations) == (2048, '2x NVIDIA H100', 20)
+    assert run.source == 'test of iter_20.pth'
+
+
+def test_the_last_validation_stands_in_for_a_test(tmp_path):
+    folder = write_run(tmp_path / 'a', tested=False)
+    log = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
+    for step, value in ((10, 1.0), (20, 2.0)):
+        log.write_text(
+            log.read_text() + json.dumps(dict(mIoU=value, **{'IoU.road': value}, step=step)) + '\n'
+        )
+    [group] = compare([folder]).groups
+    assert group.estimates['road'].values == [2.0]
+    assert group.runs[0].source == 'validation at 20'
+
+
+def test_runs_of_one_config_name_that_differ_are_told_apart_by_what_differs(tmp_path):
+    dirs = [write_run(tmp_path / str(limit), limit=limit) for limit in (20, 40)]
+    labels = [group.name for group in compare(dirs).groups]
+    assert labels == [f'net_small-ce_data [train_cfg.max_iters={limit}]' for limit in (20, 40)]
+
+
+def test_short_names_keep_one_word_of_what_is_common():
+    names = ['net_b0-small_2k_data', 'net_b0-small-combined_2k_data', 'net_b0-small-combined-rcs_2k_data']
+    assert short_names(names) == ['small', 'small-combined', 'small-combined-rcs']
+    assert short_names(names[:1]) == names[:1]
+    assert len(set(short_names(['a_b', 'a_b_b', 'a']))) == 3
+
+
+def test_other_images_give_no_interval_and_say_so(runs):
+    path = next((runs[1][0]).glob('test/*/image_scores.npz'))
+    rows = dict(np.load(path))
+    rows['images'] = np.array([f'other{n}' for n in range(40)])
+    np.savez(path, **rows)
+    comparison = compare([runs[0][0], runs[1][0]])
+    assert comparison.groups[1].estimates['mIoU'].interval is None
+    assert any('on others than the baseline' in note for note in comparison.notes)
+
+
+def test_the_command_writes_all_forms_of_one_comparison(runs, tmp_path, capsys):
+    out = tmp_path / 'out'
+    command = [*runs[0], *runs[1], tmp_path / 'missing', '--baseline', runs[1][0], '--out', out]
+    main([str(part) for part in command])
+    printed = capsys.readouterr().out
+    assert 'no such folder' in printed
+    assert NOISE in printed
+    data = json.loads((out / 'comparison.json').read_text())
+    assert data['baseline'] == 'small-dice'
+    assert data['left_out'][0]['work_dir'] == str(tmp_path / 'missing')
+    rows = list(csv.DictReader((out / 'comparison.csv').open()))
+    pole = {row['config']: row for row in rows if row['quantity'] == 'pole'}
+    for config in data['configs']:
+        assert float(pole[config['name']]['mean']) == config['estimates']['pole']['mean']
+    assert '| pole |' in (out / 'comparison.md').read_text()
+    html = (out / 'comparison.html').read_text()
+    assert html.count('data:image/png;base64,') == 4
+    assert not re.search(r'(src|href)="(?!data:)', html)  # nothing from elsewhere
+    assert html.index('Difference by class frequency') < html.index('IoU of each class')
+
+
+def test_no_usable_run_is_one_clear_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / 'a'), str(tmp_path / 'b')])
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.count('no such folder') == 2
+    assert 'Traceback' not in message
+
+
+def test_labels_move_apart_as_little_as_it_takes():
+    places = np.array([5.0, 0.0, 0.1, 0.2, 9.0])
+    moved = spread(places, 1.0)
+    ordered = np.sort(moved)
+    assert np.diff(ordered).min() >= 1 - 1e-9
+    assert np.argsort(moved).tolist() == np.argsort(places).tolist()
+    assert moved[[0, 4]].tolist() == [5.0, 9.0]
+    assert moved[1:4].mean() == pytest.approx(0.1)  # around where they were
+
+
+def test_the_page_of_one_config_has_no_difference(tmp_path):
+    out = tmp_path / 'out'
+    main([str(write_run(tmp_path / 'a')), '--out', str(out)])
+    assert 'Difference by class' not in (out / 'comparison.html').read_text()
+    assert not math.isnan(
+        json.loads((out / 'comparison.json').read_text())['configs'][0]['estimates']['mIoU']['mean']
+    )
+    assert Path(out, 'comparison.md').exists()

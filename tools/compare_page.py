@@ -1,0 +1,257 @@
+"""The HTML page of a comparison of runs, with its plots inside."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from html import escape
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from compare_runs import Comparison, Group, Sheet
+
+COLOURS = ['#59636f', '#d1783c', '#4878a8', '#5b9a4a', '#a5569a', '#b8982f', '#3a9a94', '#c44f5b']
+STYLE = """
+:root { --line: #dcdfe4; --faint: #5f6772; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1d2129; max-width: 1280px; }
+body { margin: 2rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; margin-bottom: .4rem; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+p, li, figcaption { color: var(--faint); margin: .2rem 0; max-width: 62rem; }
+figure { margin: 0; }
+figure img { display: block; width: 100%; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
+td { white-space: nowrap; }
+tr:first-child th { border-top: 0; }
+th { font-weight: 600; overflow-wrap: anywhere; min-width: 5rem; vertical-align: bottom; }
+th:first-child, td:first-child, .text th, .text td { text-align: left; }
+.text td { white-space: normal; overflow-wrap: anywhere; min-width: 4.5rem; }
+.noise { color: #8a919b; }
+.up { color: #2f7d32; font-weight: 600; }
+.down { color: #b3372f; font-weight: 600; }
+"""
+
+
+def page(comparison: Comparison, sheets: list[Sheet], explanation: list[str]) -> str:
+    """The whole page; it needs no other file."""
+    lines = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">']
+    lines += [f'<title>Comparison of runs</title><style>{STYLE}</style></head><body>']
+    lines += ['<h1>Comparison of runs</h1>', *(f'<p>{escape(line)}</p>' for line in explanation)]
+    for title, caption, draw in _plots(comparison):
+        file = BytesIO()
+        draw(comparison).savefig(file, dpi=150)
+        source = b64encode(file.getvalue()).decode()
+        lines += [f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{source}">']
+        lines += [f'<figcaption>{caption}</figcaption></figure>']
+    for sheet in sheets:
+        kind = ' class="text"' if sheet.title in ('Runs', 'Left out') else ''
+        lines += [f'<h2>{escape(sheet.title)}</h2><div class="scroll"><table{kind}><tr>']
+        lines += [*(f'<th>{escape(name)}</th>' for name in sheet.header), '</tr>']
+        for row in sheet.rows:
+            lines += ['<tr>', *_cells(sheet, row), '</tr>']
+        lines += ['</table></div>']
+    if comparison.notes:
+        lines += ['<h2>Notes</h2><ul>', *(f'<li>{escape(note)}</li>' for note in comparison.notes), '</ul>']
+    return '\n'.join([*lines, '</body></html>\n'])
+
+
+def _cells(sheet: Sheet, row: list[str]) -> Iterator[str]:
+    for name, cell in zip(sheet.header, row, strict=True):
+        kind = ''
+        if name.endswith(': difference') and cell[0] in '+-' and cell != '-':
+            kind = 'noise' if 'noise' in cell else 'up' if cell[0] == '+' else 'down'
+        yield f'<td class="{kind}">{escape(cell)}</td>' if kind else f'<td>{escape(cell)}</td>'
+
+
+def _plots(comparison: Comparison) -> Iterator[tuple[str, str, Callable[[Comparison], Figure]]]:
+    base = escape(comparison.groups[0].label)
+    if len(comparison.groups) > 1:
+        yield (
+            'Difference by class frequency',
+            f'IoU of each class minus that of {base}, by its share of the training pixels. Hollow: within '
+            'noise. Bars: 95 % interval over images. Dashed: the difference of the mean over classes.',
+            plot_differences,
+        )
+    yield (
+        'IoU of each class',
+        'Most frequent class first. A line joins the means, small dots are single runs.',
+        plot_classes,
+    )
+    yield 'Means over classes', 'Bars are means over runs, dots single runs.', plot_means
+    if all(run.scores is not None for group in comparison.groups for run in group.runs):
+        yield (
+            'Images from worst to best',
+            'Mean over the classes in an image of its IoU, images sorted, mean over runs. Left is where a '
+            'model fails.',
+            plot_images,
+        )
+
+
+def plot_differences(comparison: Comparison) -> Figure:
+    """Difference of the IoU of each class to the baseline over its share of the pixels."""
+    classes = comparison.classes
+    figure = Figure(figsize=(12, 6.2), layout='constrained')
+    axes = figure.subplots()
+    if comparison.shares:
+        share = np.array([100 * comparison.shares[name] for name in classes])
+        lowest = share[share > 0].min(initial=1)
+        x = np.log10(np.where(share > 0, share, lowest / 3))
+    else:
+        x = -np.arange(len(classes), dtype=float)
+    width = max(x.max() - x.min(), 0.5)
+    others = comparison.groups[1:]
+    for number, group in enumerate(others):
+        colour = COLOURS[(number + 1) % len(COLOURS)]
+        at = x + width * 0.008 * (number - (len(others) - 1) / 2)
+        estimates = [group.estimates[name] for name in classes]
+        for place, estimate in zip(at, estimates, strict=True):
+            if estimate.interval is not None:
+                axes.plot([place, place], estimate.interval, color=colour, linewidth=1, alpha=0.6)
+        for hollow in (False, True):
+            chosen = [n for n, e in enumerate(estimates) if (e.within_noise is not False) == hollow]
+            axes.plot(
+                at[chosen],
+                [estimates[n].difference for n in chosen],
+                linestyle='',
+                marker='o',
+                markersize=7,
+                color=colour,
+                markerfacecolor='white' if hollow else colour,
+                label=None if hollow else group.label,
+            )
+        axes.axhline(group.estimates['mIoU'].difference, color=colour, linewidth=1, linestyle='--')
+    axes.axhline(0, color='0.3', linewidth=0.8)
+    axes.set_ylabel(f'IoU minus that of {comparison.groups[0].label}', wrap=True)
+    # class names along the top, moved apart where they would overlap, each tied to its place by a line
+    axes.set_xlim(x.max() + 0.03 * width, x.min() - 0.03 * width)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.02 * (high - low))
+    top = axes.get_ylim()[1]
+    lift = 0.05 * (top - low)
+    for name, place, label in zip(classes, x, spread(x, width / 46), strict=True):
+        axes.plot([place, place], [low, top], color='0.93', linewidth=0.8, zorder=0)
+        axes.plot([place, label], [top, top + lift], color='0.75', linewidth=0.8, clip_on=False)
+        axes.text(
+            label,
+            top + 1.2 * lift,
+            name,
+            rotation=60,
+            ha='left',
+            va='bottom',
+            fontsize=9,
+            rotation_mode='anchor',
+        )
+    axes.set_ylim(low, top)
+    if comparison.shares:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{10**value:.3g}'))
+        ticks = np.arange(np.floor(x.min()), np.ceil(x.max()) + 1)
+        marks = np.sort(np.concatenate([ticks, ticks + np.log10(2), ticks + np.log10(5)]))
+        axes.set_xticks([mark for mark in marks if x.min() - 0.03 * width <= mark <= x.max() + 0.03 * width])
+        axes.set_xlabel('share of the valid training pixels, %: rare classes to the right')
+    else:
+        axes.xaxis.set_major_locator(NullLocator())
+    axes.spines[['top', 'right']].set_visible(False)
+    _legend(figure, others)
+    return figure
+
+
+def _legend(figure: Figure, groups: list[Group]) -> None:
+    columns = max(1, 120 // (max(len(group.label) for group in groups) + 6))
+    figure.legend(loc='outside lower center', ncols=min(columns, len(groups)), frameon=False)
+
+
+def spread(places: np.ndarray, gap: float) -> np.ndarray:
+    """Places at least ``gap`` apart, in the same order, moved as little as it takes in the least squares.
+
+    Pools neighbours that are too close around their mean, as isotonic regression does.
+    """
+    order = np.argsort(places)
+    blocks: list[list[float]] = []  # mean of place - rank * gap, number
+    for rank, place in enumerate(np.asarray(places, float)[order]):
+        blocks.append([place - rank * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
+    moved = np.concatenate([np.full(n, mean) for mean, n in blocks]) + gap * np.arange(len(places))
+    result = np.empty(len(places))
+    result[order] = moved
+    return result
+
+
+def plot_classes(comparison: Comparison) -> Figure:
+    """IoU of each class and config, a row for each class."""
+    classes = comparison.classes
+    figure = Figure(figsize=(12, 1.6 + 0.34 * len(classes)), layout='constrained')
+    axes = figure.subplots()
+    rows = np.arange(len(classes))
+    means = np.array([[group.estimates[c].mean for group in comparison.groups] for c in classes])
+    axes.hlines(rows, np.nanmin(means, 1), np.nanmax(means, 1), color='0.8', linewidth=2, zorder=1)
+    for number, group in enumerate(comparison.groups):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.scatter(means[:, number], rows, s=52, color=colour, label=group.label, zorder=3)
+        for row, name in zip(rows, classes, strict=True):
+            values = group.estimates[name].values
+            if len(values) > 1:
+                axes.scatter(values, [row] * len(values), s=10, color=colour, alpha=0.5, zorder=2)
+    shares = comparison.shares
+    axes.set_yticks(rows, [f'{c}  {shares[c]:.2%}' if shares else c for c in classes])
+    axes.invert_yaxis()
+    axes.set_xlabel('IoU, %')
+    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+    axes.grid(axis='x', color='0.92')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right', 'left']].set_visible(False)
+    axes.tick_params(axis='y', length=0)
+    _legend(figure, comparison.groups)
+    return figure
+
+
+def plot_means(comparison: Comparison) -> Figure:
+    """Bars of the means over all, head, body and tail classes."""
+    keys = [key for key in comparison.summaries if key.startswith('mIoU')]
+    figure = Figure(figsize=(12, 4.2), layout='constrained')
+    axes = figure.subplots()
+    width = 0.8 / len(comparison.groups)
+    for number, group in enumerate(comparison.groups):
+        at = np.arange(len(keys)) + (number - (len(comparison.groups) - 1) / 2) * width
+        bars = [group.estimates[key].mean for key in keys]
+        axes.bar(at, bars, 0.92 * width, color=COLOURS[number % len(COLOURS)], label=group.label)
+        for place, key in zip(at, keys, strict=True):
+            values = group.estimates[key].values
+            axes.scatter([place] * len(values), values, s=12, color='0.15', zorder=3)
+    axes.set_xticks(range(len(keys)), keys)
+    axes.set_ylabel('%')
+    axes.grid(axis='y', color='0.92')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    _legend(figure, comparison.groups)
+    return figure
+
+
+def plot_images(comparison: Comparison) -> Figure:
+    """Mean IoU of each image over the classes in it, sorted."""
+    figure = Figure(figsize=(12, 4.2), layout='constrained')
+    axes = figure.subplots()
+    for number, group in enumerate(comparison.groups):
+        curves = []
+        for run in group.runs:
+            held = run.scores['label'] > 0
+            iou = np.where(held, run.scores['intersect'] / np.maximum(run.scores['union'], 1), 0)
+            of = iou.sum(1)[held.any(1)] / held.sum(1)[held.any(1)]
+            curves.append(np.interp(np.linspace(0, 1, 200), np.linspace(0, 1, len(of)), np.sort(of)))
+        x = np.linspace(0, 100, 200)
+        axes.plot(x, 100 * np.mean(curves, 0), color=COLOURS[number % len(COLOURS)], label=group.label)
+    axes.set_xlabel('images, %')
+    axes.set_ylabel('mean IoU of the image, %')
+    axes.set_xlim(0, 100)
+    axes.grid(color='0.92')
+    axes.spines[['top', 'right']].set_visible(False)
+    _legend(figure, comparison.groups)
+    return figure
