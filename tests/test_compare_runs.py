@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +30,26 @@ work_dir = {work_dir!r}
 
 def image_rows(quality, seed, images=40):
     """Rows of so many images in which a share of the pixels of each class is found."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(99)  # all runs are tested on the same images
     label = rng.poisson(np.minimum(PIXELS, 300), (images, len(CLASSES)))
     label[:, -1] *= rng.random(images) < 0.4  # the rarest is in some images only
+    rng = np.random.default_rng(seed)
     intersect = rng.binomial(label, quality)
     pred = intersect + rng.binomial(label, 0.1)
     return dict(intersect=intersect, union=label + pred - intersect, pred=pred, label=label)
 
 
 def write_run(
-    folder, loss='CE', seed=0, quality=0.5, limit=20, reached=None, tested=True, scored=True, name=None
+    folder,
+    loss='CE',
+    seed=0,
+    quality=0.5,
+    limit=20,
+    reached=None,
+    tested=True,
+    scored=True,
+    name=None,
+    extra='',
 ):
     """A work dir of a training of so many iterations and, below it, of its test."""
     reached = limit if reached is None else reached
@@ -61,7 +73,7 @@ def write_run(
     (test / 'vis_data').mkdir(parents=True)
     (folder / 'test' / f'{name}.py').write_text('')
     values['load_from'] = str(folder / f'iter_{reached}.pth')
-    (test / 'vis_data' / 'config.py').write_text(CONFIG.format(**values))
+    (test / 'vis_data' / 'config.py').write_text(CONFIG.format(**values) + extra)
     (test / f'{test.name}.json').write_text(json.dumps(metrics))
     if scored:
         group = np.array(['head', 'head', 'body', 'body', 'tail', 'tail'])
@@ -113,10 +125,10 @@ def test_means_deviations_and_parts_are_those_of_numpy(runs):
         assert group.estimates['mIoU.tail'].std == pytest.approx(each[:, 4:].mean(1).std(ddof=1))
 
 
-def test_the_noise_of_seeds_is_the_least_significant_difference_of_student(runs):
-    comparison = compare([*runs[0], *runs[1]])
-    a, b = (group.estimates['pole'] for group in comparison.groups)
-    # with two groups it is the pooled two-sample t test of scipy
+def test_the_noise_of_seeds_is_students_t_of_the_two_configs(runs, tmp_path):
+    others = [write_run(tmp_path / f'focal-{s}', 'Focal', s, 0) for s in range(2)]  # without a deviation
+    comparison = compare([*runs[0], *runs[1][:2], *others])
+    a, b, _ = (group.estimates['pole'] for group in comparison.groups)
     interval = stats.ttest_ind(b.values, a.values).confidence_interval(0.95)
     assert b.difference - b.seed_noise == pytest.approx(interval.low)
     assert b.difference + b.seed_noise == pytest.approx(interval.high)
@@ -196,17 +208,42 @@ def other_classes(folder):
     next(folder.glob('test/*/*.json')).write_text('{"mIoU": 40.0, "IoU.cat": 40.0}')
 
 
+def former_checkpoint(folder):
+    folder.mkdir()
+    (folder / 'iter_20.pth').write_text('')
+    os.utime(folder / 'iter_20.pth', (0, 0))
+    write_run(folder, reached=10, tested=False)
+
+
+def two_tests(folder):
+    for name in 'ab':
+        (write_run(folder / name) / '20260101_000000' / 'vis_data' / 'scalars.json').unlink()
+
+
+def epochs(folder):
+    write_run(folder, tested=False)
+    session = folder / '20260101_000000' / 'vis_data'
+    text = (session / 'config.py').read_text()
+    (session / 'config.py').write_text(text.replace('max_iters=20', 'max_epochs=5'))
+    lines = [dict(loss=1.0, epoch=n + 1, iter=9 * n + 9, step=9 * n + 9) for n in range(3)]
+    (session / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
 @pytest.mark.parametrize(
     ('make', 'reason'),
     [
         (lambda folder: None, 'no such folder'),
         (lambda folder: folder.mkdir(), 'no run of MMEngine'),
-        (lambda folder: write_run(folder, reached=10, tested=False), 'half-finished, 10 of 20 iterations'),
+        (lambda folder: write_run(folder, reached=10, tested=False), 'half-finished, 10 of 20 iters'),
         (lambda folder: write_run(folder, tested=False), 'neither validated nor tested'),
         (broken_result, 'is broken'),
         (broken_config, 'is broken: SyntaxError'),
         (only_mean_iou, 'ImbalanceIoUMetric'),
         (two_runs, 'several runs are in it'),
+        (two_tests, 'several runs are in it'),
+        (former_checkpoint, 'half-finished, 10 of 20 iters'),
+        (epochs, 'half-finished, 2 of 5 epochs'),
+        (lambda folder: folder.write_text(''), 'it is a file'),
         (other_classes, 'cat'),
     ],
 )
@@ -220,7 +257,7 @@ def test_what_cannot_be_compared_is_listed_with_the_reason_and_stops_nothing(run
     assert reason in markdown(comparison)
 
 
-def test_a_killed_run_that_was_resumed_counts_with_its_broken_line_noted(tmp_path):
+def test_a_broken_line_of_the_log_is_noted(tmp_path):
     folder = write_run(tmp_path / 'a')
     log = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
     log.write_text(log.read_text() + '{"loss": 0.')
@@ -244,16 +281,95 @@ def test_what_was_resumed_adds_up_and_what_was_begun_anew_does_not(tmp_path):
     config = second / 'vis_data' / 'config.py'
     config.write_text(config.read_text() + 'resume = True\n')
     log = second / 'vis_data' / 'scalars.json'
-    log.write_text(log.read_text().split('\n', 2)[2])  # it went on before iteration 15
+    log.write_text(log.read_text().split('\n', 2)[2])  # it went on after iteration 10
     [group] = compare([folder]).groups
-    assert group.runs[0].seconds == (20 + 5) * 0.5
+    assert group.runs[0].seconds == (20 + 10) * 0.5  # iterations 11 to 20 twice
+
+
+def test_a_test_that_adds_to_the_model_is_another_config(tmp_path):
+    wrapper = "model = dict(type='SmallRegionRemover', area=50, module=model)\n"
+    plain, cleaned = write_run(tmp_path / 'a'), write_run(tmp_path / 'b', seed=1, extra=wrapper)
+    slide = write_run(tmp_path / 'c', seed=2, extra="model['test_cfg'] = dict(mode='slide')\n")
+    groups = compare([plain, cleaned, slide]).groups
+    assert [len(group.runs) for group in groups] == [1, 1, 1]
+    sources = [group.runs[0].source for group in groups]
+    assert sources[1] == 'test of iter_20.pth, SmallRegionRemover 50'
+    assert sources[2] == 'test of iter_20.pth, sliding window'
+    assert 'area=50' in groups[1].name
+
+
+def test_a_pretrained_run_is_another_config(tmp_path):
+    scratch, pretrained = write_run(tmp_path / 'a'), write_run(tmp_path / 'b', seed=1)
+    config = pretrained / '20260101_000000' / 'vis_data' / 'config.py'
+    config.write_text(config.read_text().replace('load_from = None', "load_from = 'other.pth'"))
+    assert len(compare([scratch, pretrained]).groups) == 2
+
+
+def test_one_model_counts_once(tmp_path):
+    run = write_run(tmp_path / 'a')
+    comparison = compare([run, run / 'test', run, Path(f'{run}/../a')])
+    assert [len(group.runs) for group in comparison.groups] == [1]
+    copy = shutil.copytree(run, tmp_path / 'copy')  # its test is of the checkpoint beside the first
+    assert 'of the same model' in compare([run, copy]).left_out[0][1]
+
+
+def test_odd_content_does_not_stop_the_page(tmp_path):
+    first, second = (write_run(tmp_path / loss, loss, scored=False) for loss in ('CE', 'Dice'))
+    for run in (first, second):
+        path = next(run.glob('test/*/*.json'))
+        metrics = json.loads(path.read_text()) | {'mDice': math.nan, 'IoU.b$\\frac$ | <i>': 3.0}
+        path.write_text(json.dumps(metrics))
+        config = run / '20260101_000000' / 'vis_data' / 'config.py'
+        config.write_text(config.read_text() + 'label_map = {0: 1}\n')
+    main([str(first), str(second), '--out', str(tmp_path / 'out')])
+    assert '&lt;i&gt;' in (tmp_path / 'out' / 'comparison.html').read_text()
+    assert r'\|' in (tmp_path / 'out' / 'comparison.md').read_text()
+    assert (
+        json.loads((tmp_path / 'out' / 'comparison.json').read_text())['configs'][0]['runs'][0]['metrics'][
+            'mDice'
+        ]
+        is None
+    )
+
+
+def test_a_class_that_some_seed_neither_sees_nor_predicts_has_no_verdict_from_it(tmp_path):
+    dirs = [
+        write_run(tmp_path / f'{loss}-{s}', loss, s, scored=False) for loss in ('CE', 'Dice') for s in (0, 1)
+    ]
+    for run in dirs[2:]:
+        path = next(run.glob('test/*/*.json'))
+        path.write_text(
+            json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != 'IoU.rider'})
+        )
+    estimate = compare(dirs).groups[1].estimates['rider']
+    assert math.isnan(estimate.difference)
+    assert estimate.within_noise is None
+
+
+def test_the_baseline_that_cannot_be_used_is_said(runs, tmp_path, capsys):
+    comparison = compare([tmp_path / 'missing', runs[0][0]])
+    assert any('is the baseline' in note for note in comparison.notes)
+    with pytest.raises(SystemExit):
+        main([str(runs[0][0]), '--baseline', str(tmp_path / 'missing')])
+    assert 'no such folder' in capsys.readouterr().err
+
+
+def test_an_evaluators_prefix_and_a_test_with_pictures_elsewhere_are_found(tmp_path):
+    run = write_run(tmp_path / 'a')
+    path = next(run.glob('test/*/*.json'))
+    path.write_text(json.dumps({f'val/{key}': value for key, value in json.loads(path.read_text()).items()}))
+    config = path.parent / 'vis_data' / 'config.py'
+    config.rename(run / 'test' / 'net_small-ce_data.py')  # the copy of the runner
+    [group] = compare([run]).groups
+    assert not math.isnan(group.estimates['road'].mean)
+    assert group.runs[0].source == 'test of iter_20.pth'
 
 
 def test_time_memory_and_hardware_are_read_from_the_logs(tmp_path):
     [group] = compare([write_run(tmp_path / 'a')]).groups
     [run] = group.runs
     assert run.seconds == pytest.approx(20 * 0.5)
-    assert (run.memory, run.hardware, run.iterations) == (2048, '2x NVIDIA H100', 20)
+    assert (run.memory, run.processes, run.hardware, run.length) == (2048, 2, 'NVIDIA H100', 20)
     assert run.source == 'test of iter_20.pth'
 
 
@@ -266,7 +382,7 @@ def test_the_last_validation_stands_in_for_a_test(tmp_path):
         )
     [group] = compare([folder]).groups
     assert group.estimates['road'].values == [2.0]
-    assert group.runs[0].source == 'validation at 20'
+    assert group.runs[0].source == 'validation of iter_20.pth'
 
 
 def test_runs_of_one_config_name_that_differ_are_told_apart_by_what_differs(tmp_path):
@@ -289,7 +405,7 @@ def test_other_images_give_no_interval_and_say_so(runs):
     np.savez(path, **rows)
     comparison = compare([runs[0][0], runs[1][0]])
     assert comparison.groups[1].estimates['mIoU'].interval is None
-    assert any('on others than the baseline' in note for note in comparison.notes)
+    assert any('its images or their labels' in note for note in comparison.notes)
 
 
 def test_the_command_writes_all_forms_of_one_comparison(runs, tmp_path, capsys):

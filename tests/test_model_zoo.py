@@ -79,9 +79,31 @@ def test_a_run_that_departs_from_its_config_is_no_result_of_it(configs):
     folder, dirs = configs
     config = folder / 'net' / 'net_small-ce_camvid-240x180.py'
     config.write_text(config.read_text().replace('max_iters=20', 'max_iters=80'))
-    with pytest.raises(ValueError, match=r'train_cfg\.max_iters=20 in place of 80'):
+    with pytest.raises(ValueError, match=r'train_cfg\.max_iters=20 for 80'):
         write_entries(compare(dirs), folder)
     assert not (folder / 'net' / 'metafile.yaml').exists()
+
+
+def test_a_cleaned_test_and_one_before_the_end_are_no_results(configs, tmp_path):
+    folder, _ = configs
+    wrapper = "model = dict(type='SmallRegionRemover', area=50, module=model)\n"
+    cleaned = write_run(tmp_path / 'cleaned', name='net_small-ce_camvid-240x180', extra=wrapper)
+    with pytest.raises(ValueError, match='area=50'):
+        write_entries(compare([cleaned]), folder)
+    early = write_run(tmp_path / 'early', name='net_small-ce_camvid-240x180')
+    text = next(early.glob('test/*/vis_data/config.py'))
+    text.write_text(text.read_text().replace('iter_20', 'iter_10'))
+    with pytest.raises(ValueError, match=r'iter_10\.pth for that at the end'):
+        write_entries(compare([early]), folder)
+
+
+def test_other_gpus_than_the_name_says_are_no_result(configs, tmp_path):
+    folder, _ = configs
+    config = folder / 'net' / 'net_8xb8-20_camvid-240x180.py'
+    config.write_text((folder / 'net' / 'net_small-ce_camvid-240x180.py').read_text())
+    run = write_run(tmp_path / 'two', name=config.stem)
+    with pytest.raises(ValueError, match='a batch of 16 for 8 x 8'):
+        write_entries(compare([run]), folder)
 
 
 def test_a_run_of_no_config_here_is_refused(tmp_path, capsys):

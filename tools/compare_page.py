@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compare_runs import Comparison, Group, Sheet
 
 COLOURS = ['#59636f', '#d1783c', '#4878a8', '#5b9a4a', '#a5569a', '#b8982f', '#3a9a94', '#c44f5b']
+NAMED = 44  # classes that a plot has room to name
 STYLE = """
 :root { --line: #dcdfe4; --faint: #5f6772; }
 body { font: 15px/1.45 system-ui, sans-serif; color: #1d2129; max-width: 1280px; }
@@ -120,22 +121,25 @@ def plot_differences(comparison: Comparison) -> Figure:
                 at[chosen],
                 [estimates[n].difference for n in chosen],
                 linestyle='',
-                marker='o',
+                marker=_marker(number + 1),
                 markersize=7,
                 color=colour,
                 markerfacecolor='white' if hollow else colour,
-                label=None if hollow else group.label,
+                label=None if hollow else _plain(group.label),
             )
         axes.axhline(group.estimates['mIoU'].difference, color=colour, linewidth=1, linestyle='--')
     axes.axhline(0, color='0.3', linewidth=0.8)
-    axes.set_ylabel(f'IoU minus that of {comparison.groups[0].label}', wrap=True)
+    axes.set_ylabel(_plain(f'IoU minus that of {comparison.groups[0].label}'), wrap=True)
     # class names along the top, moved apart where they would overlap, each tied to its place by a line
     axes.set_xlim(x.max() + 0.03 * width, x.min() - 0.03 * width)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.02 * (high - low))
     top = axes.get_ylim()[1]
     lift = 0.05 * (top - low)
-    for name, place, label in zip(classes, x, spread(x, width / 46), strict=True):
+    most = [max(abs(g.estimates[c].difference) for g in others) for c in classes]
+    named = np.sort(np.argsort(-np.nan_to_num(most, nan=-1), kind='stable')[:NAMED])
+    for c, label in zip(named, spread(x[named], width / (NAMED + 2)), strict=True):
+        name, place = _plain(classes[c]), x[c]
         axes.plot([place, place], [low, top], color='0.93', linewidth=0.8, zorder=0)
         axes.plot([place, label], [top, top + lift], color='0.75', linewidth=0.8, clip_on=False)
         axes.text(
@@ -160,6 +164,14 @@ def plot_differences(comparison: Comparison) -> Figure:
     axes.spines[['top', 'right']].set_visible(False)
     _legend(figure, others)
     return figure
+
+
+def _plain(text: str) -> str:
+    return text.replace('$', r'\$')  # no formula
+
+
+def _marker(number: int) -> str:
+    return 'osD^v'[number // len(COLOURS) % 5]
 
 
 def _legend(figure: Figure, groups: list[Group]) -> None:
@@ -195,13 +207,21 @@ def plot_classes(comparison: Comparison) -> Figure:
     axes.hlines(rows, np.nanmin(means, 1), np.nanmax(means, 1), color='0.8', linewidth=2, zorder=1)
     for number, group in enumerate(comparison.groups):
         colour = COLOURS[number % len(COLOURS)]
-        axes.scatter(means[:, number], rows, s=52, color=colour, label=group.label, zorder=3)
+        axes.scatter(
+            means[:, number],
+            rows,
+            s=52,
+            marker=_marker(number),
+            color=colour,
+            label=_plain(group.label),
+            zorder=3,
+        )
         for row, name in zip(rows, classes, strict=True):
             values = group.estimates[name].values
             if len(values) > 1:
                 axes.scatter(values, [row] * len(values), s=10, color=colour, alpha=0.5, zorder=2)
     shares = comparison.shares
-    axes.set_yticks(rows, [f'{c}  {shares[c]:.2%}' if shares else c for c in classes])
+    axes.set_yticks(rows, [_plain(f'{c}  {shares[c]:.2%}' if shares else c) for c in classes])
     axes.invert_yaxis()
     axes.set_xlabel('IoU, %')
     axes.set_xlim(left=min(0, axes.get_xlim()[0]))
@@ -222,7 +242,7 @@ def plot_means(comparison: Comparison) -> Figure:
     for number, group in enumerate(comparison.groups):
         at = np.arange(len(keys)) + (number - (len(comparison.groups) - 1) / 2) * width
         bars = [group.estimates[key].mean for key in keys]
-        axes.bar(at, bars, 0.92 * width, color=COLOURS[number % len(COLOURS)], label=group.label)
+        axes.bar(at, bars, 0.92 * width, color=COLOURS[number % len(COLOURS)], label=_plain(group.label))
         for place, key in zip(at, keys, strict=True):
             values = group.estimates[key].values
             axes.scatter([place] * len(values), values, s=12, color='0.15', zorder=3)
@@ -247,7 +267,9 @@ def plot_images(comparison: Comparison) -> Figure:
             of = iou.sum(1)[held.any(1)] / held.sum(1)[held.any(1)]
             curves.append(np.interp(np.linspace(0, 1, 200), np.linspace(0, 1, len(of)), np.sort(of)))
         x = np.linspace(0, 100, 200)
-        axes.plot(x, 100 * np.mean(curves, 0), color=COLOURS[number % len(COLOURS)], label=group.label)
+        axes.plot(
+            x, 100 * np.mean(curves, 0), color=COLOURS[number % len(COLOURS)], label=_plain(group.label)
+        )
     axes.set_xlabel('images, %')
     axes.set_ylabel('mean IoU of the image, %')
     axes.set_xlim(0, 100)

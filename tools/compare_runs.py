@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from scipy.stats import t as student
-from work_dirs import Run, Unusable, read_run, settings
+from work_dirs import Run, Unusable, read_run
 
 from mmseg_imbalance.metrics import bootstrap_counts, class_groups, present_mean, resampled_iou
 from mmseg_imbalance.visualization import table_text
@@ -39,7 +39,8 @@ class Estimate(NamedTuple):
     @property
     def within_noise(self) -> bool | None:
         """Whether the difference may be chance; None: nothing tells."""
-        if self.difference is None or (self.seed_noise is None and self.interval is None):
+        known = self.seed_noise is not None or self.interval is not None
+        if self.difference is None or math.isnan(self.difference) or not known:
             return None
         by_seed = self.seed_noise is not None and abs(self.difference) <= self.seed_noise
         by_image = self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
@@ -80,34 +81,45 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
             left_out.append((str(work_dir), run.reason))
         else:
             runs.append(run)
-    first = next((run for run in runs if baseline is None or run.work_dir.samefile(baseline)), None)
+    chosen = work_dirs[0] if baseline is None else baseline
+    first = next((run for run in runs if run.work_dir.resolve() == chosen.resolve()), None)
+    if first is None and runs and baseline is None:
+        first = runs[0]
+        notes.append(f'{chosen} cannot be compared, so {first.work_dir} is the baseline')
     if first is None:
         reasons = ''.join(f'\n  {name}: {reason}' for name, reason in left_out)
         what = 'none of the runs' if baseline is None else f'the baseline {baseline}'
         raise ValueError(f'{what} can be compared:{reasons}')
-    names = first.classes
+    names = list(first.classes)
     for run in list(runs):
         # a metric leaves out classes that neither occur nor are predicted
-        known = run.classes
-        if set(known) > set(names):
-            names = known
-        elif not set(known) <= set(names):
+        if not set(names) & set(run.classes):
             runs.remove(run)
             left_out.append(
-                (str(run.work_dir), f'its classes {known} are not those of {first.work_dir}, {names}')
+                (str(run.work_dir), f'its classes {run.classes} are not those of {first.work_dir}, {names}')
             )
-    groups = _grouped(runs, first)
+            continue
+        names += [name for name in run.classes if name not in names]
+    groups = _grouped(runs, first, left_out)
     full_names = dict(zip(labels := short_names(list(groups)), groups, strict=True))
     groups = dict(zip(labels, groups.values(), strict=True))
     for label, members in groups.items():
         seeds = [run.seed for run in members if run.seed is not None]
         if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
             notes.append(f'{label}: seed {twice} more than once; these are not independent runs')
+        roots = {
+            str(run.config.get('train_dataloader', {}).get('dataset', {}).get('data_root')) for run in members
+        }
+        if len(roots) > 1:
+            notes.append(f'{label}: trained on data at {sorted(roots)}, taken for the same')
+    notes += [
+        f'{run.work_dir}: {note}' for members in groups.values() for run in members for note in run.notes
+    ]
+    runs = [run for members in groups.values() for run in members]
     if len({run.source.split()[0] for run in runs}) > 1:
         notes.append('some results are of tests and some of validations')
-    notes += [f'{run.work_dir}: {note}' for run in runs for note in run.notes]
 
-    pixels = next((run.class_pixels for run in runs if set(run.class_pixels) >= set(names)), None)
+    pixels = next((run.class_pixels for run in runs if set(names) <= set(run.class_pixels)), None)
     if pixels is None:
         notes.append(
             'how frequent the classes are in training is not known: neither image_scores.npz of '
@@ -133,22 +145,20 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
         }
         for label, members in groups.items()
     }
-    spread = {key: _spread([values[label][key] for label in groups]) for key in next(iter(values.values()))}
     intervals = _image_intervals(groups, classes, means, notes)
-    estimated = []
-    base = next(iter(values.values()))
+    estimated, base = [], next(iter(values.values()))
     for number, (label, members) in enumerate(groups.items()):
         estimates = {}
         for key, found in values[label].items():
-            mean, std = float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None
-            if number == 0:
-                estimates[key] = Estimate(found, mean, std)
-                continue
-            noise = None
-            if spread[key] is not None:
-                noise = spread[key] * math.sqrt(1 / len(found) + 1 / len(base[key]))
-            difference = mean - float(np.mean(base[key]))
-            estimates[key] = Estimate(found, mean, std, difference, noise, intervals.get((label, key)))
+            there = _finite(found)
+            mean = float(np.mean(there)) if there else math.nan
+            std = float(np.std(there, ddof=1)) if len(there) > 1 else None
+            estimates[key] = Estimate(found, mean, std)
+            if number > 0:
+                reference = _finite(base[key])
+                difference = mean - float(np.mean(reference)) if reference else math.nan
+                noise = _seed_noise(reference, there)
+                estimates[key] = Estimate(found, mean, std, difference, noise, intervals.get((label, key)))
         estimated.append(Group(label, full_names[label], members, estimates))
     return Comparison(classes, shares, parts, [*means, *more], estimated, left_out, notes)
 
@@ -159,16 +169,24 @@ def _mean_iou(run: Run, names: list[str]) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def _grouped(runs: list[Run], first: Run) -> dict[str, list[Run]]:
-    """Runs by label of their config, the baseline's first; what two of one name differ in is in the label."""
+def _grouped(runs: list[Run], first: Run, left_out: list[tuple[str, str]]) -> dict[str, list[Run]]:
+    """Runs by label of their config, the baseline's first; what two of one name differ in is in the label.
+
+    A model that is there twice, as its training and as its test, is taken once.
+    """
     found: list[tuple[dict, list[Run]]] = []
     for run in sorted(runs, key=lambda run: run is not first):
-        said = settings(run.config)
-        same = next((members for known, members in found if known == said), None)
+        members = next((members for known, members in found if known == run.settings), None)
+        if members is None:
+            found.append((run.settings, [run]))
+            continue
+        same = next(
+            (m for m in members if Path(m.checkpoint).resolve() == Path(run.checkpoint).resolve()), None
+        )
         if same is None:
-            found.append((said, [run]))
+            members.append(run)
         else:
-            same.append(run)
+            left_out.append((str(run.work_dir), f'it is of the same model as {same.work_dir}'))
     labels: dict[str, list[Run]] = {}
     for said, members in found:
         label = members[0].name
@@ -208,19 +226,26 @@ def _parts(runs: list[Run], classes: list[str], pixels: dict[str, int]) -> dict[
     return {part: [classes[c] for c in members] for part, members in thirds.items()}
 
 
-def _spread(values: list[list[float]]) -> float | None:
-    """Half the 95 % interval of one run's value over seeds, from the deviations within all configs."""
-    freedom = sum(len(found) - 1 for found in values)
-    if freedom == 0:
+def _finite(values: list[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _seed_noise(first: list[float], second: list[float]) -> float | None:
+    """Half the 95 % interval of the difference of two means, by Student's t of two samples."""
+    freedom = len(first) + len(second) - 2
+    if not first or not second or freedom == 0:
         return None
-    squares = sum(((np.array(found) - np.mean(found)) ** 2).sum() for found in values)
-    return float(student.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(squares / freedom))
+    squares = sum(float(((np.array(x) - np.mean(x)) ** 2).sum()) for x in (first, second))
+    factor = student.ppf((1 + CONFIDENCE) / 2, freedom)
+    return float(factor * math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second))))
 
 
 def _image_intervals(
     groups: dict[str, list[Run]], classes: list[str], means: dict[str, list[str]], notes: list[str]
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """95 % intervals of the differences to the first config, from the same resampled images for both."""
+    if len(groups) < 2:
+        return {}
     scored = {label: members for label, members in groups.items() if all(run.scores for run in members)}
     first = next(iter(groups))
     if first not in scored or len(scored) < 2:
@@ -245,13 +270,21 @@ def _image_intervals(
 
     base, intervals = resampled(scored[first]), {}
     for label, members in list(scored.items())[1:]:
-        if any(not np.array_equal(run.scores['images'], images) for run in (*scored[first], *members)):
-            notes.append(f'{label}: no interval over images, it was tested on others than the baseline')
+        if not all(
+            np.array_equal(run.scores[key], scored[first][0].scores[key])
+            for run in (*scored[first], *members)
+            for key in ('images', 'label')
+        ):
+            notes.append(
+                f"{label}: no interval over images, its images or their labels are not the baseline's"
+            )
             continue
         for key, values in resampled(members).items():
             tail = 50 * (1 - CONFIDENCE)
-            low, high = np.nanpercentile(values - base[key], [tail, 100 - tail])
-            intervals[label, key] = (float(low), float(high))
+            difference = values - base[key]
+            if np.isfinite(difference).any():
+                low, high = np.nanpercentile(difference, [tail, 100 - tail])
+                intervals[label, key] = (float(low), float(high))
     return intervals
 
 
@@ -272,15 +305,15 @@ def sheets(comparison: Comparison) -> list[Sheet]:
             '-' if run.seed is None else str(run.seed),
             str(run.work_dir),
             run.source,
-            '-' if run.iterations is None else f'{run.iterations:,}',
+            '-' if run.length is None else f'{run.length:,}',
             _duration(run.seconds),
             '-' if run.memory is None else f'{run.memory / 1024:.2f} GB',
-            run.hardware or '-',
+            '-' if run.hardware is None else f'{run.processes}x {run.hardware}',
         ]
         for group in groups
         for number, run in enumerate(group.runs)
     ]
-    header = ['name', 'config', 'seed', 'work dir', 'result', 'iterations', 'training', 'memory', 'hardware']
+    header = ['name', 'config', 'seed', 'work dir', 'result', 'length', 'training', 'memory', 'hardware']
     shown = [Sheet('Runs', header, runs)]
     columns = [groups[0].label] + [
         f'{group.label}{what}' for group in groups[1:] for what in ('', ': difference')
@@ -330,17 +363,16 @@ def _duration(seconds: float | None) -> str:
 def explanation(comparison: Comparison) -> list[str]:
     """How to read the tables."""
     groups = comparison.groups
-    seeds = sum(len(group.runs) - 1 for group in groups)
-    lines = [
-        f'Means over the runs of a config ± their standard deviation; differences are to {groups[0].label}.'
-    ]
-    if seeds:
-        lines.append(
-            f'Noise of the seeds: 95 % interval of a difference by Student, {seeds} degrees of freedom, from '
-            'the deviations within all configs.'
+    if any(e.seed_noise is not None for group in groups for e in group.estimates.values()):
+        lines_of = (
+            "Noise of the seeds: 95 % interval of the difference of the means, Student's t of two samples."
         )
     else:
-        lines.append('One run of each config: how much another seed would change is not known.')
+        lines_of = 'One run of each config: how much another seed would change is not known.'
+    lines = [
+        f'Means over the runs of a config ± their standard deviation; differences are to {groups[0].label}.',
+        lines_of,
+    ]
     if any(e.interval for group in groups for e in group.estimates.values()):
         images = len(groups[0].runs[0].scores['images'])
         lines.append(
@@ -351,7 +383,7 @@ def explanation(comparison: Comparison) -> list[str]:
         f'A difference is "{NOISE}" if either interval holds 0. Many differences are looked at together: at '
         '95 %, one in twenty exceeds noise by chance.'
     )
-    lines.append('Training is the sum of the logged iterations; peak memory is logged on GPUs.')
+    lines.append('Training is estimated from the logged times of iterations; peak memory is logged on GPUs.')
     return lines
 
 
@@ -393,8 +425,13 @@ def record(comparison: Comparison) -> dict:
         )
 
     def run(r: Run) -> dict:
-        names = ('seed', 'source', 'iterations', 'seconds', 'memory', 'hardware', 'metrics', 'notes')
-        return dict(work_dir=str(r.work_dir)) | {name: getattr(r, name) for name in names}
+        names = ('seed', 'source', 'length', 'seconds', 'memory', 'processes', 'hardware', 'notes')
+        metrics = {key: number(value) for key, value in r.metrics.items()}
+        return (
+            dict(work_dir=str(r.work_dir))
+            | {name: getattr(r, name) for name in names}
+            | dict(metrics=metrics)
+        )
 
     return dict(
         classes=comparison.classes,
@@ -452,16 +489,10 @@ def main(argv=None):
     )
     args = options.parse_args(argv)
 
-    baseline = args.baseline
-    work_dirs = [*args.work_dirs] if baseline is None else [baseline, *args.work_dirs]
+    work_dirs = [*args.work_dirs] if args.baseline is None else [args.baseline, *args.work_dirs]
     try:
-        comparison = compare(work_dirs, baseline)
-        paths = write(comparison, args.out) if args.out else []
-        if args.metafile:
-            from model_zoo import write_entries
-
-            paths += write_entries(comparison)
-    except (ValueError, OSError) as error:
+        comparison = compare(work_dirs, args.baseline)
+    except ValueError as error:
         options.exit(1, f'{options.prog}: {error}\n')
     console = Console()
     for sheet in sheets(comparison):
@@ -473,8 +504,16 @@ def main(argv=None):
     print('\n'.join(explanation(comparison)))
     for note in comparison.notes:
         print(f'note: {note}')
-    for path in paths:
-        print(path)
+    try:
+        for path in write(comparison, args.out) if args.out else ():
+            print(path)
+        if args.metafile:
+            from model_zoo import write_entries
+
+            for path in write_entries(comparison):
+                print(path)
+    except (ValueError, OSError) as error:
+        options.exit(1, f'{options.prog}: {error}\n')
 
 
 if __name__ == '__main__':

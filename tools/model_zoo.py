@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from mmengine.config import Config
-from work_dirs import settings
+from work_dirs import Run, settings
 
 if TYPE_CHECKING:
     from compare_runs import Comparison, Group
@@ -36,10 +36,8 @@ def write_entries(comparison: Comparison, configs: Path = CONFIGS) -> list[Path]
         path = next(configs.glob(f'[!_]*/{run.name}.py'), None)
         if path is None:
             raise ValueError(f'{run.work_dir} is of {run.name}, and there is no {configs}/*/{run.name}.py')
-        says, did = settings(Config.fromfile(str(path))), settings(run.config)
-        if differing := sorted(key for key in says.keys() | did.keys() if says.get(key) != did.get(key)):
-            listed = ', '.join(f'{key}={did.get(key)} in place of {says.get(key)}' for key in differing[:5])
-            raise ValueError(f'{run.work_dir} is no result of {path}: it was trained with {listed}')
+        for other in group.runs:
+            _check(other, path)
         entries.setdefault(path.parent, []).append(_entry(group, comparison, path))
     written = []
     for family, new in entries.items():
@@ -51,6 +49,24 @@ def write_entries(comparison: Comparison, configs: Path = CONFIGS) -> list[Path]
         (family / 'metafile.yaml').write_text(text, encoding='utf-8')
         written += [family / 'metafile.yaml', write_page(family)]
     return written
+
+
+def _check(run: Run, path: Path) -> None:
+    """Refuse a run that was not carried out, to its end, as the config says."""
+    config = Config.fromfile(str(path))
+    says = settings(config, run.source.split()[0].replace('validation', 'val'))
+    keys = sorted(says.keys() | run.settings.keys())
+    differing = [
+        f'{k}={run.settings.get(k)} for {says.get(k)}' for k in keys if says.get(k) != run.settings.get(k)
+    ]
+    if named := re.search(r'_(\d+)xb(\d+)', run.name):  # so many GPUs, so many images on each
+        batch = run.processes * run.config.train_dataloader.batch_size
+        if batch != int(named[1]) * int(named[2]):
+            differing.append(f'a batch of {batch} for {named[1]} x {named[2]}')
+    if not run.complete:
+        differing.append(f'{run.source} for that at the end')
+    if differing:
+        raise ValueError(f'{run.work_dir} is no result of {path}: it has {", ".join(differing[:5])}')
 
 
 def _metafile(family: Path) -> dict:
@@ -71,10 +87,10 @@ def _entry(group: Group, comparison: Comparison, config: Path) -> dict:
     memory = [other.memory / 1024 for other in group.runs if other.memory is not None]
     metadata = {
         'Training Data': dataset_of(run.name),
-        'Batch Size': run.config.train_dataloader.batch_size,
-        'Iterations': run.iterations,
-        'Seeds': [other.seed for other in group.runs],
-        'Training Resources': run.hardware,
+        'Batch Size': run.processes * run.config.train_dataloader.batch_size,
+        'Iterations': run.length,
+        'Seeds': ['-' if other.seed is None else other.seed for other in group.runs],
+        'Training Resources': f'{run.processes}x {run.hardware}',
         'Memory (GB)': round(max(memory), 2) if memory else None,
     }
     return {
@@ -138,7 +154,8 @@ def _page(family: Path) -> Iterator[str]:
 
 def _rows(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
     for row in (header, ['---'] * len(header), *rows):
-        yield f'| {" | ".join(row)} |'
+        cells = [cell.replace('|', r'\|') for cell in row]
+        yield f'| {" | ".join(cells)} |'
     yield ''
 
 

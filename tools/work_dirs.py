@@ -15,8 +15,8 @@ from mmseg_imbalance.metrics import load_image_scores
 # settings of any depth that say where and how a run was carried out, not what was trained
 ELSEWHERE = {
     'custom_imports', 'data_root', 'default_hooks', 'default_scope', 'env_cfg', 'experiment_name', 'launcher',
-    'load_from', 'log_level', 'log_processor', 'model_wrapper_cfg', 'num_workers', 'persistent_workers',
-    'pin_memory', 'randomness', 'resume', 'val_interval', 'vis_backends', 'visualizer', 'work_dir',
+    'log_level', 'log_processor', 'model_wrapper_cfg', 'num_workers', 'persistent_workers', 'pin_memory',
+    'randomness', 'resume', 'val_interval', 'vis_backends', 'visualizer', 'work_dir',
 }  # fmt: skip
 AFTER_TRAINING = re.compile('(test|val|tta)_')  # where these names begin
 
@@ -26,7 +26,7 @@ class Unusable(Exception):
 
     @property
     def reason(self) -> str:
-        return str(self)
+        return ' '.join(str(self).split())
 
 
 @dataclass
@@ -35,15 +35,19 @@ class Run:
 
     work_dir: Path
     name: str  # of the config
-    config: Config
+    config: Config  # of the training, where that is known, else of the test
+    settings: dict[str, object]  # what was trained and tested and how, equal for the seeds of one config
+    checkpoint: str  # what was evaluated, a path
     metrics: dict[str, float]
     source: str  # of the metrics
     scores: dict | None = None  # rows of every image, see mmseg_imbalance.metrics.load_image_scores
     class_pixels: dict[str, int] = field(default_factory=dict)  # of the training data, where known
-    iterations: int | None = None
+    length: int | None = None  # of the training, in iterations or epochs
     seconds: float | None = None  # in training iterations, validation not included
     memory: float | None = None  # MB at the peak, as logged on GPUs
+    processes: int = 1
     hardware: str | None = None
+    complete: bool = True  # whether the end of the training was evaluated
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -52,9 +56,7 @@ class Run:
 
     @property
     def classes(self) -> list[str]:
-        if self.class_pixels:
-            return list(self.class_pixels)
-        return list(self.iou)
+        return list(self.class_pixels or self.iou)
 
     @property
     def iou(self) -> dict[str, float]:
@@ -67,27 +69,50 @@ class Run:
         return dict(zip(self.scores['classes'].tolist(), iou.tolist(), strict=True))
 
 
-def settings(config: Config) -> dict[str, object]:
-    """What a config trains and how, by KEY.KEY: equal for runs that differ in the seed alone."""
+def settings(config: Config, split: str, tested: Config | None = None) -> dict[str, object]:
+    """What is trained and, on a split, tested, by KEY.KEY: equal for runs that differ in the seed alone.
+
+    Args:
+        config: of the training.
+        split: 'val' or 'test'.
+        tested: config of the test; None: the same.
+    """
+    tested = config if tested is None else tested
+    model, wrappers = tested.get('model') or {}, []
+    while 'module' in model:  # test time augmentation, removal of small regions
+        wrappers.append({key: value for key, value in model.items() if key != 'module'})
+        model = model['module']
+    evaluated = dict(
+        mode=dict(model.get('test_cfg') or {}),
+        wrappers=wrappers,
+        hooks=[h for h in tested.get('custom_hooks') or () if h['type'] == 'LogitAdjustmentHook'],
+        pipeline=((tested.get(f'{split}_dataloader') or {}).get('dataset') or {}).get('pipeline'),
+    )
     flat: dict[str, object] = {}
-    _flatten(config.to_dict(), '', flat)
+    trained = config.to_dict()
+    while 'module' in trained.get('model', {}):
+        trained['model'] = trained['model']['module']
+    _flatten(trained, '', flat)
+    _flatten(evaluated, 'evaluation', flat)
     return flat
 
 
 def _flatten(node: object, key: str, flat: dict[str, object]) -> None:
     if isinstance(node, dict):
-        items = [(k, v) for k, v in node.items() if k not in ELSEWHERE and not AFTER_TRAINING.match(k)]
+        names = [(str(name), value) for name, value in node.items()]
+        items = [(k, v) for k, v in names if k not in ELSEWHERE and not AFTER_TRAINING.match(k)]
     elif isinstance(node, list | tuple):
-        items = list(enumerate(node))
+        items = [(str(index), value) for index, value in enumerate(node)]
     else:
-        flat[key] = node
+        if node is not None:
+            flat[key] = node
         return
     for name, value in items:
         _flatten(value, f'{key}.{name}'.lstrip('.'), flat)
 
 
 def read_run(work_dir: Path) -> Run | Unusable:
-    """The newest test of the model of a work dir, else the validation at the end of its training.
+    """The newest test of the model of a work dir, else the last validation of its training.
 
     Unusable where nothing is there, something is broken, the training is not finished or was not evaluated.
     """
@@ -95,44 +120,47 @@ def read_run(work_dir: Path) -> Run | Unusable:
         return _read(work_dir)
     except Unusable as error:
         return error
+    except Exception as error:  # one odd run must not stop the comparison of the others
+        return Unusable(f'it cannot be read, {type(error).__name__}: {error}')
 
 
 def _read(work_dir: Path) -> Run:
     if not work_dir.is_dir():
-        raise Unusable('there is no such folder')
+        raise Unusable('it is a file' if work_dir.exists() else 'there is no such folder')
     # TIMESTAMP folders of training and testing, testing often in a folder of its own below
-    sessions = sorted(
-        {path.parents[1] for path in work_dir.rglob('vis_data/config.py')}, key=lambda s: s.name
-    )
+    logged = {path.parents[1] for path in work_dir.rglob('vis_data/config.py')}
+    results = {path.parent for path in work_dir.rglob('*.json') if path.stem == path.parent.name}
+    sessions = sorted(logged | results, key=lambda session: session.name)
     if not sessions:
-        raise Unusable('no run of MMEngine is in it, there is no TIMESTAMP/vis_data/config.py')
+        raise Unusable('no run of MMEngine is in it, neither TIMESTAMP/vis_data nor TIMESTAMP/TIMESTAMP.json')
     notes: list[str] = []
     logs = {session: _records(session / 'vis_data' / 'scalars.json', notes) for session in sessions}
     trainings = [session for session in sessions if any('loss' in record for record in logs[session])]
-    homes = sorted({str(session.parent) for session in trainings})
+    tests = [session for session in sessions if session in results]
+    homes = sorted({str(session.parent) for session in trainings or tests})
     if len(homes) > 1:
         raise Unusable(f'several runs are in it, name them one by one: {", ".join(homes)}')
-    tests = [session for session in sessions if (session / f'{session.name}.json').exists()]
-    if not trainings and not tests:
+    if not homes:
         raise Unusable('the run in it ended before it had logged anything')
+    config = _config((trainings or tests)[-1])
     if trainings:  # from the last that was not resumed from the one before
-        configs = [_config(session) for session in trainings]
-        start = max(n for n, cfg in enumerate(configs) if n == 0 or not cfg.get('resume'))
-        trainings, config = trainings[start:], configs[-1]
+        resumed = [bool(_config(session).get('resume')) for session in trainings]
+        start = max(n for n, again in enumerate(resumed) if n == 0 or not again)
+        trainings = trainings[start:]
         tests = [session for session in tests if session.name >= trainings[0].name]  # not of a former model
+        config.load_from = _config(trainings[0]).get('load_from')
     else:
-        config = _config(tests[-1])
-    records = [record for session in trainings for record in logs[session]]
-    limit = (config.get('train_cfg') or {}).get('max_iters') if trainings else None
-    if limit is not None:
-        reached = max(record.get('step', 0) for record in records)
-        if reached < limit and not (trainings[-1].parent / f'iter_{limit}.pth').exists():
-            raise Unusable(
-                f'half-finished, {reached} of {limit} iterations; train.py --resume goes on with it'
-            )
-    session, metrics, source = _results(tests, trainings, logs)
-    if limit is not None and (at := re.search(r'iter_(\d+)\.pth', source)) and int(at[1]) != limit:
-        notes.append(f'tested after {at[1]} of {limit} iterations')
+        config.load_from = None  # the checkpoint of the test
+    length, unit = _length(config) if trainings else (None, '')
+    if length is not None:
+        reached = _reached(trainings, logs, length, unit)
+        if reached < length:
+            raise Unusable(f'half-finished, {reached} of {length} {unit}s; train.py --resume goes on with it')
+    session, metrics, checkpoint, split = _results(tests, trainings, logs, unit)
+    at = re.fullmatch(rf'{unit or "iter"}_(\d+)', Path(checkpoint).stem)
+    complete = length is None or at is None or int(at[1]) == length
+    if not complete:
+        notes.append(f'evaluated after {at[1]} of {length} {unit}s')
     if not any(key.startswith('IoU.') for key in metrics):
         raise Unusable(
             'its results lack the IoU of each class; test it with ImbalanceIoUMetric: '
@@ -144,40 +172,97 @@ def _read(work_dir: Path) -> Run:
             scores = load_image_scores(session / 'image_scores.npz')
         except ValueError as error:
             notes.append(f'no interval over images: {error}')
-    train = [record for record in records if 'loss' in record]
+    tested = _config(session)
+    home = (trainings or [session])[-1]
+    text = _log(home)
+    train = [record for each in trainings for record in logs[each] if 'loss' in record]
     return Run(
         work_dir,
-        max(session.parent.glob('*.py'), key=lambda path: path.stat().st_mtime, default=work_dir).stem,
+        max(home.parent.glob('*.py'), key=lambda path: path.stat().st_mtime, default=work_dir).stem,
         config,
+        settings(config, split, tested),
+        checkpoint,
         metrics,
-        source,
+        _source(checkpoint, split, tested),
         scores,
-        _class_pixels(work_dir, scores),
-        limit,
-        _seconds(train),
+        _class_pixels(home.parent, scores),
+        length,
+        sum(_seconds(logs[each], n > 0) for n, each in enumerate(trainings)) or None,
         max((record['memory'] for record in train if 'memory' in record), default=None),
-        _hardware(trainings[-1]) if trainings else None,
+        int(number[1]) if (number := re.search(r'GPU number: (\d+)', text)) else 1,
+        _hardware(text) if trainings else None,
+        complete,
         notes,
     )
 
 
-def _results(tests: list[Path], trainings: list[Path], logs: dict) -> tuple[Path, dict[str, float], str]:
-    """The session that evaluated last, its metrics and where they are from."""
+def _length(config: Config) -> tuple[int | None, str]:
+    """How long a training is, and whether in iterations or in epochs."""
+    loop = config.get('train_cfg') or {}
+    for key, unit in (('max_iters', 'iter'), ('max_epochs', 'epoch')):
+        if loop.get(key):
+            return int(loop[key]), unit
+    return None, ''
+
+
+def _reached(trainings: list[Path], logs: dict, length: int, unit: str) -> int:
+    """How far a training came; its end may lie after the last line of the log."""
+    last = trainings[-1].parent / f'{unit}_{length}.pth'
+    begun = (trainings[-1] / 'vis_data' / 'config.py').stat().st_mtime
+    if last.exists() and last.stat().st_mtime >= begun:  # else of a former training
+        return length
+    records = [record for session in trainings for record in logs[session]]
+    evaluated = [record['step'] for record in records if 'loss' not in record and _prefix(record) is not None]
+    if unit == 'epoch':  # that of a line may not be over
+        return max([*evaluated, *(record.get('epoch', 1) - 1 for record in records if 'loss' in record)])
+    return max([*evaluated, *(record.get('step', 0) for record in records if 'loss' in record)])
+
+
+def _results(
+    tests: list[Path], trainings: list[Path], logs: dict, unit: str
+) -> tuple[Path, dict[str, float], str, str]:
+    """The session that evaluated last, its metrics, the checkpoint they are of, and the split."""
     if tests:
         path = tests[-1] / f'{tests[-1].name}.json'
         try:
-            metrics = json.loads(path.read_text())
-            numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-        except (OSError, ValueError, AttributeError) as error:
+            metrics = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise Unusable(f'its test result {path} is broken: {error}') from error
-        checkpoint = _config(tests[-1]).get('load_from')
-        return tests[-1], numbers, f'test of {Path(checkpoint).name}' if checkpoint else 'test'
+        return tests[-1], _numbers(metrics), str(_config(tests[-1]).get('load_from') or tests[-1]), 'test'
     for session in reversed(trainings):
         for record in reversed(logs[session]):
-            if 'mIoU' in record and 'loss' not in record:
-                step = record['step']
-                return session, {k: v for k, v in record.items() if k != 'step'}, f'validation at {step}'
+            if 'loss' not in record and _prefix(record) is not None:
+                checkpoint = session.parent / f'{unit or "iter"}_{record.get("step")}.pth'
+                return session, _numbers(record), str(checkpoint), 'val'
     raise Unusable('it was neither validated nor tested; test.py CONFIG CHECKPOINT --work-dir DIR does it')
+
+
+def _prefix(record: dict) -> str | None:
+    """What an evaluator was told to put before its keys; None: it is no evaluation."""
+    return next((key.removesuffix('mIoU') for key in record if re.fullmatch('(.*/)?mIoU', key)), None)
+
+
+def _numbers(record: dict) -> dict[str, float]:
+    prefix = _prefix(record) or ''
+    return {
+        key.removeprefix(prefix): float(value)
+        for key, value in record.items()
+        if isinstance(value, int | float) and key != 'step'
+    }
+
+
+def _source(checkpoint: str, split: str, tested: Config) -> str:
+    """What was evaluated, and by what it is more than the model's own prediction."""
+    model, more = tested.get('model') or {}, []
+    while 'module' in model:
+        more.append(' '.join(str(model[key]) for key in ('type', 'area') if key in model))
+        model = model['module']
+    if (model.get('test_cfg') or {}).get('mode') == 'slide':
+        more.append('sliding window')
+    hooks = [hook for hook in tested.get('custom_hooks') or () if hook['type'] == 'LogitAdjustmentHook']
+    more += [f'logit adjustment {hook.get("tau", 1.0)}' for hook in hooks]
+    what = 'test of' if split == 'test' else 'validation of'
+    return ', '.join([f'{what} {Path(checkpoint).name}', *more])
 
 
 def _records(path: Path, notes: list[str]) -> list[dict]:
@@ -201,36 +286,39 @@ def _parsed(line: str) -> object:
 
 def _config(session: Path) -> Config:
     path = session / 'vis_data' / 'config.py'
+    if not path.exists():  # --show-dir puts the visualizer's files elsewhere; the runner leaves a copy
+        path = max(session.parent.glob('*.py'), key=lambda copy: copy.stat().st_mtime, default=path)
     try:
         return Config.fromfile(str(path), import_custom_modules=False)
     except Exception as error:  # it is Python
         raise Unusable(f'its config {path} is broken: {type(error).__name__}: {error}') from error
 
 
-def _class_pixels(work_dir: Path, scores: dict | None) -> dict[str, int]:
+def _class_pixels(home: Path, scores: dict | None) -> dict[str, int]:
     if scores is not None and len(scores['pixels']):
         return dict(zip(scores['classes'].tolist(), scores['pixels'].tolist(), strict=True))
     try:  # of ClassWeightHook
-        record = json.loads((work_dir / 'class_weights.json').read_text())
+        record = json.loads((home / 'class_weights.json').read_text())
         return dict(zip(record['classes'], record['pixels'], strict=True))
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _seconds(train: list[dict]) -> float | None:
-    total, before = 0.0, 0
-    for record in train:
-        step = record.get('iter', 0)
-        total += record.get('time', 0) * max(step - before, 0)
-        before = step
-    return total or None
+def _seconds(records: list[dict], resumed: bool) -> float:
+    """Of the iterations of one session: the log has the mean time of the latest ones, every so many."""
+    lines = [record for record in records if 'loss' in record and 'iter' in record]
+    steps = [line['iter'] for line in lines]
+    before = max(0, 2 * steps[0] - steps[1]) if resumed and len(steps) > 1 else 0
+    return sum(line.get('time', 0) * n for line, n in zip(lines, np.diff(steps, prepend=before), strict=True))
 
 
-def _hardware(session: Path) -> str | None:
-    log = session / f'{session.name}.log'
-    text = log.read_text(errors='replace') if log.exists() else ''
-    number = re.search(r'GPU number: (\d+)', text)
-    name = re.search(r'^ *GPU 0[\d,]*: (.+)$', text, re.MULTILINE)
-    if name is None:
-        return 'CPU' if 'CUDA available: False' in text else None
-    return f'{number[1] if number else 1}x {name[1].strip()}'
+def _log(session: Path) -> str:
+    path = session / f'{session.name}.log'
+    return path.read_text(errors='replace') if path.exists() else ''
+
+
+def _hardware(log: str) -> str | None:
+    name = re.search(r'^ *GPU 0[\d,]*: (.+)$', log, re.MULTILINE)
+    if name is not None:
+        return name[1].strip()
+    return 'CPU' if 'CUDA available: False' in log else None
