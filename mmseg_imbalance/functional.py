@@ -1,4 +1,7 @@
-"""Losses as arithmetic on the sums of :class:`~mmseg_imbalance.ops.SoftStats`; autograd does the rest."""
+"""Losses as arithmetic on the sums of :class:`~mmseg_imbalance.ops.SoftStats`; autograd does the rest.
+
+Every loss is a sum over classes: what ``..._parts`` return, (C,), >= 0, adds up to it.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,22 @@ def cross_entropy(
     Returns:
         Scalar; 0 where no pixel has any weight.
     """
+    return cross_entropy_parts(stats, class_weight, label_smoothing).sum()
+
+
+def cross_entropy_parts(
+    stats: SoftStats, class_weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """What each class adds to :func:`cross_entropy`, (C,): w_c nll_c / sum_k w_k truth_k.
+
+    The even part of label smoothing adds to the class whose probability it asks for.
+    """
     weight = torch.ones_like(stats.nll[0]) if class_weight is None else class_weight.to(stats.nll)
-    total = (weight * stats.nll).sum()
+    total = (weight * stats.nll).sum(0)
     if label_smoothing > 0:
         if stats.log_prob is None:
             raise ValueError('label_smoothing needs the field log_prob; call soft_stats with_log_prob=True')
-        even = -(weight * stats.log_prob).sum() / len(weight)
+        even = -(weight * stats.log_prob).sum(0) / len(weight)
         total = (1 - label_smoothing) * total + label_smoothing * even
     norm = (weight * stats.truth).sum()
     return total / norm.where(norm > 0, torch.inf)
@@ -82,6 +95,33 @@ def generalized_dice(
 
     Source: Sudre et al. 2017, https://arxiv.org/abs/1707.03237, section 2.1; scale and smoothing are ours.
     """
+    return 1 - _generalized_dice_errors(stats, class_weight, smooth, absent_classes).sum(1)
+
+
+def generalized_dice_parts(
+    stats: SoftStats,
+    class_weight: Tensor | None = None,
+    smooth: float = 1.0,
+    absent_classes: str = 'include',
+    *,
+    gamma: float = 1.0,
+) -> Tensor:
+    """What each class adds to the mean over images of (1 - :func:`generalized_dice`)^gamma, (C,).
+
+    Of 1 - index = sum_c w_c (P_c + T_c - 2 I_c) / (sum_k w_k (P_k + T_k) + s), the power is shared out in
+    the proportion of these terms. gamma > 0.
+    """
+    errors = _generalized_dice_errors(stats, class_weight, smooth, absent_classes)
+    if gamma != 1:
+        loss = errors.sum(1, keepdim=True)
+        errors = errors * loss.clamp_min(torch.finfo(loss.dtype).eps) ** (gamma - 1)
+    return errors.mean(0)
+
+
+def _generalized_dice_errors(
+    stats: SoftStats, class_weight: Tensor | None, smooth: float, absent_classes: str
+) -> Tensor:
+    """w_c (P_c + T_c - 2 I_c) / (sum_k w_k (P_k + T_k) + s) of each image and class, (B, C)."""
     i, p, t = stats.intersection, stats.prediction, stats.truth
     present = t > 0
     if class_weight is None:
@@ -93,8 +133,9 @@ def generalized_dice(
         weight = weight * present
     area = (weight * t).sum(1, keepdim=True)
     weight = weight * (t.sum(1, keepdim=True) / area.where(area > 0, torch.inf))
-    union = (weight * (p + t)).sum(1) + smooth
-    return torch.where(union > 0, (2 * (weight * i).sum(1) + smooth) / union.where(union > 0, 1), 1)
+    areas = p + t
+    union = (weight * areas).sum(1, keepdim=True) + smooth
+    return weight * (areas - 2 * i) / union.where(union > 0, torch.inf)
 
 
 def region_loss(
@@ -118,11 +159,23 @@ def region_loss(
     Returns:
         Scalar; an image in which no class has any weight counts as 0.
     """
+    return region_parts(index, truth, class_weight, gamma=gamma, absent_classes=absent_classes).sum()
+
+
+def region_parts(
+    index: Tensor,
+    truth: Tensor,
+    class_weight: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    absent_classes: str = 'include',
+) -> Tensor:
+    """What each class adds to :func:`region_loss`, (C,)."""
     loss = 1 - index
     if gamma != 1:
         loss = loss.clamp_min(torch.finfo(loss.dtype).eps) ** gamma  # a finite slope at index = 1
     weight = torch.ones_like(loss) if class_weight is None else class_weight.to(loss).expand_as(loss)
     if absent_classes == 'ignore':
         weight = weight * (truth > 0)
-    norm = weight.sum(1)
-    return ((weight * loss).sum(1) / norm.where(norm > 0, torch.inf)).mean()
+    norm = weight.sum(1, keepdim=True)
+    return (weight * loss / norm.where(norm > 0, torch.inf)).mean(0)

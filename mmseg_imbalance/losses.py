@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +26,7 @@ Number = TypeVar('Number', int, float)
 class WeightedLoss(nn.Module):
     """What a decode head needs of a loss: weights, ignored pixels, a name, one scalar.
 
-    Subclasses compute the scalar from :class:`~mmseg_imbalance.ops.SoftStats` in :meth:`compute`.
+    Subclasses compute it from :class:`~mmseg_imbalance.ops.SoftStats`, class by class, in :meth:`compute`.
 
     Args:
         class_weight: one number >= 0 per class: None (all 1); a list; a dict by class name (classes
@@ -79,6 +79,8 @@ class WeightedLoss(nn.Module):
         self.correct: Tensor | None = None
         # what the package's heads log beside the loss: no name contains 'loss', so none is added to it
         self.logged: dict[str, Tensor] = {}
+        # shown each batch while training; ClassBalanceHook puts it here
+        self.watcher: Callable[[Tensor, SoftStats, Tensor], None] | None = None
         if isinstance(class_weight, str | Path) and class_weight != 'auto':
             class_weight, self.weight_classes = _read_class_weight(class_weight)
         if isinstance(class_weight, Mapping):
@@ -142,6 +144,7 @@ class WeightedLoss(nn.Module):
                 'An OHEMPixelSampler asks for the loss of each pixel unless it has a threshold: '
                 "sampler=dict(type='OHEMPixelSampler', thresh=0.7)"
             )
+        predicted = pred
         if pred.ndim == 3:
             pred, target = pred[:, :, None], target[:, None]
             weight = None if weight is None else weight[:, None]
@@ -156,6 +159,7 @@ class WeightedLoss(nn.Module):
         own_weight, group, num_groups = self.weigh_pixels(pred, target, ignore_index, align_corners, features)
         if own_weight is not None:
             weight = own_weight if weight is None else weight * own_weight
+        watcher = self.watcher if self.training else None
         stats = soft_stats(
             pred,
             target,
@@ -165,13 +169,17 @@ class WeightedLoss(nn.Module):
             focal_gamma=self.focal_gamma,
             square_prediction=self.square_denominator,
             with_log_prob=self.label_smoothing > 0,
+            with_recall=watcher is not None,
             group=group,
             num_groups=num_groups,
             align_corners=align_corners,
             backend=self.backend,
         )
         self.correct = None if self.changes_logits else stats.correct
-        return self.loss_weight * self.compute(stats, self._weight_for(pred))
+        parts = self.compute(stats, self._weight_for(pred))
+        if watcher is not None:
+            watcher(predicted, stats, parts.detach())
+        return self.loss_weight * self.total(parts)
 
     def weigh_pixels(
         self, pred: Tensor, target: Tensor, ignore_index: int, align_corners: bool, features: Tensor | None
@@ -180,8 +188,12 @@ class WeightedLoss(nn.Module):
         return None, None, 0
 
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
-        """The scalar from the sums of a batch and the (C,) weights."""
+        """What each class adds to the loss, (C,), from the sums of a batch and the (C,) weights."""
         raise NotImplementedError
+
+    def total(self, parts: Tensor) -> Tensor:
+        """The scalar that the parts of the classes, (C,), add up to."""
+        return parts.sum()
 
     def _weight_for(self, pred: Tensor) -> Tensor | None:
         if self.pending == 'auto':
@@ -305,7 +317,7 @@ class _PixelTerm(WeightedLoss):
         self.label_smoothing = label_smoothing
 
     def cross_entropy(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
-        return functional.cross_entropy(stats, class_weight, self.label_smoothing)
+        return functional.cross_entropy_parts(stats, class_weight, self.label_smoothing)
 
 
 class _RegionTerm(WeightedLoss):
@@ -362,13 +374,14 @@ class _RegionTerm(WeightedLoss):
 
     def region_loss(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
         if self.region == 'generalized_dice':
-            index = functional.generalized_dice(stats, class_weight, self.smooth, self.absent_classes)
-            return functional.region_loss(index[:, None], stats.truth, gamma=self.gamma)
+            return functional.generalized_dice_parts(
+                stats, class_weight, self.smooth, self.absent_classes, gamma=self.gamma
+            )
         if self.region == 'tversky':
             index = functional.tversky(stats, self.alpha, self.beta, self.smooth)
         else:
             index = getattr(functional, self.region)(stats, self.smooth)
-        return functional.region_loss(
+        return functional.region_parts(
             index, stats.truth, class_weight, gamma=self.gamma, absent_classes=self.absent_classes
         )
 
@@ -571,16 +584,18 @@ class CombinedWeightedLoss(_PixelTerm, _RegionTerm, nn.ModuleList):
 
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
         stats = self.reduce(stats)
-        terms = torch.stack(
-            [self.cross_entropy(stats, class_weight), self.region_loss(stats, class_weight)]
-        )  # (2,)
-        if self.balance == 'fixed':
-            total = self.ce_weight * terms[0] + self.dice_weight * terms[1]
-            logged = terms
-        else:
-            s = self.log_variance.to(terms)
-            total = (torch.exp(-s) * terms + s / 2).sum()
-            logged = torch.cat([terms, s])
-        for part, value in zip(self.parts.values(), logged.detach(), strict=True):
+        terms = [self.cross_entropy(stats, class_weight), self.region_loss(stats, class_weight)]  # (C,) each
+        factors = self.ce_weight, self.dice_weight
+        logged = [term.detach().sum() for term in terms]
+        if self.balance == 'uncertainty':
+            s = self.log_variance.to(terms[0])
+            factors = torch.exp(-s).unbind()
+            logged += s.detach().unbind()
+        for part, value in zip(self.parts.values(), logged, strict=True):
             part.value = value
-        return total
+        return factors[0] * terms[0] + factors[1] * terms[1]
+
+    def total(self, parts: Tensor) -> Tensor:
+        if self.balance == 'fixed':
+            return parts.sum()
+        return parts.sum() + self.log_variance.to(parts).sum() / 2  # which belongs to no class

@@ -596,13 +596,13 @@ class SubclassifiedLoss(WeightedCrossEntropyLoss):
     def compute(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
         if self.mode == 'similarity' and self.weighting.paper_exact:
             weighed = stats.nll if class_weight is None else stats.nll * class_weight
-            return weighed.sum() / self._all_pixels
-        loss = super().compute(stats, class_weight)
+            return weighed.sum(0) / self._all_pixels
+        parts = super().compute(stats, class_weight)
         if self.needs_features and self.training:
-            with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(parts.device.type, enabled=False):
                 self.weighting.learn(stats)
                 stem = self.loss_name.replace('loss', '').strip('_.')
                 self.logged = {
                     f'{stem}_{name}'.lstrip('_'): x for name, x in self.weighting.summary().items()
                 }
-        return loss
+        return parts

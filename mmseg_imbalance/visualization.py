@@ -17,6 +17,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -35,6 +36,16 @@ class Subclasses(NamedTuple):
     mean_loss: np.ndarray
     weight: np.ndarray  # of each of its pixels
     exists: np.ndarray  # bool, whether the class is to have so many
+
+
+class ClassBalance(NamedTuple):
+    """What each class had, (C,) each, since the report before; NaN where unknown."""
+
+    iteration: int
+    pixel_share: np.ndarray
+    loss_share: np.ndarray
+    gradient_share: np.ndarray
+    recall: np.ndarray
 
 
 class SubclassMaps(NamedTuple):
@@ -218,3 +229,86 @@ def _weight_scale(weights: np.ndarray, state: Subclasses | None) -> ScalarMappab
 
 def _painted(colours: np.ndarray, index: object, counted: np.ndarray) -> np.ndarray:
     return np.where(counted[..., None], np.asarray(colours, np.uint8)[index], np.uint8(IGNORED))
+
+
+def plot_class_balance(
+    classes: Sequence[str], reports: Mapping[str, Sequence[ClassBalance]], path: str | os.PathLike[str]
+) -> np.ndarray:
+    """Shares of pixels, loss and gradient by class, and recall over the iterations; rarest class last.
+
+    Args:
+        classes: at least as many names as there are classes.
+        reports: in the order of time, at least one, by the name of the loss: a row of the picture each.
+        path: of the PNG.
+
+    Returns:
+        The picture, (h, w, 3) uint8 RGB.
+    """
+    numbers = [len(of[0].recall) for of in reports.values()]
+    figure = Figure((13, sum(1.3 + 0.27 * n for n in numbers)), dpi=110, layout='constrained')
+    canvas = FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(h_pad=0.1, wspace=0.03)
+    ratios = dict(width_ratios=[1, 1.1], height_ratios=[1.3 + 0.27 * n for n in numbers])
+    grid = figure.subplots(len(numbers), 2, squeeze=False, **ratios)
+    for (shares, recall), (name, of) in zip(grid, reports.items(), strict=True):
+        number = len(of[0].recall)
+        order = np.argsort(-_mean([report.pixel_share for report in of]), kind='stable')
+        names = [classes[c] for c in order]
+        latest = of[-10:]
+        rows = np.arange(number)
+        kinds = dict(pixel_share='#4878a8', loss_share='#d1783c', gradient_share='#4f9a5b')
+        found = {kind: 100 * _mean([getattr(r, kind) for r in latest])[order] for kind in kinds}
+        every = np.array(list(found.values()))
+        every[every <= 0] = np.nan  # no logarithm
+        known = np.isfinite(every).any(0)
+        shares.hlines(rows[known], *(f(every[:, known], 0) for f in (np.nanmin, np.nanmax)), color='0.8')
+        for (kind, colour), marker, values in zip(kinds.items(), 'o^s', every, strict=True):
+            shares.plot(values, rows, marker, color=colour, markersize=6, label=kind.replace('_', ' '))
+        shares.set_xscale('log')
+        shares.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        shares.xaxis.set_major_formatter('{x:g}')
+        shares.xaxis.set_minor_locator(NullLocator())
+        shares.set_yticks(rows, names)
+        shares.set_ylim(number - 0.5, -0.5)
+        shares.set_xlabel(f'share (%), mean of the last {len(latest)} reports')
+        shares.set_title(name, loc='left', fontweight='bold')
+        shares.grid(axis='x', color='0.92')
+        shares.spines[['top', 'right']].set_visible(False)
+        shares.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False, handletextpad=0.1)
+
+        values = np.array([report.recall for report in of]).T[order]  # (C, reports)
+        shown = recall.pcolormesh(
+            _edges([report.iteration for report in of]),
+            np.arange(number + 1) - 0.5,
+            values,
+            vmin=0,
+            vmax=1,
+            cmap='YlGnBu',
+        )
+        recall.set_facecolor('0.8')  # no pixels of the class
+        last = [row[np.isfinite(row)][-1:] for row in values]
+        recall.set_yticks(rows, [f'{x[0]:.2f}' if len(x) else '' for x in last])
+        recall.yaxis.tick_right()
+        recall.tick_params(right=False)
+        recall.set_ylim(number - 0.5, -0.5)
+        recall.set_xlabel('iteration')
+        recall.set_title('recall on the training batches, beside it the last', loc='left', fontsize=10)
+        figure.colorbar(shown, ax=recall, location='right', pad=0.02, aspect=30)
+    canvas.draw()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Over the first axis, of the numbers that are finite; NaN where none is."""
+    values = np.array(values)
+    there = np.isfinite(values)
+    number = there.sum(0)
+    return np.where(number > 0, np.where(there, values, 0).sum(0) / np.maximum(number, 1), np.nan)
+
+
+def _edges(iterations: Sequence[int]) -> np.ndarray:
+    """Where the span of each report begins and ends; the first is as long as the second."""
+    first = iterations[1] - iterations[0] if len(iterations) > 1 else iterations[0]
+    return np.array([iterations[0] - first, *iterations])

@@ -51,7 +51,7 @@ def soft_stats(
     """Dict of every field of SoftStats as float64 arrays, from arrays (B, C, h, w) and (B, H, W)."""
     batch, channels = logits.shape[:2]
     height, width = target.shape[1:]
-    names = ('nll', 'intersection', 'prediction', 'truth', 'log_prob')
+    names = ('nll', 'intersection', 'prediction', 'truth', 'log_prob', 'class_correct', 'class_count')
     sums = {name: np.zeros((batch, channels)) for name in names}
     sums['correct'] = np.zeros(batch)
     sums['group_nll'], sums['group_count'] = np.zeros(num_groups), np.zeros(num_groups)
@@ -68,7 +68,10 @@ def soft_stats(
                 sums['nll'][b, y] += -m * (1 - p[y]) ** focal_gamma * log_p[y]
                 sums['intersection'][b, y] += m * p[y]
                 sums['truth'][b, y] += m
-                sums['correct'][b] += pixel.index(max(pixel)) == y
+                right = pixel.index(max(pixel)) == y
+                sums['correct'][b] += right
+                sums['class_correct'][b, y] += right
+                sums['class_count'][b, y] += 1
                 for c in range(channels):
                     sums['prediction'][b, c] += m * p[c] ** (2 if square_prediction else 1)
                     sums['log_prob'][b, c] += m * log_p[c]

@@ -81,6 +81,7 @@ OPTIONS = {
     'bias': dict(logit_bias=torch.tensor([0.3, -2.0, 0.0, 1.0, 5.0])),
     'weight': dict(pixel_weight=True),
     'log_prob': dict(with_log_prob=True),
+    'recall': dict(with_recall=True),
     'group': dict(group=True, num_groups=7),
     'all': dict(
         focal_gamma=2.0,
@@ -88,6 +89,7 @@ OPTIONS = {
         logit_bias=torch.tensor([0.3, -2.0, 0.0, 1.0, 5.0]),
         pixel_weight=True,
         with_log_prob=True,
+        with_recall=True,
         group=True,
         num_groups=7,
     ),
@@ -141,11 +143,12 @@ def test_equals_the_loops_of_the_definition(
     logits, target = make_batch(logit_size, label_size, **batch_of(backend))
     options = options_for(option, target) | dict(align_corners=align_corners)
     stats = soft_stats(logits, target, backend=backend, **options)
-    with_log_prob = options.pop('with_log_prob', False)
+    with_log_prob, with_recall = (options.pop(f'with_{name}', False) for name in ('log_prob', 'recall'))
     expected = of_the_oracle(logits, target, **options)
     names = (
         *SUMS,
         *(['log_prob'] if with_log_prob else []),
+        *(['class_correct', 'class_count'] if with_recall else []),
         *(['group_nll', 'group_count'] if 'group' in options else []),
     )
     for name in names:
@@ -395,10 +398,10 @@ def test_strips_holds_no_tensor_of_label_size(make_batch, monkeypatch):
 
 def test_sum_images_is_a_batch_of_one(make_batch):
     logits, target = make_batch()
-    stats = soft_stats(logits, target, with_log_prob=True)
+    stats = soft_stats(logits, target, with_log_prob=True, with_recall=True)
     whole = stats.sum_images()
     assert isinstance(whole, SoftStats)
-    for name in ('nll', 'intersection', 'prediction', 'truth', 'log_prob', 'correct'):
+    for name in ('log_prob', *SUMS, 'class_correct', 'class_count'):
         torch.testing.assert_close(getattr(whole, name), getattr(stats, name).sum(0, keepdim=True))
     assert not whole.truth.requires_grad
 
@@ -410,6 +413,7 @@ def test_nothing_but_the_differentiable_fields_requires_grad(make_batch, backend
         logits.requires_grad_(),
         target,
         with_log_prob=True,
+        with_recall=True,
         group=torch.zeros_like(target),
         num_groups=1,
         backend=backend,
@@ -474,9 +478,9 @@ def test_bad_input_gets_one_clear_error(make_batch, change, error, message):
 def both(make_batch, *args, **options):
     """Fields and gradient of triton, and those of eager in double."""
     logits, target = make_batch(*args, dtype=torch.float32)
-    names = (*DIFFERENTIABLE, 'truth', 'correct')
+    names = (*DIFFERENTIABLE, 'truth', 'correct', 'class_correct', 'class_count')
     for z, backend in ((logits, 'triton'), (logits.double(), 'eager')):
-        stats = soft_stats(z, target, backend=backend, with_log_prob=True, **options)
+        stats = soft_stats(z, target, backend=backend, with_log_prob=True, with_recall=True, **options)
         yield [getattr(stats, n).double() for n in names] + [
             gradients(z, target, backend, **options).double()
         ]
@@ -573,7 +577,7 @@ def test_triton_asserts_what_is_not_checked_before(make_batch, label, group):
     logits, target = make_batch((3, 7), (3, 7), dtype=torch.float32)
     group = torch.full_like(target, group)
     target[0, 1, 2] = label
-    options = Options(None, 255, None, 0.0, False, False, group, 7, False)
+    options = Options(None, 255, None, 0.0, False, False, False, group, 7, False)
     with pytest.raises(RuntimeError, match='target or group'):
         triton.soft_stats(logits, target, options)
 

@@ -21,7 +21,8 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     m = valid.to(dtype)
     if o.pixel_weight is not None:
         m = m * o.pixel_weight.to(dtype)
-    member = F.one_hot(y, z.shape[1]).movedim(3, 1) * m[:, None]  # (B, C, H, W)
+    label = F.one_hot(y, z.shape[1]).movedim(3, 1)  # (B, C, H, W)
+    member = label * m[:, None]
 
     log_p = z.log_softmax(1)
     p = log_p.exp()
@@ -37,13 +38,19 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
         ids = o.group[valid].long()
         group_count = torch.bincount(ids, minlength=o.num_groups)
         group_nll = torch.bincount(ids, nll.detach()[:, 0][valid].double(), o.num_groups).to(dtype)
+    correct = (z.argmax(1) == y) & valid
+    class_correct = class_count = None
+    if o.with_recall:
+        class_correct, class_count = ((label * pixels[:, None]).sum((2, 3)) for pixels in (correct, valid))
     return SoftStats(
         nll=(member * loss).sum((2, 3)),
         intersection=(member * p).sum((2, 3)),
         prediction=((p.square() if o.square_prediction else p) * m[:, None]).sum((2, 3)),
         truth=member.sum((2, 3)),
-        correct=((z.argmax(1) == y) & valid).sum((1, 2)),
+        correct=correct.sum((1, 2)),
         log_prob=(log_p * m[:, None]).sum((2, 3)) if o.with_log_prob else None,
         group_nll=group_nll,
         group_count=group_count,
+        class_correct=class_correct,
+        class_count=class_count,
     )

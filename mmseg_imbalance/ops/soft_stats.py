@@ -31,12 +31,14 @@ class SoftStats:
     log_prob: Tensor | None = None  # (B, C)
     group_nll: Tensor | None = None  # (S,)
     group_count: Tensor | None = None  # (S,) int64
+    class_correct: Tensor | None = None  # (B, C) int64
+    class_count: Tensor | None = None  # (B, C) int64
 
     def sum_images(self, across_ranks: bool = False) -> SoftStats:
         """The same sums over the whole batch, as a batch of one image: (1, C) in place of (B, C).
 
-        With ``across_ranks`` the (B, C) fields are also summed over all ranks, in one all-reduce.
-        ``correct`` and the group fields stay those of this rank.
+        With ``across_ranks`` the weighted (B, C) fields are also summed over all ranks, in one all-reduce.
+        The numbers of pixels and the group fields stay those of this rank.
         """
         names = [f.name for f in fields(self)[:6] if f.name != 'correct']
         rows = {n: v.sum(0) for n in names if (v := getattr(self, n)) is not None}
@@ -45,8 +47,12 @@ class SoftStats:
             total = sum_over_ranks(total)
         summed = dict(zip(rows, total[:, None].unbind(), strict=True))
         summed['truth'] = summed['truth'].detach()
+        recall = (self.class_correct, self.class_count)
+        class_correct, class_count = (None if n is None else n.sum(0, keepdim=True) for n in recall)
         return SoftStats(
             correct=self.correct.sum(0, keepdim=True),
+            class_correct=class_correct,
+            class_count=class_count,
             group_nll=self.group_nll,
             group_count=self.group_count,
             **summed,
@@ -63,6 +69,7 @@ class Options:
     focal_gamma: float
     square_prediction: bool
     with_log_prob: bool
+    with_recall: bool
     group: Tensor | None
     num_groups: int
     align_corners: bool
@@ -78,6 +85,7 @@ def soft_stats(
     focal_gamma: float = 0.0,
     square_prediction: bool = False,
     with_log_prob: bool = False,
+    with_recall: bool = False,
     group: Tensor | None = None,
     num_groups: int = 0,
     align_corners: bool = False,
@@ -91,6 +99,8 @@ def soft_stats(
     ``truth[c]`` = sum_{y=c} m, ``prediction[c]`` = sum m p_c (m p_c^2 with ``square_prediction``),
     ``log_prob[c]`` = sum m log p_c, ``correct`` = number of pixels with argmax p = y, and for group
     ids g: ``group_nll[s]`` = sum_{g=s} -log p_y, ``group_count[s]`` = number of pixels with g = s.
+    ``with_recall``: ``class_count[c]`` = number of pixels with y = c, ``class_correct[c]`` = of these,
+    number with argmax p = c.
 
     Args:
         logits: (B, C, h, w), floating point, C >= 2. Half precision is summed in float32.
@@ -133,6 +143,7 @@ def soft_stats(
         focal_gamma,
         square_prediction,
         with_log_prob,
+        with_recall,
         group,
         num_groups,
         align_corners,

@@ -257,6 +257,7 @@ class _Sums(NamedTuple):
     correct: Tensor  # scalar
     log_prob: Tensor | None  # (C,)
     group: Tensor | None  # (2, S): nll, count
+    recall: Tensor | None  # (2, C): correct, count
 
 
 def _add(sums: list[_Sums]) -> _Sums:
@@ -309,7 +310,14 @@ def _sums(part: _Part) -> _Sums:
         group[0].scatter_add_(0, ids, nll.flatten().double())
         group[1].scatter_add_(0, ids, group.new_ones(()).expand_as(ids))
         group = group[:, : o.num_groups]
-    return _Sums(by_label, prediction, (hit & valid).sum(), log_prob, group)
+    correct = hit & valid
+    recall = None
+    if o.with_recall:
+        recall = torch.stack([torch.zeros_like(prediction), by_label[2]])
+        masks = (correct,) if o.pixel_weight is None else (correct, valid)
+        for row, mask in zip(recall, masks, strict=False):
+            row.zero_().scatter_add_(0, y.flatten(), mask.flatten().double())
+    return _Sums(by_label, prediction, correct.sum(), log_prob, group, recall)
 
 
 class _Upstream(NamedTuple):
@@ -399,7 +407,7 @@ class _SoftStats(torch.autograd.Function):
         counted = list(_each(_sums, parts))
         each = len(parts) // len(logits)
         images = [_add(counted[i : i + each]) for i in range(0, len(parts), each)]
-        by_label, prediction, correct, log_prob, group = (
+        by_label, prediction, correct, log_prob, group, recall = (
             None if of[0] is None else torch.stack(of) for of in zip(*images, strict=True)
         )
         ctx.save_for_backward(logits, target)
@@ -412,9 +420,12 @@ class _SoftStats(torch.autograd.Function):
         if group is not None:
             group_nll, group_count = group.sum(0)
             group_nll, group_count = group_nll.to(dtype, copy=True), group_count.long()
-        fixed = (truth, correct, group_nll, group_count)
+        class_correct = class_count = None
+        if recall is not None:
+            class_correct, class_count = (numbers.long() for numbers in recall.unbind(1))
+        fixed = (truth, correct, group_nll, group_count, class_correct, class_count)
         ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
-        return nll, intersection, prediction.to(dtype), truth, correct, log_prob, group_nll, group_count
+        return nll, intersection, prediction.to(dtype), truth, correct, log_prob, *fixed[2:]
 
     @staticmethod
     @once_differentiable

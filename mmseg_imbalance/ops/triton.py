@@ -209,7 +209,8 @@ def _forward_kernel(
     stride_image, stride_class, stride_row, stride_column, h, w, height, width,
     row_scale, row_inverse, column_scale, gamma, bands, bands_each, num_groups,
     C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, LOG_PROB: tl.constexpr,
-    RESIZE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+    RECALL: tl.constexpr, RESIZE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, P: tl.constexpr,
+    S: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(2).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -230,6 +231,8 @@ def _forward_kernel(
     group_nll = tl.zeros((S, S), tl.float32)
     group_count = tl.zeros((S, S), tl.float32)
     correct = tl.zeros((P,), tl.float32)
+    class_correct = tl.zeros((BLOCK_C, P), tl.float32)
+    class_count = tl.zeros((BLOCK_C, P), tl.float32)
     wrong = tl.zeros((P,), tl.int32)
 
     band = tl.program_id(1) * bands_each
@@ -271,7 +274,12 @@ def _forward_kernel(
             # among equals the first is the prediction
             before = (c[:, None] < y[None, :]) & (c[:, None] < C)
             earlier = tl.max(tl.where(before, z, float('-inf')), 0)
-            correct += tl.where((y >= 0) & (below == 0) & (earlier < top), 1.0, 0.0)
+            hit = tl.where((y >= 0) & (below == 0) & (earlier < top), 1.0, 0.0)
+            correct += hit
+            if RECALL:
+                class_correct += tl.where(member, hit[None, :], 0.0)
+                if weight is not None:
+                    class_count += tl.where(member, 1.0, 0.0)
 
             if group is not None:
                 s = tl.load(group + pixel, mask=y >= 0, other=0).to(tl.int64)
@@ -292,7 +300,8 @@ def _forward_kernel(
 
     blocks = tl.num_programs(0) * tl.num_programs(1)
     program = image * blocks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    sums += program * ((6 if LOG_PROB else 5) * C)
+    fields: tl.constexpr = 5 + (1 if LOG_PROB else 0) + (2 if RECALL else 0)
+    sums += program * (fields * C)
     tl.store(sums + c, tl.where(c == 0, tl.sum(correct, 0), 0.0), mask=c < C)
     _store_sums(sums + C, nll, c, C, P)
     _store_sums(sums + 2 * C, intersection, c, C, P)
@@ -300,6 +309,11 @@ def _forward_kernel(
     _store_sums(sums + 4 * C, truth, c, C, P)
     if LOG_PROB:
         _store_sums(sums + 5 * C, log_prob, c, C, P)
+    if RECALL:
+        _store_sums(sums + (fields - 2) * C, class_correct, c, C, P)
+        if weight is None:
+            class_count = truth
+        _store_sums(sums + (fields - 1) * C, class_count, c, C, P)
     if group is not None:
         group_sums += program * (2 * S * S) + digit[:, None] * S + digit[None, :]
         tl.store(group_sums, group_nll)
@@ -498,7 +512,8 @@ class _SoftStats(torch.autograd.Function):
         launch = _Launch(logits, target, o)
         batch, classes = logits.shape[:2]
         programs = launch.grid[0] * launch.grid[1]
-        sums = logits.new_empty(batch, programs, 6 if o.with_log_prob else 5, classes, dtype=torch.float32)
+        fields = 5 + o.with_log_prob + 2 * o.with_recall
+        sums = logits.new_empty(batch, programs, fields, classes, dtype=torch.float32)
         # a product takes 16 rows and columns at least
         digits = max(16, triton.next_power_of_2(math.ceil(math.sqrt(o.num_groups))))
         group_sums = None if group is None else sums.new_empty(batch * programs, 2, digits * digits)
@@ -506,14 +521,17 @@ class _SoftStats(torch.autograd.Function):
         with torch.cuda.device_of(logits):
             _forward_kernel[launch.grid](
                 logits, target, bias, weight, group, sums, group_sums, intact,
-                num_groups=o.num_groups, LOG_PROB=o.with_log_prob, S=digits, **launch.arguments,
+                num_groups=o.num_groups, LOG_PROB=o.with_log_prob, RECALL=o.with_recall, S=digits,
+                **launch.arguments,
             )  # fmt: skip
         torch._assert_async(
             intact, f'target or group holds values beyond {classes} classes or {o.num_groups} groups'
         )
         correct, *totals = sums.sum(1, dtype=torch.float64).unbind(1)
         correct = correct[:, 0].long()
-        nll, intersection, prediction, truth, *log_prob = (t.float() for t in totals)
+        class_correct, class_count = (t.long() for t in totals[-2:]) if o.with_recall else (None, None)
+        nll, intersection, prediction, truth = (t.float() for t in totals[:4])
+        log_prob = totals[4].float() if o.with_log_prob else None
         group_nll = group_count = None
         if group_sums is not None:
             group_nll, group_count = group_sums.sum(0, dtype=torch.float64)[:, : o.num_groups]
@@ -521,10 +539,9 @@ class _SoftStats(torch.autograd.Function):
         ctx.save_for_backward(logits, target, bias, weight)
         ctx.launch = launch
         ctx.set_materialize_grads(False)
-        fixed = (truth, correct, group_nll, group_count)
+        fixed = (truth, correct, group_nll, group_count, class_correct, class_count)
         ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
-        log_prob = log_prob[0] if log_prob else None
-        return nll, intersection, prediction, truth, correct, log_prob, group_nll, group_count
+        return nll, intersection, prediction, truth, correct, log_prob, *fixed[2:]
 
     @staticmethod
     @once_differentiable
