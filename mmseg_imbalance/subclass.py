@@ -243,7 +243,9 @@ class SubclassClustering(nn.Module):
         (h, w), (height, width) = features.shape[2:], target.shape[1:]
         centroid = self.centroid.flatten(0, 1)  # (C K, D)
         there = self.pixels.flatten() > 0
-        offset = torch.where(there, centroid.square().sum(1) / 2, torch.inf)[:, None]
+        # of centroids at one place the first is nearest, whatever a product rounds to in which column
+        slack = 16 * torch.finfo(centroid.dtype).eps * torch.arange(each).to(centroid).repeat(classes)
+        offset = torch.where(there, centroid.square().sum(1) / 2 * (1 + slack), torch.inf)[:, None]
         numbers = torch.arange(classes * each, dtype=torch.int32, device=target.device).view(classes, each, 1)
         rows, columns = _nearest(h, height, target.device), _nearest(w, width, target.device)
         cell = (rows[:, None] * w + columns).flatten()
