@@ -1,6 +1,6 @@
 """Losses as arithmetic on the sums of :class:`~mmseg_imbalance.ops.SoftStats`; autograd does the rest.
 
-Every loss is a sum over classes: what ``..._parts`` return, (C,), >= 0, adds up to it.
+Every loss is a sum over classes: what ``..._parts`` return, (C,), adds up to it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def generalized_dice_parts(
     errors = _generalized_dice_errors(stats, class_weight, smooth, absent_classes)
     if gamma != 1:
         loss = errors.sum(1, keepdim=True)
-        errors = errors * loss.clamp_min(torch.finfo(loss.dtype).eps) ** (gamma - 1)
+        share = (errors / loss.where(loss > 0, torch.inf)).detach()
+        errors = loss.clamp_min(torch.finfo(loss.dtype).eps) ** gamma * share  # a finite slope at 0
     return errors.mean(0)
 
 

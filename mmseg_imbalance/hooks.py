@@ -305,10 +305,10 @@ class ClassWatcher:
         # of one output channel it is that of both classes
         self.sums[3] += torch.linalg.vector_norm(grad.detach(), dim=others, dtype=dtype).square()
 
-    def take(self) -> Tensor:
-        """The sums, which start anew."""
-        sums, self.sums = self.sums, torch.zeros_like(self.sums)
-        return sums
+    def take(self, classes: int, device: torch.device) -> Tensor:
+        """The sums, (4, classes), which start anew; zeros where the loss was not called."""
+        sums, self.sums = self.sums, None
+        return torch.zeros(4, classes, device=device) if sums is None else sums
 
 
 @HOOKS.register_module()
@@ -320,8 +320,9 @@ class ClassBalanceHook(Hook):
     several. KIND, over all ranks: ``pixel_share``, valid pixels of the class over all; ``loss_share``, what
     it adds to the loss; ``recall``, its pixels predicted right over its pixels (none from a loss that changes
     the logits); all since the last report, pixels without weights. ``gradient_share``: the norm of the
-    gradient by the class's logits, as the head predicts them, of all losses together, over the sum of the
-    classes' norms, in the iteration of the report.
+    gradient by the class's logits, of all losses together, over the sum of the classes' norms, in the
+    iteration of the report; by the logits that the loss receives, which the framework's own heads have
+    resized to the label. What a head calls for several outputs is added up over them.
 
     A class that the scalars leave out had no pixels, or the numbers were not finite.
 
@@ -354,13 +355,20 @@ class ClassBalanceHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        if not self.every_n_train_iters(runner, self.interval):
+        if not self.losses or not self.every_n_train_iters(runner, self.interval):
             return
-        sums = {n: loss.watcher.take() for n, loss in self.losses.items() if loss.watcher.sums is not None}
+        # a rank may not have called a loss, where its images have no label for it
+        watched = {name: loss.watcher for name, loss in self.losses.items()}
+        widths = [0 if watcher.sums is None else watcher.sums.shape[1] for watcher in watched.values()]
+        numbers = torch.tensor(widths)
+        all_reduce(numbers, 'max')
+        seen = next((watcher.sums for watcher in watched.values() if watcher.sums is not None), numbers)
+        called = zip(watched.items(), numbers.tolist(), strict=True)
+        sums = {name: watcher.take(number, seen.device) for (name, watcher), number in called if number}
         if not sums:
             return
-        everything = torch.cat(list(sums.values()), 1)
-        all_reduce(everything)  # the same losses on every rank
+        everything = torch.cat([rows.float() for rows in sums.values()], 1)
+        all_reduce(everything)
         if not is_main_process():
             return
         ends = np.cumsum([rows.shape[1] for rows in sums.values()])
@@ -393,7 +401,9 @@ def _class_balance(
     iteration: int, pixels: np.ndarray, correct: np.ndarray, loss: np.ndarray, square: np.ndarray
 ) -> ClassBalance:
     with np.errstate(divide='ignore', invalid='ignore'):
-        shares = (part / part.sum() for part in (pixels, loss, np.sqrt(square)))
+        # of an infinite sum, as an overflow in half precision gives, no share is known
+        totals = ((part, part.sum()) for part in (pixels, loss, np.sqrt(square)))
+        shares = (part / total if np.isfinite(total) else part * np.nan for part, total in totals)
         return ClassBalance(iteration, *shares, recall=correct / pixels)
 
 
@@ -409,7 +419,9 @@ def _named_as_logged(model: nn.Module) -> dict[str, WeightedLoss]:
     for head, losses in by_head.items():
         for i, loss in enumerate(losses):
             name = head if len(losses) == 1 else f'{head}.{loss.loss_name}'
-            named[f'{name}_{i}' if name in named else name] = loss
+            while name in named:
+                name += f'_{i}'
+            named[name] = loss
     return named
 
 

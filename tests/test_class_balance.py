@@ -17,7 +17,7 @@ from ranks import on_ranks
 from sklearn.metrics import recall_score
 from torch import nn
 
-from mmseg_imbalance.hooks import ClassBalanceHook, ClassWatcher
+from mmseg_imbalance.hooks import ClassBalanceHook, ClassWatcher, _class_balance
 from mmseg_imbalance.losses import (
     CombinedWeightedLoss,
     GeneralizedDiceLoss,
@@ -301,7 +301,7 @@ def test_nothing_waits_for_the_device_between_reports(make_batch, monkeypatch):
         return counts
 
     more = np.subtract(reads_of_iterations(True), reads_of_iterations(False))
-    assert more.tolist() == [0, 0, 1, 0, 0, 1]  # a tolist
+    assert more.tolist() == [0, 0, 2, 0, 0, 2]  # how many classes, of the host's own memory, and the sums
 
 
 def reported(batches):
@@ -323,6 +323,24 @@ def test_two_ranks_report_the_pixels_of_both(make_batch):
     ((step, expected),) = reported(batches)
     assert [s for s, _ in main] == [step] == [2]
     assert main[0][1] == pytest.approx(expected, rel=1e-6)
+
+
+def reported_without_labels_on_one(batch):
+    """What a rank has recorded where only the first calls its loss before the first report."""
+    loss = WeightedDiceLoss()
+    watched = Watched(Model(decode_head=loss))
+    logits, target = batch
+    for step in range(2):
+        calls = torch.distributed.get_rank() == 0 or step == 1
+        watched.iteration(lambda calls=calls: calls and loss(logits.requires_grad_(), target).backward())
+    return watched.records
+
+
+def test_a_rank_that_has_not_called_the_loss_holds_nobody_up(make_batch):
+    main, _ = on_ranks(2, reported_without_labels_on_one, make_batch())
+    (_, first), (_, second) = main
+    assert first.keys() == second.keys()
+    assert first['balance/decode/recall/road'] == pytest.approx(second['balance/decode/recall/road'])
 
 
 def run(small_config, tmp_path, hook, name=BALANCED, **options):
@@ -395,6 +413,12 @@ def test_a_gradient_that_is_not_finite_is_left_out(make_batch):
     logits, target = make_batch()
     watched.iteration(lambda: loss(logits.requires_grad_(), target).mul(float('inf')).backward())
     assert not any('gradient_share' in key for key in watched.records[0][1])
+
+
+def test_one_infinite_class_leaves_no_share_to_the_others():
+    balance = _class_balance(1, *np.array([[4.0, 9, 1], [2, 3, 1], [np.inf, 2, 3], [1, np.inf, 4]]))
+    assert not np.isfinite([balance.loss_share, balance.gradient_share]).any()
+    assert balance.pixel_share.sum() == pytest.approx(1)
 
 
 def test_half_precision_gradients_are_added_up_in_single():

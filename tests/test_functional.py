@@ -114,3 +114,18 @@ def test_no_weight_anywhere_is_zero_with_zero_gradient(make_batch):
 def test_label_smoothing_without_its_sum_says_what_to_ask_for(make_batch):
     with pytest.raises(ValueError, match='with_log_prob=True'):
         functional.cross_entropy(soft_stats(*make_batch()), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize('gamma', [0.2, 0.7])
+def test_a_saturated_generalized_dice_is_not_negative(make_batch, gamma):
+    worst = []
+    for seed in range(20):
+        logits, target = make_batch((97, 131), (97, 131), seed=seed, dtype=torch.float32)
+        logits = (logits * 0).scatter_(1, target.where(target != 255, 0)[:, None], 40.0).requires_grad_()
+        weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
+        stats = soft_stats(logits, target, pixel_weight=weight)
+        loss = functional.generalized_dice_parts(stats, gamma=gamma).sum()
+        loss.backward()
+        assert logits.grad.isfinite().all()
+        worst.append(loss.item())
+    assert min(worst) >= 0

@@ -40,15 +40,17 @@ th:first-child, td:first-child, .text th, .text td { text-align: left; }
 """
 
 
-def page(comparison: Comparison, sheets: list[Sheet], explanation: list[str]) -> str:
-    """The whole page; it needs no other file."""
+def page(comparison: Comparison, sheets: list[Sheet], explanation: list[str]) -> tuple[str, bytes]:
+    """The whole page, which needs no other file, and its first plot as PNG."""
     lines = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">']
     lines += [f'<title>Comparison of runs</title><style>{STYLE}</style></head><body>']
     lines += ['<h1>Comparison of runs</h1>', *(f'<p>{escape(line)}</p>' for line in explanation)]
+    pictures = []
     for title, caption, draw in _plots(comparison):
         file = BytesIO()
         draw(comparison).savefig(file, dpi=150)
-        source = b64encode(file.getvalue()).decode()
+        pictures.append(file.getvalue())
+        source = b64encode(pictures[-1]).decode()
         lines += [f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{source}">']
         lines += [f'<figcaption>{caption}</figcaption></figure>']
     for sheet in sheets:
@@ -60,7 +62,7 @@ def page(comparison: Comparison, sheets: list[Sheet], explanation: list[str]) ->
         lines += ['</table></div>']
     if comparison.notes:
         lines += ['<h2>Notes</h2><ul>', *(f'<li>{escape(note)}</li>' for note in comparison.notes), '</ul>']
-    return '\n'.join([*lines, '</body></html>\n'])
+    return '\n'.join([*lines, '</body></html>\n']), pictures[0]
 
 
 def _cells(sheet: Sheet, row: list[str]) -> Iterator[str]:

@@ -453,9 +453,9 @@ def record(comparison: Comparison) -> dict:
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
-    """comparison.md, .csv, .json and .html in a folder."""
+    """comparison.md, .csv, .json, .html and .png, its first plot, in a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f'comparison.{kind}' for kind in ('md', 'csv', 'json', 'html')]
+    paths = [out / f'comparison.{kind}' for kind in ('md', 'csv', 'json', 'html', 'png')]
     paths[0].write_text(markdown(comparison), encoding='utf-8')
     with open(paths[1], 'w', newline='', encoding='utf-8') as file:
         rows = csv.writer(file)
@@ -468,8 +468,9 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
                 share = comparison.shares.get(key)
                 rows.writerow([group.name, key, share, len(e.values), *numbers])
     paths[2].write_text(json.dumps(record(comparison), indent=2, allow_nan=False) + '\n', encoding='utf-8')
-    text = page(comparison, sheets(comparison), explanation(comparison))
+    text, picture = page(comparison, sheets(comparison), explanation(comparison))
     paths[3].write_text(text, encoding='utf-8')
+    paths[4].write_bytes(picture)
     return paths
 
 
