@@ -300,6 +300,8 @@ class ClassWatcher:
             pred.register_hook(self._take_gradient)
 
     def _take_gradient(self, grad: Tensor) -> None:
+        if self.sums is None:  # a backward after the report
+            return
         dtype = torch.promote_types(grad.dtype, torch.float32)
         others = [0, *range(2, grad.ndim)]
         # of one output channel it is that of both classes

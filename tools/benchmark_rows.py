@@ -21,6 +21,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from mmseg_imbalance.hooks import ClassWatcher
 from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedLoss
 from mmseg_imbalance.ops import similarity_weight
 from mmseg_imbalance.subclass import SubclassifiedLoss
@@ -84,24 +85,33 @@ class LossTrial:
 
 
 class StepTrial:
-    """A step of MMEngine's training; a formula, where given, replaces the heads' losses."""
+    """A step of MMEngine's training; a formula, where given, replaces the heads' losses.
 
-    def __init__(self, cfg, data, weight, formula=None):
+    Watched, it is one in which ClassBalanceHook reports: most of what the hook can cost.
+    """
+
+    def __init__(self, cfg, data, weight, formula=None, watched=False):
         torch.manual_seed(0)
         # not init_weights, which may load a pretrained backbone
         self.model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(weight.device)
         logging.disable(logging.INFO)  # it lists the settings of every parameter
         self.optimizer = build_optim_wrapper(self.model, cfg.optim_wrapper)
         logging.disable(logging.NOTSET)
-        self.data = data
+        self.data, self.watchers = data, []
         for module in list(self.model.modules()):
             if isinstance(module, WeightedLoss):
                 module.set_class_weight(weight)
+                if watched:
+                    module.watcher = ClassWatcher()
+                    module.watcher.with_gradient = True
+                    self.watchers.append(module.watcher)
             if formula and hasattr(module, 'loss_decode'):
                 module.loss_decode = FormulaLoss(formula, weight, module.loss_decode.loss_weight)
 
     def run(self):
         self.model.train_step(self.data, self.optimizer)
+        for watcher in self.watchers:
+            watcher.take(watcher.sums.shape[1], watcher.sums.device).tolist()
 
     def result(self):
         gradients = []
@@ -479,12 +489,14 @@ def step_case(name, args):
     def truth(formula):
         return StepTrial(theirs, data, weight, formula).result()
 
-    def row(name, cfg, formula, ours=True):
-        return Row(name, partial(StepTrial, cfg, data, weight), partial(truth, formula), ours=ours)
+    def row(name, cfg, formula, ours=True, watched=False):
+        trial = partial(StepTrial, cfg, data, weight, watched=watched)
+        return Row(name, trial, partial(truth, formula), ours=ours)
 
     rows = [
         row('framework head, CE', theirs, over_all_pixels, ours=False),
         row('framework head, our CE + Dice', mixed, ce_and_dice),
         row('Feature head, our CE + Dice', ours, ce_and_dice),
+        row('the same, watched by ClassBalanceHook', ours, ce_and_dice, watched=True),
     ]
     return Case(by(batch, 3, *size), f'{name} step', rows)

@@ -44,6 +44,7 @@ STRIP_NUMBERS = 3 << 18
 # a part keeps the source rows of its strips at full width, which are a strip's worth of memory or so
 STRIPS_PER_PART = 4
 COLUMN_BLOCK = 128
+PACKED = 2.0**26  # more than the pixels of a part; its square is exact in double
 T = TypeVar('T')
 
 
@@ -299,9 +300,17 @@ def _sums(part: _Part) -> _Sums:
     log_p = below.sub_(log_total)
     nll = -log_p
     loss = _focal(-nll, o.focal_gamma)[0] if o.focal_gamma > 0 else nll
+    correct, recall, counted = hit & valid, None, m
     by_label = prediction.new_zeros(3, classes)
-    for row, values in zip(by_label, (m * loss, m * log_p.exp(), m), strict=True):
+    if o.with_recall:  # two numbers in one sum: it is the slow part
+        counted = valid.double().add_(correct, alpha=PACKED)
+    for row, values in zip(by_label, (m * loss, m * log_p.exp(), counted), strict=True):
         row.scatter_add_(0, y.flatten(), values.flatten().double())
+    if o.with_recall:
+        right = (by_label[2] / PACKED).floor_()
+        recall = torch.stack([right, by_label[2].sub_(right, alpha=PACKED)])
+        if o.pixel_weight is not None:
+            by_label[2].zero_().scatter_add_(0, y.flatten(), m.flatten().double())
     group = None
     if o.group is not None:
         # ignored pixels are a group of their own, the last
@@ -310,13 +319,6 @@ def _sums(part: _Part) -> _Sums:
         group[0].scatter_add_(0, ids, nll.flatten().double())
         group[1].scatter_add_(0, ids, group.new_ones(()).expand_as(ids))
         group = group[:, : o.num_groups]
-    correct = hit & valid
-    recall = None
-    if o.with_recall:
-        recall = torch.stack([torch.zeros_like(prediction), by_label[2]])
-        masks = (correct,) if o.pixel_weight is None else (correct, valid)
-        for row, mask in zip(recall, masks, strict=False):
-            row.zero_().scatter_add_(0, y.flatten(), mask.flatten().double())
     return _Sums(by_label, prediction, correct.sum(), log_prob, group, recall)
 
 
