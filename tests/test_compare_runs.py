@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compare_page import spread
-from compare_runs import NOISE, compare, main, markdown, short_names
+from compare_runs import main, markdown
+from comparison import NOISE, compare, short_names
 from scipy import stats
 
 from mmseg_imbalance.metrics import bootstrap_counts

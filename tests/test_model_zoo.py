@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import yaml
-from compare_runs import compare, main
+from compare_runs import main
+from comparison import compare
 from conftest import REPOSITORY
 from model_zoo import dataset_of, write_entries, write_page
 from test_compare_runs import write_run

@@ -6,14 +6,11 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from html import escape
 from io import BytesIO
-from typing import TYPE_CHECKING
 
 import numpy as np
+from comparison import Comparison, Group, Sheet
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-
-if TYPE_CHECKING:
-    from compare_runs import Comparison, Group, Sheet
 
 COLOURS = ['#59636f', '#d1783c', '#4878a8', '#5b9a4a', '#a5569a', '#b8982f', '#3a9a94', '#c44f5b']
 NAMED = 44  # classes that a plot has room to name

@@ -7,14 +7,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
+from comparison import Comparison, Group
 from mmengine.config import Config
 from work_dirs import Run, settings
-
-if TYPE_CHECKING:
-    from compare_runs import Comparison, Group
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DATASETS = dict(ade20k='ADE20K', camvid='CamVid', cityscapes='Cityscapes')  # as the framework writes them
