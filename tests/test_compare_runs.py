@@ -347,6 +347,16 @@ def test_a_class_that_some_seed_neither_sees_nor_predicts_has_no_verdict_from_it
     assert estimate.within_noise is None
 
 
+def test_a_run_without_rows_of_images_may_know_a_class_that_the_baselines_rows_lack(runs, tmp_path):
+    other = write_run(tmp_path / 'other', 'Focal', scored=False)
+    path = next(other.glob('test/*/*.json'))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'IoU.train': 3.0}))
+    comparison = compare([runs[0][0], runs[1][0], other])
+    assert comparison.groups[2].estimates['train'].values == [3.0]
+    assert math.isnan(comparison.groups[0].estimates['train'].mean)
+    assert 'train' in markdown(comparison)
+
+
 def test_the_baseline_that_cannot_be_used_is_said(runs, tmp_path, capsys):
     comparison = compare([tmp_path / 'missing', runs[0][0]])
     assert any('is the baseline' in note for note in comparison.notes)

@@ -238,12 +238,16 @@ def _image_intervals(
     """95 % intervals of the differences to the first config, from the same resampled images for both."""
     if len(groups) < 2:
         return {}
-    scored = {label: members for label, members in groups.items() if all(run.scores for run in members)}
+    scored = {
+        label: members
+        for label, members in groups.items()
+        if all(run.scores and set(classes) <= set(run.scores['classes'].tolist()) for run in members)
+    }
     first = next(iter(groups))
     if first not in scored or len(scored) < 2:
         notes.append(
             'no intervals over images: ImbalanceIoUMetric leaves image_scores.npz for them, which the '
-            'baseline or all others lack'
+            'baseline or all others lack, or which lacks classes of other runs'
         )
         return {}
     images = scored[first][0].scores['images']
