@@ -1,68 +1,8 @@
-"""Count the classes of a config's training data set and compare weighting schemes."""
+"""The same as ``mmseg-imbalance class-weights``."""
 
-import argparse
-import warnings
+import sys
 
-from mmengine.config import Config, DictAction
-from mmengine.fileio import dump
-from mmengine.registry import init_default_scope
-
-from mmseg_imbalance.frequency import count_classes, default_cache_dir
-from mmseg_imbalance.registry import DATASETS
-from mmseg_imbalance.visualization import class_table, plot_class_weights, table_text
-from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
-
-
-def _ignore_index(cfg):
-    """The label that the last decode head ignores; None, the data set's own, where there is no head."""
-    head = cfg.get('model', {}).get('decode_head')
-    if isinstance(head, list):
-        head = head[-1]
-    return head.get('ignore_index', 255) if head else None
-
-
-def main(argv=None):
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument('config', help='config file')
-    options.add_argument('--scheme', choices=SCHEMES, default='sqrt_inv_freq', help='of --out and --plot')
-    options.add_argument('--out', help="JSON file to write, for class_weight='FILE'")
-    options.add_argument('--plot', help='chart to write (.png, .svg, .pdf)')
-    options.add_argument('--max-images', type=int, help='count a random sample of so many images')
-    options.add_argument('--workers', type=int, default=2, help='worker processes')
-    options.add_argument('--cache-dir', default=default_cache_dir(), help='folder of the counts')
-    options.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
-    args = options.parse_args(argv)
-
-    try:
-        cfg = Config.fromfile(args.config)
-        if args.cfg_options:
-            cfg.merge_from_dict(args.cfg_options)
-        init_default_scope(cfg.get('default_scope', 'mmseg'))
-        frequency = count_classes(
-            DATASETS.build(cfg.train_dataloader.dataset),
-            max_images=args.max_images,
-            ignore_index=_ignore_index(cfg),
-            num_workers=args.workers,
-            cache_dir=args.cache_dir,
-            progress=True,
-        )
-    except (ValueError, OSError) as error:
-        options.exit(1, f'{options.prog}: {error}\n')
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        weights = {scheme: class_weights(frequency, scheme) for scheme in SCHEMES}
-    # a table of this width is better scrolled than squeezed
-    print(table_text(class_table(frequency, weights)))
-    for message in sorted({str(warning.message) for warning in caught}):
-        print(f'warning: {message}')
-    if args.out:
-        record = weight_record(frequency, weights[args.scheme])
-        dump(record | dict(scheme=args.scheme), args.out, file_format='json', indent=2)
-        print(f'{args.scheme} weights: {args.out}')
-    if args.plot:
-        plot_class_weights(frequency, weights[args.scheme], args.plot, label=f'{args.scheme} weight')
-        print(f'chart: {args.plot}')
-
+from mmseg_imbalance.commands import main
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main(['class-weights', *sys.argv[1:]]))
