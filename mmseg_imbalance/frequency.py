@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from mmseg_imbalance.files import write_atomically
 
 __all__ = ['CITYSCAPES_TRAIN', 'ClassFrequency', 'count_classes', 'dataset_rows', 'default_cache_dir']
 
@@ -119,15 +120,10 @@ class ClassFrequency:
         return ClassFrequency(self.classes, **total)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one ``.npz``, under another name first: `path` is whole or not there."""
+        """Write one ``.npz`` file."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        temporary = f'{os.fspath(path)}.{uuid.uuid4().hex}.tmp'
-        try:
-            with open(temporary, 'xb') as file:
-                np.savez(file, **{name: value for name, value in values.items() if value is not None})
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with write_atomically(path, 'wb') as file:
+            np.savez(file, **{name: value for name, value in values.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassFrequency:

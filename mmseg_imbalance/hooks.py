@@ -20,18 +20,10 @@ from torch import Tensor, nn
 from mmseg_imbalance.frequency import ClassFrequency, count_classes, default_cache_dir
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats
+from mmseg_imbalance.plots import ClassBalance, draw_subclasses, plot_class_balance, plot_class_weights
 from mmseg_imbalance.registry import DATASETS, HOOKS
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
-from mmseg_imbalance.visualization import (
-    ClassBalance,
-    class_table,
-    draw_subclasses,
-    names_and_colours,
-    plot_class_balance,
-    plot_class_weights,
-    subclass_table,
-    table_text,
-)
+from mmseg_imbalance.tables import class_table, names_and_colours, subclass_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior, weight_record
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from mmseg_imbalance.components import components
 from mmseg_imbalance.frequency import count_classes, default_cache_dir
 from mmseg_imbalance.registry import DATASETS, METRICS
-from mmseg_imbalance.visualization import table_text
+from mmseg_imbalance.tables import table_text
 
 GROUPS = ('head', 'body', 'tail')
 SIZES = ('small', 'medium', 'large')

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from mmseg_imbalance.frequency import ClassFrequency, count_classes, dataset_rows, default_cache_dir
 from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
-from mmseg_imbalance.visualization import table_text
+from mmseg_imbalance.tables import table_text
 
 BLOCK = 256  # draws of a rank that are made at once; another number gives the same ones
 

@@ -27,8 +27,8 @@ from mmseg_imbalance.losses import (
     WeightedJaccardLoss,
     WeightedTverskyLoss,
 )
+from mmseg_imbalance.plots import ClassBalance, plot_class_balance
 from mmseg_imbalance.subclass import SubclassifiedLoss
-from mmseg_imbalance.visualization import ClassBalance, plot_class_balance
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 TWO_HEADS = 'deeplabv3/deeplabv3_r18-d8-small-combined_1xb8-2k_camvid-240x180'

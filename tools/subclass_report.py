@@ -15,9 +15,10 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image
 
+from mmseg_imbalance.plots import draw_subclasses, subclass_colours
 from mmseg_imbalance.registry import DATASETS, MODELS
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
-from mmseg_imbalance.visualization import draw_subclasses, names_and_colours, subclass_colours
+from mmseg_imbalance.tables import names_and_colours
 
 STYLE = """
 :root { --line: #dcdfe4; --faint: #6a7280; }

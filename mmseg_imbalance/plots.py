@@ -1,41 +1,30 @@
-"""Class frequencies and weights as a table and as a chart; subclasses as a table and as pictures."""
+"""Charts of class weights and class balance, pictures of subclasses.
+
+Matplotlib is imported where something is drawn: a run that draws nothing does not need it.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.legend_handler import HandlerTuple
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullLocator
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.tables import Subclasses
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 IGNORED = (24, 24, 24)  # RGB, darker than any subclass
 TINY = 1e-6  # weights of 0 have no logarithm
 LIGHTEST, DARKEST = 0.80, 0.25  # luma of a class's lightest and heaviest subclass
-
-
-class Subclasses(NamedTuple):
-    """State of the subclasses of a loss, (C, K) each; NaN where there is none."""
-
-    share: np.ndarray  # of the pixels of its class
-    mean_loss: np.ndarray
-    weight: np.ndarray  # of each of its pixels
-    exists: np.ndarray  # bool, whether the class is to have so many
 
 
 class ClassBalance(NamedTuple):
@@ -57,41 +46,12 @@ class SubclassMaps(NamedTuple):
     subclass: np.ndarray | None  # (H, W) index within the class; None: the loss has no subclasses
 
 
-def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) -> Table:
-    """One row per class: pixels, share of the valid pixels, images; one column of (C,) weights per name."""
-    counted = f'{frequency.num_images} images'
-    if frequency.num_images < frequency.dataset_images:
-        counted += f', a sample of {frequency.dataset_images}'
-    pixels = int(frequency.pixels.sum()) + frequency.ignored
-    table = Table(title=f'{counted}, {pixels:,} pixels, {frequency.ignored / max(pixels, 1):.1%} ignored')
-    table.add_column('class')
-    for name in ('pixels', 'share', 'images', *weights):
-        table.add_column(name, justify='right')
-    rows = zip(frequency.classes, frequency.pixels, frequency.share, frequency.images, strict=True)
-    for c, (name, count, share, images) in enumerate(rows):
-        table.add_row(
-            escape(name),
-            f'{count:,}',
-            f'{share:.3%}',
-            f'{images:,}',
-            *(f'{w[c]:.4f}' for w in weights.values()),
-        )
-    return table
-
-
-def table_text(table: Table) -> str:
-    """The table as plain text as wide as it needs, for log files and pipes."""
-    out = StringIO()
-    console = Console(file=out, width=1000)
-    console.width = console.measure(table).maximum
-    console.print(table)
-    return out.getvalue().rstrip()
-
-
 def plot_class_weights(
     frequency: ClassFrequency, weights: np.ndarray, path: str | os.PathLike[str], label: str = 'weight'
 ) -> None:
     """Bar chart of each class's share of the pixels (log scale) beside its (C,) weight, rarest last."""
+    from matplotlib.figure import Figure
+
     order = np.argsort(frequency.pixels)
     names = [frequency.classes[c] for c in order]
     figure = Figure(figsize=(9, 1.2 + 0.28 * len(names)), layout='constrained')
@@ -109,34 +69,13 @@ def plot_class_weights(
         axes.grid(axis='x', color='0.9')
         axes.set_axisbelow(True)
     figure.suptitle(f'{frequency.num_images:,} images')
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, dpi=120)
 
 
-def names_and_colours(metainfo: Mapping[str, object], number: int) -> tuple[list[str], np.ndarray]:
-    """Of the first ``number`` classes of a data set's metainfo, numbers and (C, 3) RGB where it has none."""
-    names = list(metainfo.get('classes') or ())
-    palette = np.reshape(metainfo.get('palette') or (), (-1, 3))
-    more = 255 * colormaps['tab20'](np.arange(number) % 20)[len(palette) :, :3]
-    names += [f'class {c}' for c in range(len(names), number)]
-    return names[:number], np.concatenate([palette, more])[:number].astype(np.uint8)
-
-
-def subclass_table(classes: Sequence[str], state: Subclasses) -> Table:
-    """One row per subclass: share of its class, mean loss, weight; - where it has none yet."""
-    table = Table()
-    table.add_column('class')
-    for name in ('subclass', 'share', 'mean loss', 'weight'):
-        table.add_column(name, justify='right')
-    for c, name in enumerate(classes):
-        table.add_section()
-        for k in np.flatnonzero(state.exists[c]):
-            numbers = ['-'] * 3
-            if np.isfinite(state.weight[c, k]):
-                share, loss, weight = (x[c, k] for x in (state.share, state.mean_loss, state.weight))
-                numbers = [f'{share:.1%}', f'{loss:.4f}', f'{weight:.3f}']
-            table.add_row(escape(name) if k == 0 else '', str(k), *numbers)
-    return table
+def _save(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
+    """In the format that the ending of the name says, PNG without one."""
+    with write_atomically(path, 'wb') as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or 'png', dpi=dpi)
 
 
 def subclass_colours(palette: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -144,10 +83,10 @@ def subclass_colours(palette: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
     The only subclass of a class, and one without a weight, has the middle shade.
     """
-    there = np.isfinite(weight)
-    rank = np.where(there, weight, np.inf).argsort(1).argsort(1)
-    last = there.sum(1, keepdims=True) - 1
-    rank = np.where(there & (last > 0), rank / np.maximum(last, 1), 0.5)
+    known = np.isfinite(weight)
+    rank = np.where(known, weight, np.inf).argsort(1).argsort(1)
+    last = known.sum(1, keepdims=True) - 1
+    rank = np.where(known & (last > 0), rank / np.maximum(last, 1), 0.5)
     wanted = (LIGHTEST + rank * (DARKEST - LIGHTEST))[..., None]  # (C, K, 1)
     colour = np.asarray(palette, float)[:, None] / 255  # (C, 1, 3)
     luma = colour @ [[0.299], [0.587], [0.114]]
@@ -167,6 +106,11 @@ def draw_subclasses(
         palette: (C, 3) RGB, 0 to 255.
         state: of the subclasses; None: the loss has none, and there is no such panel.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
+
     counted = maps.truth >= 0
     shades = [[colour] for colour in np.asarray(palette, np.uint8)]  # of each class, from light to dark
     panels = dict(image=maps.image, truth=_painted(palette, maps.truth, counted))
@@ -219,6 +163,10 @@ def _weight_scale(weights: np.ndarray, state: Subclasses | None) -> ScalarMappab
 
     The limit is that of all subclasses, so that images can be compared; without subclasses, of most pixels.
     """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
     percentile = 99.5
     if state is not None:
         weights, percentile = state.weight[np.isfinite(state.weight)], 100
@@ -244,68 +192,79 @@ def plot_class_balance(
     Returns:
         The picture, (h, w, 3) uint8 RGB.
     """
-    numbers = [len(of[0].recall) for of in reports.values()]
-    figure = Figure((13, sum(1.3 + 0.27 * n for n in numbers)), dpi=110, layout='constrained')
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [1.3 + 0.27 * len(history[0].recall) for history in reports.values()]
+    figure = Figure((13, sum(heights)), dpi=110, layout='constrained')
     canvas = FigureCanvasAgg(figure)
     figure.get_layout_engine().set(h_pad=0.1, wspace=0.03)
-    ratios = dict(width_ratios=[1, 1.1], height_ratios=[1.3 + 0.27 * n for n in numbers])
-    grid = figure.subplots(len(numbers), 2, squeeze=False, **ratios)
-    for (shares, recall), (name, of) in zip(grid, reports.items(), strict=True):
-        number = len(of[0].recall)
-        order = np.argsort(-_mean([report.pixel_share for report in of]), kind='stable')
-        names = [classes[c] for c in order]
-        latest = of[-10:]
-        rows = np.arange(number)
-        kinds = dict(pixel_share='#4878a8', loss_share='#d1783c', gradient_share='#4f9a5b')
-        found = {kind: 100 * _mean([getattr(r, kind) for r in latest])[order] for kind in kinds}
-        every = np.array(list(found.values()))
-        every[every <= 0] = np.nan  # no logarithm
-        known = np.isfinite(every).any(0)
-        shares.hlines(rows[known], *(f(every[:, known], 0) for f in (np.nanmin, np.nanmax)), color='0.8')
-        for (kind, colour), marker, values in zip(kinds.items(), 'o^s', every, strict=True):
-            shares.plot(values, rows, marker, color=colour, markersize=6, label=kind.replace('_', ' '))
-        shares.set_xscale('log')
-        shares.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        shares.xaxis.set_major_formatter('{x:g}')
-        shares.xaxis.set_minor_locator(NullLocator())
-        shares.set_yticks(rows, names)
-        shares.set_ylim(number - 0.5, -0.5)
-        shares.set_xlabel(f'share (%), mean of the last {len(latest)} reports')
+    grid = figure.subplots(len(heights), 2, squeeze=False, width_ratios=[1, 1.1], height_ratios=heights)
+    for (shares, recall), (name, history) in zip(grid, reports.items(), strict=True):
+        order = np.argsort(-_mean([report.pixel_share for report in history]), kind='stable')
+        _draw_shares(shares, [classes[c] for c in order], history, order)
         shares.set_title(name, loc='left', fontweight='bold')
-        shares.grid(axis='x', color='0.92')
-        shares.spines[['top', 'right']].set_visible(False)
-        shares.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False, handletextpad=0.1)
-
-        values = np.array([report.recall for report in of]).T[order]  # (C, reports)
-        shown = recall.pcolormesh(
-            _edges([report.iteration for report in of]),
-            np.arange(number + 1) - 0.5,
-            values,
-            vmin=0,
-            vmax=1,
-            cmap='YlGnBu',
-        )
-        recall.set_facecolor('0.8')  # no pixels of the class
-        last = [row[np.isfinite(row)][-1:] for row in values]
-        recall.set_yticks(rows, [f'{x[0]:.2f}' if len(x) else '' for x in last])
-        recall.yaxis.tick_right()
-        recall.tick_params(right=False)
-        recall.set_ylim(number - 0.5, -0.5)
-        recall.set_xlabel('iteration')
-        recall.set_title('recall on the training batches, beside it the last', loc='left', fontsize=10)
+        shown = _draw_recall(recall, history, order)
         figure.colorbar(shown, ax=recall, location='right', pad=0.02, aspect=30)
     canvas.draw()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_shares(axes: Axes, names: list[str], history: Sequence[ClassBalance], order: np.ndarray) -> None:
+    """A row per class: its shares of the pixels, of the loss and of the gradient in the last reports."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    latest = history[-10:]
+    rows = np.arange(len(order))
+    colours = dict(pixel_share='#4878a8', loss_share='#d1783c', gradient_share='#4f9a5b')
+    every = np.array([100 * _mean([getattr(r, kind) for r in latest])[order] for kind in colours])
+    every[every <= 0] = np.nan  # no logarithm
+    known = np.isfinite(every).any(0)
+    axes.hlines(rows[known], *(f(every[:, known], 0) for f in (np.nanmin, np.nanmax)), color='0.8')
+    for (kind, colour), marker, values in zip(colours.items(), 'o^s', every, strict=True):
+        axes.plot(values, rows, marker, color=colour, markersize=6, label=kind.replace('_', ' '))
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(rows, names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(f'share (%), mean of the last {len(latest)} reports')
+    axes.grid(axis='x', color='0.92')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False, handletextpad=0.1)
+
+
+def _draw_recall(axes: Axes, history: Sequence[ClassBalance], order: np.ndarray) -> ScalarMappable:
+    """A row per class: its recall from report to report, beside it the last one."""
+    values = np.array([report.recall for report in history]).T[order]  # (C, reports)
+    number = len(values)
+    shown = axes.pcolormesh(
+        _edges([report.iteration for report in history]),
+        np.arange(number + 1) - 0.5,
+        values,
+        vmin=0,
+        vmax=1,
+        cmap='YlGnBu',
+    )
+    axes.set_facecolor('0.8')  # no pixels of the class
+    last = [row[np.isfinite(row)][-1:] for row in values]
+    axes.set_yticks(np.arange(number), [f'{x[0]:.2f}' if len(x) else '' for x in last])
+    axes.yaxis.tick_right()
+    axes.tick_params(right=False)
+    axes.set_ylim(number - 0.5, -0.5)
+    axes.set_xlabel('iteration')
+    axes.set_title('recall on the training batches, beside it the last', loc='left', fontsize=10)
+    return shown
 
 
 def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
     """Over the first axis, of the numbers that are finite; NaN where none is."""
     values = np.array(values)
-    there = np.isfinite(values)
-    number = there.sum(0)
-    return np.where(number > 0, np.where(there, values, 0).sum(0) / np.maximum(number, 1), np.nan)
+    known = np.isfinite(values)
+    number = known.sum(0)
+    return np.where(number > 0, np.where(known, values, 0).sum(0) / np.maximum(number, 1), np.nan)
 
 
 def _edges(iterations: Sequence[int]) -> np.ndarray:
