@@ -17,7 +17,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import autocast
 from torch import Tensor, nn
 
-from mmseg_imbalance.frequency import ClassFrequency, count_classes, default_cache_dir
+from mmseg_imbalance.counting import count_classes, default_cache_dir
+from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats
 from mmseg_imbalance.plots import ClassBalance, draw_subclasses, plot_class_balance, plot_class_weights

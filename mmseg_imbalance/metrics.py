@@ -18,7 +18,7 @@ from mmseg.evaluation import IoUMetric
 from rich.table import Table
 
 from mmseg_imbalance.components import components
-from mmseg_imbalance.frequency import count_classes, default_cache_dir
+from mmseg_imbalance.counting import count_classes, default_cache_dir
 from mmseg_imbalance.registry import DATASETS, METRICS
 from mmseg_imbalance.tables import table_text
 

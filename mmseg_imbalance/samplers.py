@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import Sampler
 
-from mmseg_imbalance.frequency import ClassFrequency, count_classes, dataset_rows, default_cache_dir
+from mmseg_imbalance.counting import count_classes, dataset_rows, default_cache_dir
+from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
 from mmseg_imbalance.tables import table_text
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ranks import on_ranks
 from torch import nn
 
-from mmseg_imbalance.frequency import count_classes
+from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
 from mmseg_imbalance.plots import draw_subclasses
 from mmseg_imbalance.subclass import SubclassifiedLoss

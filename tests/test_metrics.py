@@ -16,8 +16,8 @@ from scipy import ndimage, stats
 from sklearn.metrics import confusion_matrix, jaccard_score, precision_score, recall_score
 from test_hooks import recoloured
 
+from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.datasets import CamVidDataset
-from mmseg_imbalance.frequency import count_classes
 from mmseg_imbalance.metrics import (
     bootstrap_counts,
     class_groups,

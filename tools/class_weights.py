@@ -7,7 +7,7 @@ from mmengine.config import Config, DictAction
 from mmengine.fileio import dump
 from mmengine.registry import init_default_scope
 
-from mmseg_imbalance.frequency import count_classes, default_cache_dir
+from mmseg_imbalance.counting import count_classes, default_cache_dir
 from mmseg_imbalance.plots import plot_class_weights
 from mmseg_imbalance.registry import DATASETS
 from mmseg_imbalance.tables import class_table, table_text
