@@ -1,15 +1,16 @@
-"""The annotation of one image: how it is read, and how many of its pixels have each label."""
+"""The annotation files of a data set: which they are, how they are read, and the pixels of each label."""
 
 from __future__ import annotations
 
 import copy
 import os
 import tempfile
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ['Annotation', 'annotation_loader', 'count_pixels', 'label_table', 'value_counts']
+__all__ = ['Annotation', 'count_pixels', 'dataset_rows', 'find_annotations', 'value_counts']
 
 
 class Annotation(NamedTuple):
@@ -24,7 +25,68 @@ class Annotation(NamedTuple):
     table: np.ndarray | None  # (256,) raw value -> label; None: the loader itself is run
 
 
-def annotation_loader(dataset: Any) -> Any:
+def _flatten(dataset: Any) -> list[tuple[Any, int]]:
+    """(base data set, row) for every index of a possibly wrapped data set, in its order."""
+    dataset.full_init()
+    if hasattr(dataset, 'datasets'):  # ConcatDataset
+        return [pair for inner in dataset.datasets for pair in _flatten(inner)]
+    if not hasattr(dataset, 'dataset'):
+        return [(dataset, row) for row in range(len(dataset))]
+    pairs = _flatten(dataset.dataset)
+    if hasattr(dataset, 'repeat_indices'):  # ClassBalancedDataset
+        return [pairs[index] for index in dataset.repeat_indices]
+    return pairs * getattr(dataset, 'times', 1)  # RepeatDataset, or MultiImageMixDataset
+
+
+def dataset_rows(dataset: Any) -> np.ndarray:
+    """(len(dataset),) int64: which row of the counts of all images of `dataset` each of its indices is."""
+    rows: dict[tuple[Any, int], int] = {}
+    return np.array([rows.setdefault(pair, len(rows)) for pair in _flatten(dataset)], dtype=np.int64)
+
+
+def find_annotations(
+    dataset: Any, ignore_index: int | None = None
+) -> tuple[tuple[str, ...], list[Annotation]]:
+    """Class names and every distinct annotation of the data set, in its order."""
+    reason = ''
+    try:
+        repeats = Counter(_flatten(dataset))
+    except ValueError as error:
+        if 'at least one array' not in str(error):  # what MMEngine says of an empty data set
+            raise
+        repeats, reason = Counter(), f' ({error})'
+    if not repeats:
+        raise ValueError(
+            f'{type(dataset).__name__} holds no image, nothing to count{reason}. Check data_root, '
+            'data_prefix, img_suffix, ann_file and indices.'
+        )
+    bases = list(dict.fromkeys(base for base, _ in repeats))
+    names = {tuple(base.metainfo.get('classes') or ()) for base in bases}
+    if len(names) > 1 or () in names:
+        raise ValueError(
+            f'the classes are {names}, but there must be names, the same for all wrapped data '
+            'sets. Give metainfo=dict(classes=(...)) in their configs.'
+        )
+    loaders = {base: _annotation_loader(base) for base in bases}
+    tables: dict[Any, np.ndarray | None] = {}
+    annotations = []
+    for (base, row), times in repeats.items():
+        info = base.get_data_info(row)
+        if not info.get('seg_map_path'):
+            raise ValueError(
+                f'{info.get("img_path")} of {type(base).__name__} has no annotation. Give '
+                'data_prefix=dict(seg_map_path=...).'
+            )
+        rule = (base, repr(info.get('label_map')), info.get('reduce_zero_label'))
+        if rule not in tables:
+            tables[rule] = _label_table(loaders[base], info)
+        ignore = base.ignore_index if ignore_index is None else ignore_index
+        path = str(info['seg_map_path'])
+        annotations.append(Annotation(base, row, path, times, ignore, loaders[base], tables[rule]))
+    return names.pop(), annotations
+
+
+def _annotation_loader(dataset: Any) -> Any:
     """A copy of the transform that loads annotations in the pipeline of `dataset`."""
     from mmcv.transforms import LoadAnnotations
 
@@ -38,7 +100,7 @@ def annotation_loader(dataset: Any) -> Any:
     )
 
 
-def label_table(loader: Any, info: dict[str, Any]) -> np.ndarray | None:
+def _label_table(loader: Any, info: dict[str, Any]) -> np.ndarray | None:
     """(256,) label of every raw value, got by loading an image that holds them all.
 
     None unless it is the framework's own loader: another may do more than map values.

@@ -8,19 +8,19 @@ import logging
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmseg_imbalance.annotations import Annotation, annotation_loader, count_pixels, label_table
+from mmseg_imbalance.annotations import Annotation, count_pixels, find_annotations
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
 
-__all__ = ['CITYSCAPES_CITIES', 'count_classes', 'dataset_rows', 'default_cache_dir']
+__all__ = ['CITYSCAPES_CITIES', 'count_classes', 'default_cache_dir', 'training_frequency']
 
 _CACHE_FORMAT = 1
 T = TypeVar('T')
@@ -38,12 +38,114 @@ def default_cache_dir() -> Path:
 
 
 class _Row(NamedTuple):
-    """What was counted in a annotation, or why not. Errors are data: they cross processes in order."""
+    """What was counted in an annotation, or why not. Errors are data: they cross processes in order."""
 
     position: int  # among the annotations
     counts: np.ndarray  # (C,)
     ignored: int
     error: Exception | None = None
+
+
+def training_frequency(
+    source: Any = None,
+    *,
+    heads: Iterable[nn.Module] | None = None,
+    max_images: int | None = None,
+    num_workers: int = 2,
+    cache_dir: str | os.PathLike[str] | None = None,
+    per_image: bool = False,
+    progress: bool = True,
+) -> ClassFrequency:
+    """The class frequency of the training annotations; every user of this package gets it here.
+
+    All ranks must call it, and all get the same or raise the same. The ignored label is the one that the last
+    decode head of the model ignores, as training sees no other; where no model is known, or `heads` ignore
+    different labels, it is each data set's own. The counts are kept in `cache_dir`, else the `cache_dir` of a
+    ClassWeightHook among the config's `custom_hooks`, else the folder in the environment variable
+    MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``.
+
+    Args:
+        source: a runner in training; or a config, whose training data set is built; or a data set, of which
+            neither model nor config is known; None: the config of the runner that was made last.
+        heads: of the model, which the counts are for; None: the last decode head.
+        max_images, num_workers, per_image, progress: see :func:`count_classes`.
+
+    Raises:
+        ValueError: there is no runner, or no train_dataloader; and as :func:`count_classes`.
+        FileNotFoundError: the data set or an annotation is not there.
+    """
+
+    def find() -> tuple[Any, int | None, Path]:
+        dataset, config, model = _training_data(source)
+        counted_for = _last_decode_head(model) if heads is None else heads
+        folder = cache_dir or _cache_dir_of_hook(config) or default_cache_dir()
+        return dataset, _ignored_label(counted_for), Path(folder)
+
+    found, failure = _attempt(find)
+    _exchange(failure, None)  # nobody starts to count unless all can
+    dataset, ignore_index, folder = found or (None, None, None)
+    return count_classes(
+        dataset,
+        max_images=max_images,
+        ignore_index=ignore_index,
+        num_workers=num_workers,
+        cache_dir=folder,
+        progress=progress,
+        per_image=per_image,
+    )
+
+
+def _training_data(source: Any) -> tuple[Any, Any, Any]:
+    """The training data set, the config and the model of `source`; None what is not known."""
+    from mmengine.config import Config
+    from mmengine.logging import MessageHub
+
+    from mmseg_imbalance.registry import DATASETS
+
+    if source is None:
+        text = MessageHub.get_current_instance().get_info('cfg')
+        if not text:
+            raise ValueError('there is no runner, and so no config that names the training data')
+        source = Config.fromstring(text, '.py')
+    if isinstance(source, Config | dict):
+        loader = source.get('train_dataloader')
+        if loader is None:
+            raise ValueError(
+                'the training annotations are counted, but the config has no train_dataloader; add one, only '
+                'its dataset is used'
+            )
+        return DATASETS.build(loader['dataset']), source, source.get('model')
+    if hasattr(source, 'train_dataloader'):  # a runner
+        return source.train_dataloader.dataset, source.cfg, source.model
+    return source, None, None
+
+
+def _last_decode_head(model: Any) -> list[Any]:
+    """The last decode head of a model or of its config, alone in a list; an empty list if it has none."""
+    while (inner := _part(model, 'module')) is not None:  # wrappers of ranks and of test time augmentation
+        model = inner
+    head = _part(model, 'decode_head')
+    head = head[-1] if isinstance(head, list | tuple | nn.ModuleList) else head
+    return [] if head is None else [head]
+
+
+def _part(model: Any, name: str, default: Any = None) -> Any:
+    return model.get(name, default) if isinstance(model, dict) else getattr(model, name, default)
+
+
+def _ignored_label(heads: Iterable[Any]) -> int | None:
+    """The label that all of the heads, or configs of heads, ignore; None if they differ or there is none."""
+    found = {_part(head, 'ignore_index', 255 if isinstance(head, dict) else None) for head in heads}
+    return found.pop() if len(found) == 1 else None
+
+
+def _cache_dir_of_hook(config: Any) -> str | os.PathLike[str] | None:
+    """Where a ClassWeightHook of the config, or one made already, keeps its counts; None: it does not say."""
+    for hook in (config.get('custom_hooks') or ()) if config is not None else ():
+        kind = _part(hook, 'type', type(hook))  # the name or, in Python configs, the class
+        if getattr(kind, '__name__', str(kind)).rpartition('.')[2] == 'ClassWeightHook':
+            return _part(hook, 'cache_dir')
+    return None
 
 
 def count_classes(
@@ -80,8 +182,8 @@ def count_classes(
     rank, world_size = get_dist_info()
     if max_images is not None and max_images < 1:
         raise ValueError(f'max_images={max_images}, allowed are 1 and more. None counts all.')
-    plan, failure = _attempt(lambda: _plan(dataset, ignore_index))
-    classes, annotations = plan or ((), [])
+    found, failure = _attempt(lambda: find_annotations(dataset, ignore_index))
+    classes, annotations = found or ((), [])
     if len(set(_exchange(failure, _digest(annotation.path for annotation in annotations)))) > 1:
         raise ValueError(
             'not all ranks see the same annotation files. Give every node the same data set, under '
@@ -101,8 +203,8 @@ def count_classes(
         return Path(cache_dir, name), _load_cached(Path(cache_dir, name), classes, annotations)
 
     # Only rank 0 looks into the cache and tells the others, so that they never disagree.
-    found, failure = _attempt(look_up)
-    cache_file, cached = _exchange(failure, found)[0]
+    looked_up, failure = _attempt(look_up)
+    cache_file, cached = _exchange(failure, looked_up)[0]
     if cached is not None:
         return cached
 
@@ -158,65 +260,6 @@ def _warn(message: str) -> None:
     from mmengine.logging import print_log
 
     print_log(message, logger='current', level=logging.WARNING)
-
-
-def _flatten(dataset: Any) -> list[tuple[Any, int]]:
-    """(base data set, row) for every index of a possibly wrapped data set, in its order."""
-    dataset.full_init()
-    if hasattr(dataset, 'datasets'):  # ConcatDataset
-        return [pair for inner in dataset.datasets for pair in _flatten(inner)]
-    if not hasattr(dataset, 'dataset'):
-        return [(dataset, row) for row in range(len(dataset))]
-    pairs = _flatten(dataset.dataset)
-    if hasattr(dataset, 'repeat_indices'):  # ClassBalancedDataset
-        return [pairs[index] for index in dataset.repeat_indices]
-    return pairs * getattr(dataset, 'times', 1)  # RepeatDataset, or MultiImageMixDataset
-
-
-def dataset_rows(dataset: Any) -> np.ndarray:
-    """(len(dataset),) int64: which row of the counts of all images of `dataset` each of its indices is."""
-    rows: dict[tuple[Any, int], int] = {}
-    return np.array([rows.setdefault(pair, len(rows)) for pair in _flatten(dataset)], dtype=np.int64)
-
-
-def _plan(dataset: Any, ignore_index: int | None) -> tuple[tuple[str, ...], list[Annotation]]:
-    """Class names and every distinct annotation of the data set, in its order."""
-    reason = ''
-    try:
-        repeats = Counter(_flatten(dataset))
-    except ValueError as error:
-        if 'at least one array' not in str(error):  # what MMEngine says of an empty data set
-            raise
-        repeats, reason = Counter(), f' ({error})'
-    if not repeats:
-        raise ValueError(
-            f'{type(dataset).__name__} holds no image, nothing to count{reason}. Check data_root, '
-            'data_prefix, img_suffix, ann_file and indices.'
-        )
-    bases = list(dict.fromkeys(base for base, _ in repeats))
-    names = {tuple(base.metainfo.get('classes') or ()) for base in bases}
-    if len(names) > 1 or () in names:
-        raise ValueError(
-            f'the classes are {names}, but there must be names, the same for all wrapped data '
-            'sets. Give metainfo=dict(classes=(...)) in their configs.'
-        )
-    loaders = {base: annotation_loader(base) for base in bases}
-    tables: dict[Any, np.ndarray | None] = {}
-    annotations = []
-    for (base, row), times in repeats.items():
-        info = base.get_data_info(row)
-        if not info.get('seg_map_path'):
-            raise ValueError(
-                f'{info.get("img_path")} of {type(base).__name__} has no annotation. Give '
-                'data_prefix=dict(seg_map_path=...).'
-            )
-        rule = (base, repr(info.get('label_map')), info.get('reduce_zero_label'))
-        if rule not in tables:
-            tables[rule] = label_table(loaders[base], info)
-        ignore = base.ignore_index if ignore_index is None else ignore_index
-        path = str(info['seg_map_path'])
-        annotations.append(Annotation(base, row, path, times, ignore, loaders[base], tables[rule]))
-    return names.pop(), annotations
 
 
 def _is_cityscapes_train(classes: tuple[str, ...], annotations: list[Annotation]) -> bool:

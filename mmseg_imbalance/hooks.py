@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 import warnings
@@ -11,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, is_main_process
-from mmengine.fileio import dump
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import autocast
 from torch import Tensor, nn
 
-from mmseg_imbalance.counting import count_classes, default_cache_dir
+from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats
 from mmseg_imbalance.plots import ClassBalance, draw_subclasses, plot_class_balance, plot_class_weights
-from mmseg_imbalance.registry import DATASETS, HOOKS
+from mmseg_imbalance.registry import HOOKS
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, subclass_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior, weight_record
@@ -39,7 +40,7 @@ class ClassWeightHook(Hook):
 
     Args:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
-        cache_dir: folder of the counts; None: ``~/.cache/mmseg_imbalance``.
+        cache_dir: folder of the counts; None: see :func:`~mmseg_imbalance.counting.training_frequency`.
         max_images: count a random sample of so many images; None: all.
         num_workers: worker processes of each rank.
         **options: of the scheme: beta, unit, k, power, max_ratio.
@@ -60,7 +61,7 @@ class ClassWeightHook(Hook):
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(f'ClassWeightHook has no option {unknown}; those of the schemes are {known}')
         self.scheme = scheme
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self.cache_dir = cache_dir
         self.max_images = max_images
         self.num_workers = num_workers
         self.options = options
@@ -83,18 +84,19 @@ class ClassWeightHook(Hook):
         asked['classes'] = list(dataset.metainfo.get('classes') or ())
         record = runner.message_hub.get_info('class_weights')
         if record is None or any(record[key] != value for key, value in asked.items()):
-            frequency = count_classes(
-                dataset,
+            heads = {name.rpartition('loss_decode')[0].rstrip('.') for name in waiting}
+            frequency = training_frequency(
+                runner,
+                heads=[model.get_submodule(head) for head in heads],
                 max_images=self.max_images,
-                ignore_index=_ignore_index(model, waiting),
                 num_workers=self.num_workers,
                 cache_dir=self.cache_dir,
-                progress=True,
             )
             record = self._weigh(runner, frequency) | asked
             runner.message_hub.update_info('class_weights', record)
             if is_main_process():
-                dump(record, os.path.join(runner.work_dir, 'class_weights.json'), indent=2)
+                with write_atomically(os.path.join(runner.work_dir, 'class_weights.json')) as file:
+                    json.dump(record, file, indent=2)
         else:
             runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {record["weights"]}')
         for name, loss in waiting.items():
@@ -154,7 +156,7 @@ class LogitAdjustmentHook(Hook):
             raise ValueError(f'tau must be a finite number, got {tau}')
         self.tau = tau
         self.handle = None
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self.cache_dir = cache_dir
         self.max_images = max_images
         self.num_workers = num_workers
 
@@ -175,19 +177,12 @@ class LogitAdjustmentHook(Hook):
                     f'{name} was trained with logit_adjustment={loss.logit_adjustment} already; '
                     f'tau={self.tau} at test time comes on top of it'
                 )
-        loader = runner.cfg.get('train_dataloader')
-        if loader is None:
-            raise ValueError(
-                'LogitAdjustmentHook counts the training annotations, but the config has no '
-                'train_dataloader; add one, only its dataset is used'
-            )
-        frequency = count_classes(
-            DATASETS.build(loader.dataset),
+        frequency = training_frequency(
+            runner.cfg,  # a runner that tests has no data set of training
+            heads=[head],
             max_images=self.max_images,
-            ignore_index=head.ignore_index,
             num_workers=self.num_workers,
             cache_dir=self.cache_dir,
-            progress=True,
         )
         shift = self.tau * torch.from_numpy(log_prior(frequency.pixels)).float()
         if len(shift) != head.num_classes:
@@ -422,10 +417,3 @@ def _named_as_logged(model: nn.Module) -> dict[str, WeightedLoss]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
-
-
-def _ignore_index(model: nn.Module, losses: dict[str, nn.Module]) -> int | None:
-    """The label that the heads of these losses ignore, which is what training sees; None if they differ."""
-    heads = {name.rpartition('loss_decode')[0].rstrip('.') for name in losses}
-    found = {getattr(model.get_submodule(head), 'ignore_index', None) for head in heads}
-    return found.pop() if len(found) == 1 else None

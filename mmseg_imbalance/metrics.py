@@ -11,15 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import Config
-from mmengine.dist import all_gather_object
-from mmengine.logging import MessageHub, MMLogger, print_log
+from mmengine.logging import MMLogger, print_log
 from mmseg.evaluation import IoUMetric
 from rich.table import Table
 
 from mmseg_imbalance.components import components
-from mmseg_imbalance.counting import count_classes, default_cache_dir
-from mmseg_imbalance.registry import DATASETS, METRICS
+from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.registry import METRICS
 from mmseg_imbalance.tables import table_text
 
 GROUPS = ('head', 'body', 'tail')
@@ -137,28 +135,14 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     def _count_train_pixels(self) -> np.ndarray:
         """(C,) int64, of the training annotations of the run's config; (0,) and a warning if impossible."""
         classes = tuple(self.dataset_meta['classes'])
-        dataset, ignore_index, failure = None, None, ''
-        # whatever stands in the way, the rest of the evaluation is worth more
         try:
-            dataset, ignore_index = _train_dataset()
-        except Exception as error:
+            frequency = training_frequency()
+        except Exception as error:  # whatever it is, the rest of the evaluation is worth more
             failure = f'{type(error).__name__}: {error}'
-        # nobody starts to count unless all can
-        failure = next(filter(None, all_gather_object(failure)), '')
-        if not failure:
-            try:
-                frequency = count_classes(
-                    dataset,
-                    ignore_index=ignore_index,
-                    num_workers=2,
-                    cache_dir=default_cache_dir(),
-                    progress=True,
-                )
-                if frequency.classes == classes:
-                    return frequency.pixels
-                failure = f'training has the classes {list(frequency.classes)}, the test {list(classes)}'
-            except Exception as error:
-                failure = f'{type(error).__name__}: {error}'
+        else:
+            if frequency.classes == classes:
+                return frequency.pixels
+            failure = f'training has the classes {list(frequency.classes)}, the test {list(classes)}'
         message = f'ImbalanceIoUMetric cannot count the classes of the training annotations ({failure})'
         level = logging.INFO
         if self.groups == 'thirds':
@@ -387,22 +371,6 @@ def _check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
         raise ValueError(f'a class can be in one of the groups only, but {twice} are named twice')
     if classes is not None and (unknown := sorted(set(names) - set(classes))):
         raise ValueError(f'groups has the classes {unknown}, but the data set has {list(classes)}')
-
-
-def _train_dataset() -> tuple[object, int | None]:
-    """The training data set of the run's config, and the label that its last decode head ignores."""
-    text = MessageHub.get_current_instance().get_info('cfg')
-    if not text:
-        raise ValueError('there is no runner, and so no config that names the training data')
-    cfg = Config.fromstring(text, '.py')
-    if cfg.get('train_dataloader') is None:
-        raise ValueError('the config has no train_dataloader; only its dataset is used')
-    model = cfg.get('model') or {}
-    while 'module' in model:  # of test time augmentation
-        model = model['module']
-    head = model.get('decode_head')
-    head = head[-1] if isinstance(head, list) else head
-    return DATASETS.build(cfg.train_dataloader.dataset), head.get('ignore_index', 255) if head else None
 
 
 def _table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:

@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import Sampler
 
-from mmseg_imbalance.counting import count_classes, dataset_rows, default_cache_dir
+from mmseg_imbalance.annotations import dataset_rows
+from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
 from mmseg_imbalance.tables import table_text
@@ -27,8 +28,9 @@ BLOCK = 256  # draws of a rank that are made at once; another number gives the s
 class DrawnIndex(int):
     """An index of a data set that knows the class it was drawn for.
 
-    What wrapped data sets make of it (ConcatDataset ``-``, RepeatDataset ``%``), and its copy in another
-    process, knows it too. The framework's data sets hand it to their pipeline as ``results['sample_idx']``.
+    Wrapped data sets compute an index of the data set inside: ConcatDataset by ``-``, RepeatDataset by ``%``.
+    The result keeps the class, and so does a copy in another process. MMSegmentation's data sets hand the
+    index to their pipeline as ``results['sample_idx']``.
     """
 
     class_index: int
@@ -61,7 +63,8 @@ class RareClassSampler(Sampler):
         temperature: T > 0; the lower, the more draws go to the rarest classes.
         min_pixels: at least 1, of an annotation as it is on disk.
         seed: the same on all ranks; None: one that they agree on.
-        cache_dir: folder of the counts; None: ``~/.cache/mmseg_imbalance``.
+        cache_dir: folder of the counts; None: $MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``. A
+            sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
         num_workers: processes of each rank that count.
 
     Raises:
@@ -84,13 +87,7 @@ class RareClassSampler(Sampler):
         _check_count('min_pixels', min_pixels)
         self.rank, self.world_size = get_dist_info()
         self.seed = sync_random_seed() if seed is None else seed
-        frequency = count_classes(
-            dataset,
-            num_workers=num_workers,
-            cache_dir=default_cache_dir() if cache_dir is None else cache_dir,
-            progress=True,
-            per_image=True,
-        )
+        frequency = training_frequency(dataset, num_workers=num_workers, cache_dir=cache_dir, per_image=True)
         held = (frequency.counts >= min_pixels)[dataset_rows(dataset)]  # (len(dataset), C)
         self.size = len(held)
         self.images = [np.flatnonzero(column) for column in held.T]  # of each class

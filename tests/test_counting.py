@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 from pathlib import Path
@@ -10,12 +11,21 @@ import numpy as np
 import pytest
 import torch
 from mmengine import fileio
+from mmengine.config import Config
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
+from mmengine.logging import MessageHub
+from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset, CityscapesDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
-from mmseg_imbalance.counting import CITYSCAPES_CITIES, count_classes, dataset_rows, default_cache_dir
+from mmseg_imbalance.annotations import dataset_rows
+from mmseg_imbalance.counting import (
+    CITYSCAPES_CITIES,
+    count_classes,
+    default_cache_dir,
+    training_frequency,
+)
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
 
 CAMVID = Path(__file__).resolve().parents[2] / 'shared' / 'camvid'
@@ -525,6 +535,106 @@ def test_two_runs_share_one_cache_folder(root, tmp_path, warned):
     assert [process.exitcode for process in processes] == [0, 0]
     for number in range(8):
         assert [path.suffix for path in (tmp_path / str(number)).iterdir()] == ['.npz']
+
+
+# What hooks, sampler, metric and command share
+
+
+def config(root, model=None, **options):
+    """The config of a run. The labels are 0 to 4; the data set ignores 4, a head that does not say so 255."""
+    dataset = dict(
+        type='mmseg.BaseSegDataset',
+        data_root=str(root),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        metainfo=dict(classes=NAMES),
+        ignore_index=4,
+        pipeline=[dict(type='mmseg.LoadAnnotations')],
+    )
+    return Config(dict(train_dataloader=dict(dataset=dataset), model=model, **options))
+
+
+@pytest.fixture
+def labels(tmp_path):
+    return make_labels(tmp_path / 'data', values=(0, 1, 2, 3, 4))
+
+
+HEAD = dict(type='FCNHead')
+MODELS = {
+    'no model': (None, 4),
+    'no head': (dict(type='Segmentor'), 4),
+    'head that does not say': (dict(decode_head=HEAD), 255),
+    'head': (dict(decode_head=HEAD | dict(ignore_index=3)), 3),
+    'auxiliary head': (dict(decode_head=HEAD, auxiliary_head=HEAD | dict(ignore_index=3)), 255),
+    'last head': (dict(decode_head=[HEAD, HEAD | dict(ignore_index=3)]), 3),
+    'wrapped': (dict(module=dict(module=dict(decode_head=HEAD | dict(ignore_index=3)))), 3),
+}
+
+
+@pytest.mark.parametrize('case', MODELS)
+def test_the_ignored_label_is_that_of_the_last_decode_head(labels, tmp_path, case):
+    model, ignored = MODELS[case]
+    frequency = training_frequency(config(labels, model), cache_dir=tmp_path / 'cache', progress=False)
+    assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=ignored))
+
+
+@pytest.mark.parametrize(('ignored', 'expected'), [((3, 3), 3), ((3, 255), 4), ((None,), 4), ((), 4)])
+def test_heads_that_ignore_different_labels_leave_it_to_the_data_set(labels, tmp_path, ignored, expected):
+    heads = [torch.nn.Module() for _ in ignored]
+    for head, label in zip(heads, ignored, strict=True):
+        head.ignore_index = label
+    frequency = training_frequency(config(labels), heads=heads, cache_dir=tmp_path / 'cache')
+    assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=expected))
+
+
+def test_of_a_data_set_neither_model_nor_config_is_known(labels, tmp_path):
+    frequency = training_frequency(make(labels, ignore_index=4), cache_dir=tmp_path / 'cache')
+    same(frequency, count_classes(make(labels), ignore_index=4))
+
+
+def test_the_cache_folder_is_the_argument_else_the_hooks_else_the_users(labels, tmp_path, monkeypatch):
+    monkeypatch.setenv('MMSEG_IMBALANCE_CACHE', str(tmp_path / 'user'))
+    hook = dict(type='mmseg_imbalance.ClassWeightHook', cache_dir=str(tmp_path / 'hook'))
+    others = [dict(type='EMAHook'), dict(type='ClassWeightHook')]
+    for folder, hooks, cache_dir in (
+        ('argument', [hook], tmp_path / 'argument'),
+        ('hook', [others[0], hook], None),
+        ('user', others, None),
+    ):
+        assert not (tmp_path / folder).exists()
+        training_frequency(config(labels, custom_hooks=hooks), cache_dir=cache_dir, progress=False)
+        assert len(list((tmp_path / folder).iterdir())) == 1
+
+
+def test_without_training_data_it_says_what_is_missing(monkeypatch):
+    with pytest.raises(ValueError, match='no train_dataloader; add one'):
+        training_frequency(Config(dict(model=None)))
+    with pytest.raises(FileNotFoundError, match='/nowhere'):
+        training_frequency(config('/nowhere'))
+    monkeypatch.setattr(MessageHub, 'get_info', lambda *_: None)
+    with pytest.raises(ValueError, match='there is no runner'):
+        training_frequency()
+
+
+def test_sampler_hooks_metric_and_command_share_one_file_of_counts(small_config, tmp_path, monkeypatch):
+    folder = tmp_path / 'counts'
+    monkeypatch.setenv('MMSEG_IMBALANCE_CACHE', str(folder))
+    cfg = small_config('segformer/segformer_mit-b0-small-combined-rcs_1xb8-2k_camvid-240x180')
+    cfg.val_evaluator = cfg.test_evaluator = dict(type='ImbalanceIoUMetric')
+    cfg.custom_hooks = [dict(type='ClassWeightHook'), dict(type='LogitAdjustmentHook')]
+    users = []
+    for user in ('samplers', 'hooks', 'metrics'):
+        monkeypatch.setattr(
+            f'mmseg_imbalance.{user}.training_frequency',
+            lambda *args, user=user, **options: (users.append(user), training_frequency(*args, **options))[1],
+        )
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    runner.test()
+    assert users == ['samplers', 'hooks', 'metrics', 'hooks', 'metrics']
+    cfg.dump(tmp_path / 'config.py')
+    monkeypatch.setattr('sys.argv', ['class_weights.py', str(tmp_path / 'config.py')])
+    runpy.run_path(str(Path(__file__).parents[1] / 'tools' / 'class_weights.py'), run_name='__main__')
+    assert len(list(folder.iterdir())) == 1
 
 
 # Ranks

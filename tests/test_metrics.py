@@ -502,6 +502,18 @@ def test_a_runner_validates_with_thirds_of_its_training_annotations(small_config
     assert 'ImbalanceIoUMetric cannot' not in log
 
 
+def test_the_counts_that_the_hook_has_kept_in_its_own_folder_are_found(small_config, tmp_path, monkeypatch):
+    monkeypatch.setenv('MMSEG_IMBALANCE_CACHE', str(tmp_path / 'other'))
+    cfg = small_config(SMALL, val_evaluator=dict(type='ImbalanceIoUMetric'))
+    cfg.custom_hooks = [dict(type='ClassWeightHook', cache_dir=str(tmp_path / 'counts'))]
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert len(list((tmp_path / 'counts').iterdir())) == 1
+    assert not (tmp_path / 'other').exists()
+    scores = load_image_scores(Path(runner._log_dir, 'image_scores.npz'))
+    assert scores['pixels'].sum() > 0
+
+
 @pytest.mark.parametrize('tta', [False, True])
 def test_training_pixels_are_counted_as_the_last_head_sees_them(
     small_config, camvid, logger, no_runner, tmp_path, tta
