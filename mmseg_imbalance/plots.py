@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,16 +25,6 @@ if TYPE_CHECKING:
 IGNORED = (24, 24, 24)  # RGB, darker than any subclass
 TINY = 1e-6  # weights of 0 have no logarithm
 LIGHTEST, DARKEST = 0.80, 0.25  # luma of a class's lightest and heaviest subclass
-
-
-class ClassBalance(NamedTuple):
-    """What each class had, (C,) each, since the report before; NaN where unknown."""
-
-    iteration: int
-    pixel_share: np.ndarray
-    loss_share: np.ndarray
-    gradient_share: np.ndarray
-    recall: np.ndarray
 
 
 class SubclassMaps(NamedTuple):
@@ -180,13 +170,14 @@ def _painted(colours: np.ndarray, index: object, counted: np.ndarray) -> np.ndar
 
 
 def plot_class_balance(
-    classes: Sequence[str], reports: Mapping[str, Sequence[ClassBalance]], path: str | os.PathLike[str]
+    classes: Sequence[str], reports: Mapping[str, Sequence[Any]], path: str | os.PathLike[str]
 ) -> np.ndarray:
     """Shares of pixels, loss and gradient by class, and recall over the iterations; rarest class last.
 
     Args:
         classes: at least as many names as there are classes.
-        reports: in the order of time, at least one, by the name of the loss: a row of the picture each.
+        reports: by the name of the loss, which has a row of the picture, at least one
+            :class:`~mmseg_imbalance.class_balance.ClassBalance`, in the order of time.
         path: of the PNG.
 
     Returns:
@@ -211,7 +202,7 @@ def plot_class_balance(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _draw_shares(axes: Axes, names: list[str], history: Sequence[ClassBalance], order: np.ndarray) -> None:
+def _draw_shares(axes: Axes, names: list[str], history: Sequence[Any], order: np.ndarray) -> None:
     """A row per class: its shares of the pixels, of the loss and of the gradient in the last reports."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -236,7 +227,7 @@ def _draw_shares(axes: Axes, names: list[str], history: Sequence[ClassBalance], 
     axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False, handletextpad=0.1)
 
 
-def _draw_recall(axes: Axes, history: Sequence[ClassBalance], order: np.ndarray) -> ScalarMappable:
+def _draw_recall(axes: Axes, history: Sequence[Any], order: np.ndarray) -> ScalarMappable:
     """A row per class: its recall from report to report, beside it the last one."""
     values = np.array([report.recall for report in history]).T[order]  # (C, reports)
     number = len(values)
