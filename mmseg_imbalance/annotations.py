@@ -92,7 +92,7 @@ def _annotation_loader(dataset: Any) -> Any:
 
     for transform in dataset.pipeline.transforms:
         if isinstance(transform, LoadAnnotations):
-            return copy.copy(transform)  # the framework's remembers the first data it sees
+            return copy.copy(transform)  # MMSegmentation's remembers the first data it sees
     names = [type(transform).__name__ for transform in dataset.pipeline.transforms]
     raise ValueError(
         f'the pipeline of {type(dataset).__name__} loads no annotations: {names}. Add '
@@ -103,7 +103,7 @@ def _annotation_loader(dataset: Any) -> Any:
 def _label_table(loader: Any, info: dict[str, Any]) -> np.ndarray | None:
     """(256,) label of every raw value, got by loading an image that holds them all.
 
-    None unless it is the framework's own loader: another may do more than map values.
+    None unless it is MMSegmentation's own loader: another may do more than map values.
     """
     from PIL import Image
 
@@ -140,7 +140,7 @@ def count_pixels(annotation: Annotation, num_classes: int) -> tuple[np.ndarray, 
     raw, pixels = value_counts(labels)
     mapped = raw
     if annotation.table is not None:
-        # The framework's loader would wrap what a byte cannot hold.
+        # MMSegmentation's loader would wrap what a byte cannot hold.
         table = dict(enumerate(annotation.table.tolist()))
         mapped = np.array([table.get(value, -1) for value in raw.tolist()], dtype=np.int64)
     ignored = mapped == annotation.ignore_index

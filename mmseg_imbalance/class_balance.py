@@ -21,7 +21,7 @@ from mmseg_imbalance.tables import names_and_colours
 
 
 class ClassBalance(NamedTuple):
-    """What each class had, (C,) each, since the report before; NaN where unknown."""
+    """What each class got since the last report, (C,) each; NaN where it is not known."""
 
     iteration: int
     pixel_share: np.ndarray

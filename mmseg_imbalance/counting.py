@@ -58,16 +58,20 @@ def training_frequency(
 ) -> ClassFrequency:
     """The class frequency of the training annotations; every user of this package gets it here.
 
-    All ranks must call it, and all get the same or raise the same. The ignored label is the one that the last
-    decode head of the model ignores, as training sees no other; where no model is known, or `heads` ignore
-    different labels, it is each data set's own. The counts are kept in `cache_dir`, else the `cache_dir` of a
-    ClassWeightHook among the config's `custom_hooks`, else the folder in the environment variable
-    MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``.
+    All ranks must call it, and all get the same or raise the same.
+
+    The ignored label is the one that the last decode head of the model ignores, which is what training sees.
+    It is each data set's own where no model is known or where `heads` ignore different labels.
+
+    The counts are kept in one folder: `cache_dir`, else the `cache_dir` of a ClassWeightHook among the
+    `custom_hooks` of the config, else the environment variable MMSEG_IMBALANCE_CACHE, else
+    ``~/.cache/mmseg_imbalance``.
 
     Args:
-        source: a runner in training; or a config, whose training data set is built; or a data set, of which
-            neither model nor config is known; None: the config of the runner that was made last.
-        heads: of the model, which the counts are for; None: the last decode head.
+        source: a runner in training; a config, whose training data set is built; a data set, with which
+        neither
+            model nor config is known; None: the config of the runner that was made last.
+        heads: those of the model that the counts are for; None: the last decode head.
         max_images, num_workers, per_image, progress: see :func:`count_classes`.
 
     Raises:

@@ -113,7 +113,7 @@ class ClassFrequency:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassFrequency:
-        """Read what `save` wrote; raises some exception if the file is damaged or missing."""
+        """Read what `save` wrote; a damaged or missing file raises whatever NumPy does."""
         with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
             values: dict[str, Any] = {name: archive[name] for name in archive.files}
         for name in {'classes', 'image_keys'} & values.keys():

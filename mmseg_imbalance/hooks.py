@@ -130,11 +130,11 @@ class ClassWeightHook(Hook):
 
 @HOOKS.register_module()
 class LogitAdjustmentHook(Hook):
-    """Test a model that was trained without logit adjustment as if with it: z_c - tau ln f_c, post hoc.
+    """Adjust the logits at test time, of a model that was trained without logit adjustment: z_c - tau ln f_c.
 
     f_c is the share of class c in the training annotations, counted or taken from the cache as
-    :class:`ClassWeightHook` does. The numbers are subtracted from what the ``conv_seg`` of the last decode
-    head returns; resizing, sliding windows and test time augmentation follow.
+    :class:`ClassWeightHook` does. tau ln f_c is subtracted from what the ``conv_seg`` of the last decode head
+    returns. Resizing, sliding windows and test time augmentation come after that.
 
     Args:
         tau: 0 changes nothing, 1 is the source's.
@@ -215,14 +215,14 @@ class LogitAdjustmentHook(Hook):
 
 @HOOKS.register_module()
 class SubclassVisualizationHook(Hook):
-    """At validation, show what each SubclassifiedLoss makes of a few images, and log its subclasses.
+    """At validation, draw subclasses and weights of each SubclassifiedLoss in a few images; log a table.
 
-    Each picture, of the image, the truth, the subclass of every pixel and its weight, goes to the backends
-    of the visualizer: files, TensorBoard, WandB. It comes from a forward pass over the whole image, whatever
-    windows the model is tested on. Neither the model nor the training is changed.
+    A picture shows the image, the truth, the subclass of every pixel and its weight. It goes to the backends
+    of the visualizer: files, TensorBoard, WandB. The model sees the whole image, also where it is tested on
+    sliding windows. Neither the model nor the training is changed.
 
     Args:
-        num_images: how many, at least 0: the first of the validation loop on the main rank.
+        num_images: at least 0; the first images of the validation loop on the main rank are drawn.
     """
 
     def __init__(self, num_images: int = 4) -> None:

@@ -32,7 +32,7 @@ from mmseg_imbalance.tables import table_text
 
 @METRICS.register_module()
 class ClassIoUMetric(IoUMetric):
-    """The framework's IoUMetric, which also returns the IoU of each class, so that logs and files hold it.
+    """MMSegmentation's IoUMetric, which also returns the IoU of each class, for logs and files.
 
     Adds ``IoU.NAME`` in per cent for every class that occurs in the labels or predictions; all arguments are
     those of IoUMetric.
@@ -116,7 +116,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             self.results[at] = (str(sample.get('img_path') or ''), rows)
 
     def _objects(self, sample: dict, classes: int) -> np.ndarray:
-        """(C, 6) int64: of small, medium, large objects of each class the right pixels, then all pixels."""
+        """(C, 6) int64 pixels of each class in small, medium and large objects: those right, then all."""
         prediction, label = (
             sample[key]['data'].reshape(sample[key]['data'].shape[-2:])
             for key in ('pred_sem_seg', 'gt_sem_seg')
@@ -242,7 +242,7 @@ def _check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
 
 
 def _table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:
-    """A row for all classes, each group and each object size; ``sizes`` of them in classes."""
+    """A row for all classes, for each group and for each object size; ``sizes``: how many classes it has."""
 
     def shown(key: str) -> str:
         return f'{metrics[key]:.2f}' if key in metrics else '-'

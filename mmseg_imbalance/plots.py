@@ -28,7 +28,7 @@ LIGHTEST, DARKEST = 0.80, 0.25  # luma of a class's lightest and heaviest subcla
 
 
 class SubclassMaps(NamedTuple):
-    """What a loss makes of the pixels of an image."""
+    """The subclass and the weight that a loss gives to each pixel of an image."""
 
     image: np.ndarray  # (H, W, 3) uint8 RGB
     truth: np.ndarray  # (H, W) class indices, -1 where ignored

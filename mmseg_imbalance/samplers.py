@@ -54,9 +54,9 @@ class DrawnIndex(int):
 class RareClassSampler(Sampler):
     """Draw a class, the rarer the likelier, then one of the images that hold at least `min_pixels` of it.
 
-    P(c) = exp((1 - f_c) / T) / sum_k exp((1 - f_k) / T), f_c the share of c in the valid pixels, over the
-    classes that some image holds enough of. Endless; all ranks take turns in one stream of draws. Each
-    :class:`DrawnIndex` tells :class:`RareClassCrop` the class.
+    P(c) = exp((1 - f_c) / T) / sum_k exp((1 - f_k) / T), f_c the share of c in the valid pixels, k over the
+    classes of which some image holds enough. The draws never end; all ranks take turns in one stream of them.
+    Each :class:`DrawnIndex` tells :class:`RareClassCrop` the class.
 
     Args:
         dataset: of MMSegmentation, also a wrapped one; a repeated image is as many images.
@@ -144,7 +144,7 @@ class RareClassSampler(Sampler):
         self.indices = self._indices_of_rank(num_samples)
 
     def __len__(self) -> int:
-        """Images of the data set, as of the framework's InfiniteSampler."""
+        """Images of the data set, as MMEngine's InfiniteSampler has it."""
         return self.size
 
     def set_epoch(self, epoch: int) -> None:
@@ -161,9 +161,9 @@ def class_probability(share: np.ndarray, temperature: float, drawable: np.ndarra
 
 @TRANSFORMS.register_module()
 class RareClassCrop(RandomCrop):
-    """The framework's RandomCrop, repeated until it holds enough of the class that RareClassSampler drew.
+    """MMSegmentation's RandomCrop, repeated until it holds enough of the class that RareClassSampler drew.
 
-    Without a drawn class, or where the whole image holds too little of it, it is a plain one.
+    Without a drawn class, or where the whole image holds too little of it, it is a plain RandomCrop.
 
     Args:
         crop_size: (height, width), or one number for both.

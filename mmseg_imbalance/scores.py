@@ -13,19 +13,20 @@ from mmseg_imbalance.files import write_atomically
 
 GROUPS = ('head', 'body', 'tail')
 SIZES = ('small', 'medium', 'large')
-AREAS = ('intersect', 'union', 'pred', 'label')  # in the framework's order
+AREAS = ('intersect', 'union', 'pred', 'label')  # in the order of MMSegmentation's IoUMetric
 
 
 def class_groups(pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The most frequent third of the classes, the middle and the rarest, as indices, most frequent first.
+    """The most frequent third of the classes, the middle third and the rarest, most frequent class first.
 
-    If C is no multiple of 3 the first groups have one more, but of two classes the rarer one is the tail.
+    If C is no multiple of 3, the first groups have one class more. Of two classes, one is the head and one
+    the tail.
 
     Args:
         pixels: (C,) pixels in the training annotations; a class without any is among the rarest.
 
     Returns:
-        'head', 'body', 'tail'.
+        Indices of classes by 'head', 'body', 'tail'.
     """
     order = np.argsort(-np.asarray(pixels), kind='stable')
     number = len(order)
@@ -39,7 +40,7 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def present_mean(values: np.ndarray, percent: float = 100) -> np.ndarray:
-    """Mean along the first axis of the values that are no NaN, or of their lowest ``percent``, at least one.
+    """Mean along the first axis of the values that are not NaN, or of the lowest ``percent`` of them.
 
     Args:
         values: (N, ...), at least one row.
@@ -92,11 +93,11 @@ def fine_grained_iou(
 ) -> dict[str, float]:
     """IoU of single images, averaged over the classes of an image first or over the images of a class first.
 
-    With IoU_ic of class c in image i, for the pairs whose label has the class; a class that is only predicted
-    there costs the IoU of the others and is itself left out.
+    IoU_ic is the IoU of class c in image i. It is defined where the label of the image holds the class. A
+    class that is only predicted has no IoU there, but its pixels lower the IoU of the others.
         mIoU_I = mean_i mean_c IoU_ic,   mIoU_C = mean_c mean_i IoU_ic
-    and for q per cent, `mIoU_I_q5`: mean_i over the lowest q of the images, `mIoU_C_q5`: mean_i over the
-    lowest q of the images of each class; n images give max(1, floor(q n / 100)).
+    The worst cases, such as `mIoU_I_q5`, take mean_i over the lowest q per cent of the images, `mIoU_C_q5`
+    over the lowest of the images of each class: max(1, floor(q n / 100)) of n images.
 
     Args:
         intersect, union, label: (N, C) pixels of each class in each image.
@@ -116,8 +117,8 @@ def fine_grained_iou(
 def bootstrap_counts(images: int, resamples: int, seed: int = 0) -> np.ndarray:
     """How often each image is in each bootstrap sample: (resamples, images) int64, rows sum to `images`.
 
-    The images of a sample are drawn with replacement, by a generator of its own: the same numbers give the
-    same samples, which a paired comparison needs, and no other random number changes.
+    The images of a sample are drawn with replacement. The generator is this function's own: the same
+    arguments give the same samples, which a paired comparison needs, and no other random number changes.
     """
     drawn = np.random.default_rng(seed).integers(images, size=(resamples, images))
     drawn += images * np.arange(resamples)[:, None]

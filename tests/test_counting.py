@@ -6,6 +6,7 @@ import runpy
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -584,6 +585,22 @@ def test_heads_that_ignore_different_labels_leave_it_to_the_data_set(labels, tmp
         head.ignore_index = label
     frequency = training_frequency(config(labels), heads=heads, cache_dir=tmp_path / 'cache')
     assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=expected))
+
+
+def test_of_a_runner_the_data_set_in_training_and_its_model_are_taken(labels, tmp_path):
+    model = torch.nn.Module()
+    model.decode_head = torch.nn.ModuleList(torch.nn.Module() for _ in range(2))
+    model.decode_head[0].ignore_index, model.decode_head[1].ignore_index = 255, 3
+    wrapper = torch.nn.Module()
+    wrapper.module = model
+    hooks = [dict(type='ClassWeightHook', cache_dir=str(tmp_path / 'cache'))]
+    runner = SimpleNamespace(
+        train_dataloader=SimpleNamespace(dataset=make(labels, indices=4)),
+        model=wrapper,
+        cfg=config('/nowhere', custom_hooks=hooks),
+    )
+    same(training_frequency(runner), count_classes(make(labels, indices=4), ignore_index=3))
+    assert len(list((tmp_path / 'cache').iterdir())) == 1
 
 
 def test_of_a_data_set_neither_model_nor_config_is_known(labels, tmp_path):
