@@ -10,7 +10,18 @@ except ImportError as error:
         "pip install 'mmseg-imbalance[openmmlab]' (upstream; builds mmcv)."
     ) from error
 
-from mmseg_imbalance import compat, components, datasets, heads, hooks, losses, metrics, samplers, subclass  # noqa: F401
+from mmseg_imbalance import (  # noqa: F401
+    class_balance,
+    compat,
+    components,
+    datasets,
+    heads,
+    hooks,
+    losses,
+    metrics,
+    samplers,
+    subclass,
+)
 from mmseg_imbalance.version import __version__
 
 __all__ = ['__version__']

@@ -10,8 +10,9 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from mmseg_imbalance.heads import FeatureKeeper
+from mmseg_imbalance.plots import SubclassMaps
 from mmseg_imbalance.subclass import SubclassifiedLoss
-from mmseg_imbalance.visualization import Subclasses, SubclassMaps
+from mmseg_imbalance.tables import Subclasses
 
 
 class LossOfHead(NamedTuple):

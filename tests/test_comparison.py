@@ -13,10 +13,10 @@ import pytest
 from scipy import stats
 
 from mmseg_imbalance.commands.compare import main
-from mmseg_imbalance.metrics import bootstrap_counts
 from mmseg_imbalance.reports.comparison import NOISE, compare, short_names
 from mmseg_imbalance.reports.page import spread
 from mmseg_imbalance.reports.sheets import markdown
+from mmseg_imbalance.scores import bootstrap_counts
 
 CLASSES = ('road', 'sky', 'car', 'tree', 'pole', 'rider')
 PIXELS = np.array([5000, 3000, 900, 600, 40, 10])

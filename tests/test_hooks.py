@@ -14,11 +14,11 @@ from PIL import Image
 from ranks import on_ranks
 from torch import nn
 
-from mmseg_imbalance.frequency import count_classes
+from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
+from mmseg_imbalance.plots import draw_subclasses
 from mmseg_imbalance.subclass import SubclassifiedLoss
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
-from mmseg_imbalance.visualization import draw_subclasses
 from mmseg_imbalance.weighting import class_weights, log_prior
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'

@@ -64,7 +64,7 @@ def test_results_become_entries_and_a_page(configs):
     for entry, group in zip(metafile['Models'], comparison.groups, strict=True):
         assert entry['Results']['Dataset'] == 'CamVid'
         assert entry['Results']['Metrics']['IoU.pole'] == round(group.estimates['pole'].mean, 2)
-        assert entry['Metadata'] | dict(Seeds=[0], Iterations=20) == entry['Metadata']
+        assert entry['Metadata'] | dict(Seeds=['0'], Iterations=20) == entry['Metadata']
         assert entry['Metadata']['Memory (GB)'] == 2.0
     page = (folder / 'net' / 'README.md').read_text()
     numbers = {f'{value:.2f}' for e in metafile['Models'] for value in e['Results']['Metrics'].values()}

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmseg_imbalance.benchmark.case import LOSS_SCALE, Case, Row, by, make_labels
 from mmseg_imbalance.benchmark.formulas import ce_and_dice, over_all_pixels
-from mmseg_imbalance.hooks import ClassWatcher
+from mmseg_imbalance.class_balance import ClassWatcher
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.shipped import configs
 

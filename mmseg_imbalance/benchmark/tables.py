@@ -9,7 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mmseg_imbalance.visualization import table_text
+from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.tables import table_text
 
 FORMATS = dict(ms='.3g', time_ratio='.2f', MB='.3g', memory_ratio='.2f', bandwidth='.0%', off_by='.0e')
 
@@ -75,8 +76,8 @@ def plot(records, title, path):
     for axes, label in zip(panels[-1], ('time', 'extra memory'), strict=True):
         axes.set_xlabel(f'{label} / that of the first row')
     figure.suptitle(title, fontsize=10)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with write_atomically(path, 'wb') as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or 'png')
 
 
 def bars(axes, group, key):

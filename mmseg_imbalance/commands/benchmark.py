@@ -4,12 +4,12 @@ import argparse
 import json
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 
 from mmseg_imbalance.benchmark.case import IGNORED
 from mmseg_imbalance.commands.options import command_parser, need_mmsegmentation
+from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.ops.soft_stats import BACKENDS
 
 DESCRIPTION = """\
@@ -139,9 +139,11 @@ def main(argv: list[str] | None = None) -> int:
             del line['bandwidth']
     print(show(lines, title))
     if args.json:
-        Path(args.json).write_text(json.dumps(dict(title=title, options=vars(args), rows=records), indent=2))
+        with write_atomically(args.json) as file:
+            json.dump(dict(title=title, options=vars(args), rows=records), file, indent=2)
     if args.markdown:
-        Path(args.markdown).write_text(markdown(lines, title))
+        with write_atomically(args.markdown) as file:
+            file.write(markdown(lines, title))
     if args.plot:
         plot(records, title, args.plot)
     return int(any(line['ours'] and not line['skipped'] and line['ms'] is None for line in records))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 
 from mmseg_imbalance.commands.options import add_cfg_options, command_parser, read_config
+from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.tables import class_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
 
 DESCRIPTION = """\
@@ -28,7 +32,11 @@ def _options() -> argparse.ArgumentParser:
     add('--plot', metavar='FILE', help='chart to write: .png, .svg or .pdf')
     add('--max-images', type=int, metavar='N', help='count a random sample of N images; default: all')
     add('--workers', type=int, default=2, metavar='N', help='worker processes; default %(default)s')
-    add('--cache-dir', metavar='DIR', help='folder of the counts; default: the cache of the user')
+    add(
+        '--cache-dir',
+        metavar='DIR',
+        help='folder of the counts; default: $MMSEG_IMBALANCE_CACHE, else ~/.cache/mmseg_imbalance',
+    )
     add_cfg_options(options)
     return options
 
@@ -37,11 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     options = _options()
     args = options.parse_args(argv)
     try:
-        frequency = _count(args)
-    except (ValueError, OSError) as error:
+        frequency = training_frequency(
+            read_config(args.config, args.cfg_options),
+            max_images=args.max_images,
+            num_workers=args.workers,
+            cache_dir=args.cache_dir,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
         options.exit(1, f'{options.prog}: {error}\n')
-    from mmseg_imbalance.visualization import class_table, plot_class_weights, table_text
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         weights = {scheme: class_weights(frequency, scheme) for scheme in SCHEMES}
@@ -50,35 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     for message in sorted({str(warning.message) for warning in caught}):
         print(f'warning: {message}')
     if args.out:
-        from mmengine.fileio import dump
-
         record = weight_record(frequency, weights[args.scheme])
-        dump(record | dict(scheme=args.scheme), args.out, file_format='json', indent=2)
+        with write_atomically(args.out) as file:
+            json.dump(record | dict(scheme=args.scheme), file, indent=2)
         print(f'{args.scheme} weights: {args.out}')
     if args.plot:
+        from mmseg_imbalance.plots import plot_class_weights
+
         plot_class_weights(frequency, weights[args.scheme], args.plot, label=f'{args.scheme} weight')
         print(f'chart: {args.plot}')
     return 0
-
-
-def _count(args):
-    cfg = read_config(args.config, args.cfg_options)
-    from mmseg_imbalance.frequency import count_classes, default_cache_dir
-    from mmseg_imbalance.registry import DATASETS
-
-    return count_classes(
-        DATASETS.build(cfg.train_dataloader.dataset),
-        max_images=args.max_images,
-        ignore_index=_ignore_index(cfg),
-        num_workers=args.workers,
-        cache_dir=args.cache_dir or default_cache_dir(),
-        progress=True,
-    )
-
-
-def _ignore_index(cfg):
-    """The label that the last decode head ignores; None, the data set's own, where there is no head."""
-    head = cfg.get('model', {}).get('decode_head')
-    if isinstance(head, list):
-        head = head[-1]
-    return head.get('ignore_index', 255) if head else None

@@ -83,7 +83,7 @@ def _show(sheet) -> None:
     from rich.table import Table
 
     from mmseg_imbalance.reports.comparison import NOISE
-    from mmseg_imbalance.visualization import table_text
+    from mmseg_imbalance.tables import table_text
 
     table = Table(title=sheet.title, title_justify='left')
     for number, name in enumerate(sheet.header):

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from mmseg_imbalance.metrics import bootstrap_counts, class_groups, present_mean, resampled_iou
 from mmseg_imbalance.reports.work_dirs import Run, Unusable, read_run
+from mmseg_imbalance.scores import bootstrap_counts, class_groups, present_mean, resampled_iou
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from mmengine.config import Config
 
+from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.reports.comparison import Comparison, Group
 from mmseg_imbalance.reports.work_dirs import Run, settings
 
@@ -42,7 +43,8 @@ def write_entries(comparison: Comparison, configs: Path) -> list[Path]:
         metafile['Models'] = [entry for entry in metafile['Models'] if entry['Name'] not in names] + new
         metafile['Models'].sort(key=lambda entry: entry['Name'])
         text = yaml.safe_dump(metafile, sort_keys=False, width=100, allow_unicode=True)
-        (family / 'metafile.yaml').write_text(text, encoding='utf-8')
+        with write_atomically(family / 'metafile.yaml') as file:
+            file.write(text)
         written += [family / 'metafile.yaml', write_page(family)]
     return written
 
@@ -85,7 +87,8 @@ def _entry(group: Group, comparison: Comparison, config: Path) -> dict:
         'Training Data': dataset_of(run.name),
         'Batch Size': run.processes * run.config.train_dataloader.batch_size,
         'Iterations': run.length,
-        'Seeds': ['-' if other.seed is None else other.seed for other in group.runs],
+        # as text: mim search takes no numbers in lists
+        'Seeds': ['-' if other.seed is None else str(other.seed) for other in group.runs],
         'Training Resources': f'{run.processes}x {run.hardware}',
         'Memory (GB)': round(max(memory), 2) if memory else None,
     }
@@ -108,7 +111,8 @@ def dataset_of(config: str) -> str:
 def write_page(family: Path) -> Path:
     """The README.md of a folder of configs, from its metafile."""
     path = family / 'README.md'
-    path.write_text('\n'.join(_page(family)), encoding='utf-8')
+    with write_atomically(path) as file:
+        file.write('\n'.join(_page(family)))
     return path
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+from io import StringIO
 from pathlib import Path
 
+from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.reports.comparison import Comparison, Estimate
 from mmseg_imbalance.reports.page import page
 from mmseg_imbalance.reports.sheets import markdown
@@ -60,21 +62,27 @@ def record(comparison: Comparison) -> dict:
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
     """comparison.md, .csv, .json, .html and .png, its first plot, in a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f'comparison.{kind}' for kind in ('md', 'csv', 'json', 'html', 'png')]
-    paths[0].write_text(markdown(comparison), encoding='utf-8')
-    with open(paths[1], 'w', newline='', encoding='utf-8') as file:
-        rows = csv.writer(file)
-        names = ['mean', 'std', 'difference', 'seed_noise', 'low', 'high', 'within_noise']
-        rows.writerow(['config', 'quantity', 'share', 'runs', *names])
-        for group in comparison.groups:
-            for key, e in group.estimates.items():
-                low, high = e.interval or (None, None)
-                numbers = (e.mean, e.std, e.difference, e.seed_noise, low, high, e.within_noise)
-                share = comparison.shares.get(key)
-                rows.writerow([group.name, key, share, len(e.values), *numbers])
-    paths[2].write_text(json.dumps(record(comparison), indent=2, allow_nan=False) + '\n', encoding='utf-8')
     text, picture = page(comparison)
-    paths[3].write_text(text, encoding='utf-8')
-    paths[4].write_bytes(picture)
+    numbers = json.dumps(record(comparison), indent=2, allow_nan=False) + '\n'
+    contents = dict(md=markdown(comparison), csv=table(comparison), json=numbers, html=text, png=picture)
+    paths = []
+    for kind, content in contents.items():
+        paths.append(out / f'comparison.{kind}')
+        with write_atomically(paths[-1], 'wb' if isinstance(content, bytes) else 'w') as file:
+            file.write(content)
     return paths
+
+
+def table(comparison: Comparison) -> str:
+    """A row of CSV for each config and quantity."""
+    text = StringIO(newline='')
+    rows = csv.writer(text)
+    names = ['mean', 'std', 'difference', 'seed_noise', 'low', 'high', 'within_noise']
+    rows.writerow(['config', 'quantity', 'share', 'runs', *names])
+    for group in comparison.groups:
+        for key, e in group.estimates.items():
+            low, high = e.interval or (None, None)
+            numbers = (e.mean, e.std, e.difference, e.seed_noise, low, high, e.within_noise)
+            share = comparison.shares.get(key)
+            rows.writerow([group.name, key, share, len(e.values), *numbers])
+    return text.getvalue()

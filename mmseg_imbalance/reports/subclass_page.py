@@ -13,9 +13,11 @@ from mmengine.logging import MessageHub
 from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image
 
+from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.plots import draw_subclasses, subclass_colours
 from mmseg_imbalance.registry import DATASETS, MODELS
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
-from mmseg_imbalance.visualization import draw_subclasses, names_and_colours, subclass_colours
+from mmseg_imbalance.tables import names_and_colours
 
 STYLE = """
 :root { --line: #dcdfe4; --faint: #6a7280; }
@@ -138,5 +140,5 @@ def write(cfg: Config, config: str, checkpoint: str, images: int, out: Path) -> 
         ValueError: the config has no SubclassifiedLoss or no val_dataloader, or the checkpoint is of another.
     """
     text = '\n'.join(page(*load(cfg, config, checkpoint), config, checkpoint, images))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding='utf-8')
+    with write_atomically(out) as file:
+        file.write(text)

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from rich.progress import track
 
+from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.scenes.street import make_image
 
 RECIPE = 'longtail_cityscapes.json'
@@ -30,14 +31,12 @@ def paths(out: Path, split: str, index: int) -> tuple[Path, Path]:
 
 
 def write_image(job: tuple[Path, str, int, tuple[int, int], int]) -> None:
-    """Generate one image and write both its files, each under a temporary name first."""
+    """Generate one image and write both its files."""
     out, split, index, size, seed = job
     pair = make_image(seed, split, index, size)
     for array, path in zip(pair, paths(out, split, index), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f'.{os.getpid()}.tmp')
-        Image.fromarray(array).save(partial, 'PNG')
-        partial.replace(path)
+        with write_atomically(path, 'wb') as file:
+            Image.fromarray(array).save(file, 'PNG')
 
 
 def claim(out: Path, recipe: dict) -> None:
@@ -57,10 +56,8 @@ def claim(out: Path, recipe: dict) -> None:
         return
     if out.exists() and any(out.iterdir()):
         raise ValueError(f'{out} is not empty and holds no {RECIPE}. Give a new or empty folder.')
-    out.mkdir(parents=True, exist_ok=True)
-    partial = note.with_suffix(f'.{os.getpid()}.tmp')
-    partial.write_text(json.dumps(recipe, indent=2) + '\n')
-    partial.replace(note)
+    with write_atomically(note) as file:
+        file.write(json.dumps(recipe, indent=2) + '\n')
 
 
 def generate(
