@@ -156,7 +156,8 @@ def _read(work_dir: Path) -> Run:
         reached = _reached(trainings, logs, length, unit)
         if reached < length:
             raise Unusable(
-                f'half-finished, {reached} of {length} {unit}s; mmseg-imbalance train CONFIG --resume goes on with it'
+                f'half-finished, {reached} of {length} {unit}s; '
+                'mmseg-imbalance train CONFIG --resume goes on with it'
             )
     session, metrics, checkpoint, split = _results(tests, trainings, logs, unit)
     at = re.fullmatch(rf'{unit or "iter"}_(\d+)', Path(checkpoint).stem)
