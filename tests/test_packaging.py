@@ -204,10 +204,11 @@ def test_installed_configs_find_their_bases(outside):
     code = (
         'import mmseg_imbalance.compat; from mmengine.config import Config; '
         'from mmseg_imbalance.shipped import configs; '
-        "print(*(Config.fromfile(path).train_dataloader.batch_size for path in configs().glob('[!_]*/*.py')))"
+        'first = [min(family.glob("*.py")) for family in configs().glob("[!_]*")]; '
+        'print(*(Config.fromfile(path).train_dataloader.batch_size for path in first))'
     )
     output = succeed(outside / 'env' / 'bin' / 'python', '-c', code, cwd=outside).splitlines()[-1]
-    assert len(output.split()) == len(list(REPOSITORY.glob('configs/[!_]*/*.py')))
+    assert len(output.split()) == len(list(REPOSITORY.glob('configs/[!_]*')))
 
 
 def test_class_weights_of_own_data(outside):
