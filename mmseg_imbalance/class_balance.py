@@ -6,17 +6,16 @@ import math
 import os
 from typing import NamedTuple
 
+from mmseg_imbalance.registry import HOOKS
+
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, is_main_process
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.logged_parts import LoggedPartsHook, named_losses, unwrapped
 from mmseg_imbalance.ops import SoftStats
 from mmseg_imbalance.plots import plot_class_balance
-from mmseg_imbalance.registry import HOOKS
 from mmseg_imbalance.tables import names_and_colours
 
 
@@ -72,7 +71,7 @@ class ClassWatcher:
 
 
 @HOOKS.register_module()
-class ClassBalanceHook(Hook):
+class ClassBalanceHook(LoggedPartsHook):
     """Show what each class has of the pixels, of the loss and of its gradient, and its recall in training.
 
     It watches every loss of this package. At each report it sends scalars ``balance/LOSS/KIND/CLASS`` to the
@@ -88,7 +87,9 @@ class ClassBalanceHook(Hook):
       all losses together, in the iteration of the report. The logits are those that the loss receives:
       MMSegmentation's own heads resize them to the label before.
 
-    A class has no scalar if it had no pixels or if the number is not finite.
+    A class has no scalar if it had no pixels or if the number is not finite. The parts of a combined loss go
+    into the log too where the head is MMSegmentation's own, see
+    :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
 
     Args:
         interval: iterations from one report to the next, at least 1. Only then is the device waited for.
@@ -100,8 +101,8 @@ class ClassBalanceHook(Hook):
         self.interval = interval
 
     def before_train(self, runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self.losses = _named_as_logged(model)
+        super().before_train(runner)
+        self.losses = named_losses(unwrapped(runner.model))
         if not self.losses:
             runner.logger.warning(
                 'ClassBalanceHook has nothing to watch: it watches the losses of this package alone; '
@@ -120,6 +121,7 @@ class ClassBalanceHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
         if not self.losses or not self.every_n_train_iters(runner, self.interval):
             return
         # a rank may not have called a loss, where its images have no label for it
@@ -160,21 +162,3 @@ class ClassBalanceHook(Hook):
             path = os.path.join(runner.work_dir, 'class_balance.png')
             picture = plot_class_balance(classes, reports, path)
             runner.visualizer.add_image('class_balance', picture, step=runner.iter)
-
-
-def _named_as_logged(model: nn.Module) -> dict[str, WeightedLoss]:
-    """The losses of this package by the names that the log gives them: decode, aux_0, decode.loss_ce."""
-    by_head: dict[str, list[WeightedLoss]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, WeightedLoss):
-            head, _, _ = path.partition('.loss_')
-            head = head.replace('decode_head', 'decode').replace('auxiliary_head', 'aux').replace('.', '_')
-            by_head.setdefault(head, []).append(module)
-    named = {}
-    for head, losses in by_head.items():
-        for i, loss in enumerate(losses):
-            name = head if len(losses) == 1 else f'{head}.{loss.loss_name}'
-            while name in named:
-                name += f'_{i}'
-            named[name] = loss
-    return named

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from copy import copy
 
+from mmseg_imbalance.registry import MODELS
+
 import cv2
 import numpy as np
 import torch
 from mmengine.model import BaseTTAModel
 from torch import nn
-
-from mmseg_imbalance.registry import MODELS
 
 
 def components(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -101,10 +101,10 @@ def training_frequency(
 
 def _training_data(source: Any) -> tuple[Any, Any, Any]:
     """The training data set, the config and the model of `source`; None what is not known."""
+    from mmseg_imbalance.registry import DATASETS
+
     from mmengine.config import Config
     from mmengine.logging import MessageHub
-
-    from mmseg_imbalance.registry import DATASETS
 
     if source is None:
         text = MessageHub.get_current_instance().get_info('cfg')

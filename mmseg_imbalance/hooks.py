@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import warnings
 from pathlib import Path
 
+from mmseg_imbalance.registry import HOOKS
+
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import autocast
 from torch import nn
 
+from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
-from mmseg_imbalance.registry import HOOKS
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, subclass_table, table_text
-from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior, weight_record
+from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior
 
 
 @HOOKS.register_module()
-class ClassWeightHook(Hook):
+class ClassWeightHook(LoggedPartsHook):
     """Before training, fill every loss with ``class_weight='auto'`` from the training annotations.
 
     Losses with ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are
     counted once and the counts cached, so another scheme or run costs nothing. Logs a table and writes
     ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes the weights from
-    its checkpoint, unless the options below have changed.
+    its checkpoint, unless the options below have changed. The parts of a combined loss go into the log too
+    where the head is MMSegmentation's own, see :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
 
     Args:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
@@ -66,10 +67,11 @@ class ClassWeightHook(Hook):
 
     def before_train(self, runner) -> None:
         # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
-        model = _unwrapped(runner.model)
+        super().before_train(runner)
+        model = unwrapped(runner.model)
         ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
-        auto = {name: loss for name, loss in ours.items() if loss.pending == 'auto'}
-        waiting = auto | {name: loss for name, loss in ours.items() if loss.needs_class_pixels}
+        auto = [name for name, loss in ours.items() if loss.class_weight.waiting]
+        waiting = {n: x for n, x in ours.items() if n in auto or x.class_weight.needs_pixels}
         self._name_losses_left_alone(runner, model)
         if not waiting:
             runner.logger.warning(
@@ -77,11 +79,8 @@ class ClassWeightHook(Hook):
                 'logit_variation'
             )
             return
-        dataset = runner.train_dataloader.dataset
-        asked = dict(scheme=self.scheme, options=self.options, max_images=self.max_images)
-        asked['classes'] = list(dataset.metainfo.get('classes') or ())
-        record = runner.message_hub.get_info('class_weights')
-        if record is None or any(record[key] != value for key, value in asked.items()):
+        record = self._of_checkpoint(runner)
+        if record is None:
             heads = {name.rpartition('loss_decode')[0].rstrip('.') for name in waiting}
             frequency = training_frequency(
                 runner,
@@ -90,22 +89,36 @@ class ClassWeightHook(Hook):
                 num_workers=self.num_workers,
                 cache_dir=self.cache_dir,
             )
-            record = self._weigh(runner, frequency) | asked
-            runner.message_hub.update_info('class_weights', record)
+            record = self._weigh(runner, frequency)
+            runner.message_hub.update_info('class_weights', record.to_dict())
             if is_main_process():
-                with write_atomically(os.path.join(runner.work_dir, 'class_weights.json')) as file:
-                    json.dump(record, file, indent=2)
+                record.save(os.path.join(runner.work_dir, 'class_weights.json'))
         else:
-            runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {record["weights"]}')
+            runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {record.weights}')
         for name, loss in waiting.items():
             if name in auto:
-                loss.set_class_weight(record['weights'])
-            if loss.needs_class_pixels:
-                loss.set_class_pixels(record['pixels'])
+                loss.class_weight.set_weights(record.weights)
+            if loss.class_weight.needs_pixels:
+                loss.class_weight.set_pixels(record.pixels)
         if auto:
             runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(auto)}')
 
-    def _weigh(self, runner, frequency: ClassFrequency) -> dict:
+    def _of_checkpoint(self, runner) -> WeightRecord | None:
+        """The record of a resumed run, unless it is of other classes or other options."""
+        known = runner.message_hub.get_info('class_weights')
+        if known is None:
+            return None
+        record = WeightRecord(**known)
+        classes = list(runner.train_dataloader.dataset.metainfo.get('classes') or ())
+        same = (record.scheme, record.options, record.max_images, record.classes) == (
+            self.scheme,
+            self.options,
+            self.max_images,
+            classes,
+        )
+        return record if same else None
+
+    def _weigh(self, runner, frequency: ClassFrequency) -> WeightRecord:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             weights = class_weights(frequency, self.scheme, **self.options)
@@ -115,7 +128,7 @@ class ClassWeightHook(Hook):
         if is_main_process():
             chart = os.path.join(runner.work_dir, 'class_weights.png')
             plot_class_weights(frequency, weights, chart, label=f'{self.scheme} weight')
-        return weight_record(frequency, weights)
+        return WeightRecord.count(frequency, weights, self.scheme, self.options, self.max_images)
 
     def _name_losses_left_alone(self, runner, model: nn.Module) -> None:
         for name, module in model.named_modules():
@@ -233,7 +246,7 @@ class SubclassVisualizationHook(Hook):
 
     def before_run(self, runner) -> None:
         try:
-            self.losses = find_subclassified(_unwrapped(runner.model))
+            self.losses = find_subclassified(unwrapped(runner.model))
         except ValueError as error:
             self.losses = {}
             runner.logger.warning(f'SubclassVisualizationHook has nothing to show: {error}')
@@ -256,7 +269,7 @@ class SubclassVisualizationHook(Hook):
     def after_val_iter(self, runner, batch_idx: int, data_batch: dict, outputs: object = None) -> None:
         if not self.losses or not is_main_process():
             return
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         for index in range(min(len(data_batch['inputs']), self.num_images - self.drawn)):
             with autocast(enabled=getattr(runner.val_loop, 'fp16', False)):
                 maps = subclass_maps(model, self.losses, data_batch, index)
@@ -266,7 +279,3 @@ class SubclassVisualizationHook(Hook):
                 picture = draw_subclasses(seen, self.classes, self.palette, state)
                 runner.visualizer.add_image(f'{name}_subclass_{image}', picture, step=runner.iter)
             self.drawn += 1
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

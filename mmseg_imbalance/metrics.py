@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmseg_imbalance.registry import METRICS
+
 import numpy as np
 import torch
 from mmengine.logging import MMLogger, print_log
@@ -15,7 +17,6 @@ from rich.table import Table
 
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.registry import METRICS
 from mmseg_imbalance.scores import (
     AREAS,
     GROUPS,

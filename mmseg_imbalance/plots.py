@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.tables import Subclasses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +86,7 @@ def subclass_colours(palette: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def draw_subclasses(
-    maps: SubclassMaps, classes: Sequence[str], palette: np.ndarray, state: Subclasses | None
+    maps: SubclassMaps, classes: Sequence[str], palette: np.ndarray, state: SubclassTable | None
 ) -> np.ndarray:
     """The image, the truth, the subclass of every pixel and its weight, side by side: (h, w, 3) uint8 RGB.
 
@@ -148,7 +148,7 @@ def draw_subclasses(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _weight_scale(weights: np.ndarray, state: Subclasses | None) -> ScalarMappable:
+def _weight_scale(weights: np.ndarray, state: SubclassTable | None) -> ScalarMappable:
     """Colours of weights, with 1 in the middle and a limit as far above it as below.
 
     The limit is that of all subclasses, so that images can be compared; without subclasses, of most pixels.

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
+
 import numpy as np
 from mmcv.transforms.utils import cache_randomness
 from mmengine.dist import get_dist_info, is_main_process, sync_random_seed
@@ -19,7 +21,6 @@ from torch.utils.data import Sampler
 from mmseg_imbalance.annotations import dataset_rows
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
 from mmseg_imbalance.tables import table_text
 
 BLOCK = 256  # draws of a rank that are made at once; another number gives the same ones

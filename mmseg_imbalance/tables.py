@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.frequency import ClassFrequency
 
 # Matplotlib's tab20, RGB; written out, as text needs no matplotlib
@@ -20,15 +20,6 @@ COLOURS = (
     (140, 86, 75), (196, 156, 148), (227, 119, 194), (247, 182, 210), (127, 127, 127),
     (199, 199, 199), (188, 189, 34), (219, 219, 141), (23, 190, 207), (158, 218, 229),
 )  # fmt: skip
-
-
-class Subclasses(NamedTuple):
-    """State of the subclasses of a loss, (C, K) each; NaN where there is none."""
-
-    share: np.ndarray  # of the pixels of its class
-    mean_loss: np.ndarray
-    weight: np.ndarray  # of each of its pixels
-    exists: np.ndarray  # bool, whether the class is to have so many
 
 
 def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) -> Table:
@@ -62,7 +53,7 @@ def table_text(table: Table) -> str:
     return out.getvalue().rstrip()
 
 
-def subclass_table(classes: Sequence[str], state: Subclasses) -> Table:
+def subclass_table(classes: Sequence[str], state: SubclassTable) -> Table:
     """One row per subclass: share of its class, mean loss, weight; - where it has none yet."""
     table = Table()
     table.add_column('class')

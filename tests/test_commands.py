@@ -73,7 +73,7 @@ def test_class_weights_prints_every_scheme_and_writes_what_a_loss_reads(scenes, 
     assert (tmp_path / 'w.png').stat().st_size > 5000
     record = json.loads((tmp_path / 'w.json').read_text())
     assert record['scheme'] == 'median_freq'
-    assert WeightedDiceLoss(str(tmp_path / 'w.json')).class_weight.tolist() == pytest.approx(
+    assert WeightedDiceLoss(str(tmp_path / 'w.json')).class_weight.values.tolist() == pytest.approx(
         record['weights']
     )
     assert 'Counting' not in succeed(*command)  # from the cache
@@ -140,12 +140,12 @@ def test_subclasses_ends_with_one_clear_error(subclassified, scenes, tmp_path):
     config, checkpoint = subclassified
     other = tmp_path / 'other.pth'
     state = torch.load(checkpoint, weights_only=False)['state_dict']
-    torch.save(dict(state_dict={k: v for k, v in state.items() if 'weighting' not in k}), other)
+    torch.save(dict(state_dict={k: v for k, v in state.items() if 'clustering' not in k}), other)
     for arguments, message in [
-        ([checkpoint, BALANCED], 'no head of EncoderDecoder has a SubclassifiedLoss'),
+        ([checkpoint, BALANCED], 'no head of EncoderDecoder has a subclassified loss'),
         (
             [other, config],
-            'missing in it or have another shape, such as decode_head.loss_decode.1.weighting.',
+            'missing in it or have another shape, such as decode_head.loss_decode.1.clustering.',
         ),
         ([tmp_path / 'nothing.pth', config], 'nothing.pth'),
         ([checkpoint, config, '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),

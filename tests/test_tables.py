@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
+from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.tables import Subclasses, class_table, names_and_colours, subclass_table, table_text
+from mmseg_imbalance.tables import class_table, names_and_colours, subclass_table, table_text
 
 
 def counted():
@@ -18,7 +19,7 @@ def counted():
 def three_classes():
     """Three subclasses, of which the lightest in weight comes second; two; none yet."""
     nan = np.nan
-    return Subclasses(
+    return SubclassTable(
         share=np.array([[0.2, 0.7, 0.1], [0.75, 0.25, nan], [nan] * 3]),
         mean_loss=np.array([[0.5, 0.1, 2.0], [0.3, 0.4, nan], [nan] * 3]),
         weight=np.array([[1.5, 0.6, 2.8], [0.8, 1.6, nan], [nan] * 3]),

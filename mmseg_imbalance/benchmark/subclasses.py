@@ -11,14 +11,14 @@ from mmseg_imbalance.benchmark.case import IGNORED, Case, LossTrial, Row, by, ma
 from mmseg_imbalance.benchmark.formulas import similarity_by_definition, weighted_mean
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.ops import similarity_weight
-from mmseg_imbalance.subclass import SubclassifiedLoss
+from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 CHANNELS, SUBCLASSES = 512, 3  # of the features that are clustered
 
 
 def cluster_weight(loss, features, target):
     """What the state of a loss makes of each pixel, from the distances of all cells to all centroids."""
-    state = loss.weighting
+    state = loss.clustering
     cells = features.double().movedim(1, 3).flatten(1, 2)  # (B, h w, D)
     away = torch.cdist(cells, state.centroid.double().flatten(0, 1)).unflatten(2, state.pixels.shape)
     nearest = away.argmin(3).mT.unflatten(2, features.shape[2:])  # (B, C, h, w)
@@ -75,11 +75,11 @@ def subclass_case(shape, classes, scale, args):
         call = partial(loss, features=features)
         for _ in range(2):  # centroids, then weights
             call(logits, target)
-        loss.weighting.update_freq = 100
+        loss.clustering.update_freq = 100
         return SubclassTrial(call, partial(cluster_weight, loss, features, target), logits, target, weight)
 
     def similar():
-        loss = SubclassifiedLoss(weight.tolist(), mode='similarity')
+        loss = SimilaritySubclassifiedLoss(weight.tolist())
         by_definition = partial(similarity_by_definition, logits.detach().double(), target)
         return SubclassTrial(loss, by_definition, logits, target, weight)
 

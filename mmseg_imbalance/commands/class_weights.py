@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 
+from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.commands.options import add_cfg_options, command_parser, read_config
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.tables import class_table, table_text
-from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
+from mmseg_imbalance.weighting import SCHEMES, class_weights
 
 DESCRIPTION = """\
 Count the classes of a config's training data set and print, for each class,
@@ -61,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     for message in sorted({str(warning.message) for warning in caught}):
         print(f'warning: {message}')
     if args.out:
-        record = weight_record(frequency, weights[args.scheme])
-        with write_atomically(args.out) as file:
-            json.dump(record | dict(scheme=args.scheme), file, indent=2)
+        chosen = weights[args.scheme]
+        WeightRecord.count(frequency, chosen, args.scheme, max_images=args.max_images).save(args.out)
         print(f'{args.scheme} weights: {args.out}')
     if args.plot:
         from mmseg_imbalance.plots import plot_class_weights

@@ -5,6 +5,8 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 
+from mmseg_imbalance.registry import DATASETS, MODELS
+
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -15,7 +17,6 @@ from PIL import Image
 
 from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.plots import draw_subclasses, subclass_colours
-from mmseg_imbalance.registry import DATASETS, MODELS
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
 from mmseg_imbalance.tables import names_and_colours
 
@@ -105,7 +106,7 @@ def page(model, losses, dataset, state, config, checkpoint, images):
     for name, state in states.items():
         yield f'<h2>{escape(name)}</h2>'
         if state is None:
-            yield "<p>mode='similarity': weights by the logits of each image; there are no subclasses.</p>"
+            yield '<p>SimilaritySubclassifiedLoss: weights by the logits of each image; it has no subclasses.</p>'
             continue
         yield '<p>Each row is a subclass: its share of the pixels of the class, the mean of -log p, '
         yield 'and the weight of each pixel. The heaviest is the darkest, here and in the images.</p>'
