@@ -2,6 +2,7 @@
 # make test           the tests, on the maintained fork of MMSegmentation
 # make test-openmmlab the tests, on upstream MMSegmentation; builds mmcv, about 10 minutes the first time
 # make test-gpu       the tests of kernels, heads and subclasses on a CUDA device, without Triton's interpreter
+# make docs           the documentation, docs/_build/html/index.html; warnings are errors
 # make lint           ruff and mypy
 #
 # Each makes the environment that it needs by itself, once. PYTHON and TORCH choose another interpreter
@@ -10,7 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-openmmlab test-gpu lint clean
+.PHONY: demo test test-openmmlab test-gpu docs lint clean
 
 demo: .venv/installed
 	.venv/bin/python tools/demo.py
@@ -25,6 +26,9 @@ test-gpu: .venv/installed
 	.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")'
 	.venv/bin/python -m pytest tests/test_soft_stats.py tests/test_heads.py tests/test_subclass.py
 
+docs: .venv/installed
+	.venv/bin/python -m sphinx -q -W --keep-going docs docs/_build/html
+
 lint: .venv/installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -34,7 +38,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) $(TORCH)
-	.venv/bin/python $(PIP) -e '.[onedl,test,dev]'
+	.venv/bin/python $(PIP) -e '.[onedl,test,dev,docs]'
 	touch $@
 
 # mmcv 2.1 has no wheel for recent versions of torch and needs what pip's build isolation hides from it
@@ -46,4 +50,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openmmlab demo
+	rm -rf .venv .venv-openmmlab demo docs/_build docs/api/generated
