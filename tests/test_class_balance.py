@@ -27,7 +27,7 @@ from mmseg_imbalance.losses import (
     WeightedJaccardLoss,
     WeightedTverskyLoss,
 )
-from mmseg_imbalance.subclass import SubclassifiedLoss
+from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss
 from mmseg_imbalance.visualization import ClassBalance, plot_class_balance
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
@@ -144,13 +144,13 @@ LOSSES = {
         lambda s: combined(s, 0.7),
     ),
     'similarity': (
-        SubclassifiedLoss,
-        dict(mode='similarity', threshold=2.0),
+        SimilaritySubclassifiedLoss,
+        dict(threshold=2.0),
         lambda s: pixel_parts(s, WEIGHT, 0.0),
     ),
     'paper': (
-        SubclassifiedLoss,
-        dict(mode='similarity', threshold=2.0, paper_exact=True),
+        SimilaritySubclassifiedLoss,
+        dict(threshold=2.0, paper_exact=True),
         lambda s: np.array(WEIGHT) * s['nll'].sum(0) / (2 * 13 * 17),
     ),
 }
@@ -214,7 +214,7 @@ def test_pixels_and_recall_are_those_of_all_batches_since_the_last_report(make_b
 @pytest.mark.parametrize('option', ['logit_adjustment', 'logit_variation'])
 def test_a_loss_that_changes_the_logits_has_no_recall(make_batch, option):
     loss = WeightedCrossEntropyLoss(**{option: 1.0})
-    loss.set_class_pixels([1000, 10, 10, 5, 1])
+    loss.class_weight.set_pixels([1000, 10, 10, 5, 1])
     watched = Watched(Model(decode_head=loss))
     watched.iteration(lambda: loss(*make_batch()))
     assert not any('recall' in key for key in watched.records[0][1])

@@ -107,7 +107,7 @@ def test_a_loss_that_needs_the_class_frequency_gets_it(small_config, option):
     expected = log_prior(count_classes(runner.train_dataloader.dataset).pixels)
     np.testing.assert_allclose(loss.log_prior, expected, rtol=1e-6)
     assert loss.class_weight is None
-    assert not loss.needs_class_pixels
+    assert not loss.class_weight.needs_pixels
 
 
 def test_learnt_log_variances_are_optimized_logged_and_saved(small_config):

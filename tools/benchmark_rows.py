@@ -100,7 +100,7 @@ class StepTrial:
         self.data, self.watchers = data, []
         for module in list(self.model.modules()):
             if isinstance(module, WeightedLoss):
-                module.set_class_weight(weight)
+                module.class_weight.set_weights(weight)
                 if watched:
                     module.watcher = ClassWatcher()
                     module.watcher.with_gradient = True
