@@ -1,5 +1,7 @@
 """How Sphinx makes these pages: `make docs`."""
 
+import re
+
 from mmseg_imbalance.version import __version__
 
 project = 'mmseg_imbalance'
@@ -32,13 +34,20 @@ default_role = 'code'
 
 # every reference to this package has to lead somewhere; those to other packages are not looked up
 nitpicky = True
-nitpick_ignore_regex = [('py:.*', r'(?!mmseg_imbalance\.).*')]
+nitpick_ignore_regex = [('py:.*', r'(?!mmseg_imbalance\.).*'), ('py:class', r'.*\.Number')]
 
 
 def escape_formulas(app, what, name, obj, options, lines):
-    """|x| is a norm in our docstrings and a substitution in reStructuredText."""
-    lines[:] = [line.replace('|', r'\|') if '``' not in line else line for line in lines]
+    """In our docstrings |x| is a norm and 'loss_' a name; in reStructuredText they would be references."""
+    for i, line in enumerate(lines):
+        texts = re.split('(``.*?``|`.*?`)', line)  # text and literals in turn
+        texts[::2] = [re.sub(r'\||(?<=\w)_(?!\w)', r'\\\g<0>', text) for text in texts[::2]]
+        lines[i] = ''.join(texts)
 
 
 def setup(app):
     app.connect('autodoc-process-docstring', escape_formulas)
+    # It looks members up on the class, which mmcv's cache_randomness cannot bear. We use none of its options.
+    for listener in list(app.events.listeners['autodoc-skip-member']):
+        if listener.handler.__module__ == 'sphinx.ext.napoleon':
+            app.disconnect(listener.id)
