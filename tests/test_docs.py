@@ -108,6 +108,13 @@ def test_losses_hooks_and_heads_in_code_blocks_exist(path):
                 assert kind in registered, kind
 
 
+def test_the_api_reference_names_every_module():
+    """But those that hold no code for users: of names, of commands, and the scripts behind them."""
+    modules = {path.stem for path in REPOSITORY.glob('mmseg_imbalance/[!_]*.py')}
+    listed = set(re.findall(r'^   mmseg_imbalance\.(\w+)', (DOCS / 'api' / 'index.md').read_text(), re.M))
+    assert modules - listed == {'registry', 'shipped', 'version'}
+
+
 def test_readme_has_at_most_150_lines():
     assert len((REPOSITORY / 'README.md').read_text(encoding='utf-8').splitlines()) <= 150
 
