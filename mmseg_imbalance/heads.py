@@ -15,6 +15,8 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import cache
 
+from mmseg_imbalance.registry import MODELS
+
 import torch
 from mmseg.models.decode_heads import ASPPHead, DepthwiseSeparableASPPHead, SegformerHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -26,7 +28,6 @@ from torch import Tensor, nn
 
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import soft_stats, valid_pixels
-from mmseg_imbalance.registry import MODELS
 
 
 class LowResolutionLogitHead(BaseDecodeHead):

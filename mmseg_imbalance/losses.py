@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from mmseg_imbalance.registry import MODELS
+
 import torch
 from torch import Tensor, nn
 
 from mmseg_imbalance.class_weight import ClassWeight, ClassWeightSpec
 from mmseg_imbalance.ops import SoftStats, soft_stats
-from mmseg_imbalance.registry import MODELS
 from mmseg_imbalance.terms import (
     CrossEntropy,
     Overlap,

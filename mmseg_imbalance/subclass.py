@@ -11,6 +11,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from mmseg_imbalance.registry import MODELS
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,6 @@ from mmseg_imbalance.class_weight import ClassWeightSpec
 from mmseg_imbalance.clustering import SubclassClustering
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats, similarity_weight, valid_pixels
-from mmseg_imbalance.registry import MODELS
 from mmseg_imbalance.terms import CrossEntropy, take
 
 CLUSTERING_OPTIONS = tuple(inspect.signature(SubclassClustering).parameters)
