@@ -112,7 +112,7 @@ def test_the_api_reference_names_every_module():
     """But those that hold no code for users: of names, of commands, and the scripts behind them."""
     modules = {path.stem for path in REPOSITORY.glob('mmseg_imbalance/[!_]*.py')}
     listed = set(re.findall(r'^   mmseg_imbalance\.(\w+)', (DOCS / 'api' / 'index.md').read_text(), re.M))
-    assert modules - listed == {'registry', 'shipped', 'version'}
+    assert modules - listed <= {'registry', 'shipped', 'version'}
 
 
 def test_readme_has_at_most_150_lines():
