@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mmseg_imbalance.registry import DATA_SAMPLERS, HOOKS, METRICS, MODELS, TRANSFORMS
+
 import pytest
 from conftest import REPOSITORY
 from mmengine.config import Config
-
-from mmseg_imbalance.registry import DATA_SAMPLERS, HOOKS, METRICS, MODELS, TRANSFORMS
 
 DOCS = REPOSITORY / 'docs'
 PAGES = sorted(DOCS.glob('*.md'))
