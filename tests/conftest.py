@@ -19,7 +19,6 @@ else:
     # ops needs torch alone: a device without MMSegmentation can run its tests
     sys.modules['mmseg_imbalance'] = ModuleType('mmseg_imbalance')
     sys.modules['mmseg_imbalance'].__path__ = [str(REPOSITORY / 'mmseg_imbalance')]
-sys.path.insert(0, str(REPOSITORY / 'tools'))
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -33,7 +32,7 @@ def user_cache(tmp_path_factory):
 @pytest.fixture(scope='session')
 def scenes(tmp_path_factory):
     """A small generated data set in the Cityscapes layout: 6 train and 2 val images of 128x64."""
-    from make_longtail_cityscapes import generate
+    from mmseg_imbalance.scenes.dataset import generate
 
     root = tmp_path_factory.mktemp('data') / 'scenes'
     generate(root, train=6, val=2, size=(128, 64), workers=1)

@@ -5,11 +5,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import benchmark_rows
 import pytest
 import torch
-from benchmark_losses import main, parse
+from conftest import REPOSITORY
 
+from mmseg_imbalance.benchmark import losses, steps, subclasses
+from mmseg_imbalance.commands.benchmark import STEPS, main, parse
 from mmseg_imbalance.ops import eager, strips
 from mmseg_imbalance.ops.soft_stats import BACKENDS
 
@@ -23,9 +24,8 @@ def run(tmp_path):
 
     def start(*options):
         path = tmp_path / 'rows.json'
-        with pytest.raises(SystemExit) as end:
-            main([*map(str, options), '--json', str(path)])
-        return end.value.code, json.loads(path.read_text())['rows']
+        status = main([*map(str, options), '--json', str(path)])
+        return status, json.loads(path.read_text())['rows']
 
     return start
 
@@ -49,7 +49,7 @@ def by_name(records):
 def test_one_table_has_every_row_and_says_why_one_is_missing(run, nothing_installed, capsys):
     status, records = run(*TINY, '--batch', 1, 2, '--scale', 4, 1)
     assert status == 0
-    names = [name for name, *_ in benchmark_rows.COMPETITORS]
+    names = [name for name, *_ in losses.COMPETITORS]
     assert [record['loss'].removeprefix('resize + ') for record in records] == 4 * [
         'F.cross_entropy',
         'CE + Dice in torch',
@@ -98,13 +98,13 @@ def test_the_subclassified_loss_beside_cross_entropy_and_the_matrix_product(run)
     ('name', 'row'), [('cluster_weight', 'clusters, ema'), ('similarity_by_definition', 'similarity')]
 )
 def test_subclass_weights_that_are_off_get_no_speed(run, monkeypatch, name, row):
-    formula = getattr(benchmark_rows, name)
+    formula = getattr(subclasses, name)
 
     def off(*args):
         weight = formula(*args)
         return weight + torch.linspace(0, 1, weight.numel()).view_as(weight)
 
-    monkeypatch.setattr(benchmark_rows, name, off)
+    monkeypatch.setattr(subclasses, name, off)
     status, records = run(*TINY, '--scale', 4, '--no-competitors', '--subclass')
     assert status == 1
     assert by_name(records)[row]['ms'] is None
@@ -129,8 +129,8 @@ def test_numbers_that_are_off_get_no_speed(run, monkeypatch, capsys, factor):
 
 
 def test_a_competitor_that_is_off_gets_no_speed_but_fails_nothing(run, monkeypatch):
-    off = ('theirs', lambda weight: lambda logits, target: logits.sum(), benchmark_rows.ce_and_dice, '')
-    monkeypatch.setattr(benchmark_rows, 'COMPETITORS', [off])
+    off = ('theirs', lambda weight: lambda logits, target: logits.sum(), losses.ce_and_dice, '')
+    monkeypatch.setattr(losses, 'COMPETITORS', [off])
     status, records = run(*TINY, '--scale', 1)
     assert status == 0
     assert by_name(records)['theirs']['ms'] is None
@@ -178,18 +178,18 @@ def small_steps(monkeypatch, tmp_path):
     def shrink(name):
         path = tmp_path / Path(name).name
         path.write_text(f"""
-_base_ = {str(benchmark_rows.CONFIGS / name)!r}
+_base_ = {str(REPOSITORY / 'configs' / name)!r}
 model = dict(pretrained='open-mmlab://resnet50_v1c')
 train_dataloader = dict(batch_size=2)
 """)
         return path
 
     models = dict(segformer='segformer_mit-b0-small', deeplabv3='deeplabv3_r18-d8-small')
-    steps = {
+    small = {
         name: [shrink(f'{name}/{model}{kind}_1xb8-2k_camvid-240x180.py') for kind in ('', '-combined')]
         for name, model in models.items()
     }
-    monkeypatch.setattr(benchmark_rows, 'STEPS', steps)
+    monkeypatch.setattr(steps, 'STEPS', small)
 
 
 @pytest.mark.parametrize(('dtype', 'step'), [('float32', 'deeplabv3'), ('bfloat16', 'segformer')])
@@ -210,6 +210,7 @@ def test_training_steps_of_the_frameworks_heads_and_of_ours(run, small_steps, dt
 
 def test_by_default_every_backend_takes_part():
     assert parse([]).backend == list(BACKENDS)
+    assert tuple(steps.STEPS) == STEPS
 
 
 def test_wrong_options_end_with_one_line(capsys):

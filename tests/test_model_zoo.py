@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import yaml
-from compare_runs import main
-from comparison import compare
 from conftest import REPOSITORY
-from model_zoo import dataset_of, write_entries, write_page
-from test_compare_runs import write_run
+from test_comparison import write_run
+
+from mmseg_imbalance.commands.compare import main
+from mmseg_imbalance.reports.comparison import compare
+from mmseg_imbalance.reports.model_zoo import dataset_of, write_entries, write_page
 
 FAMILIES = sorted(path.parent for path in (REPOSITORY / 'configs').glob('[!_]*/metafile.yaml'))
 ENTRIES = [entry for f in FAMILIES for entry in yaml.safe_load((f / 'metafile.yaml').read_text())['Models']]
@@ -22,7 +23,7 @@ def test_every_family_has_a_metafile():
 @pytest.mark.parametrize('family', FAMILIES, ids=lambda path: path.name)
 def test_the_page_is_what_the_metafile_gives(family, tmp_path):
     copy = shutil.copytree(family, tmp_path / family.name)
-    assert write_page(copy).read_text() == (family / 'README.md').read_text(), 'run python tools/model_zoo.py'
+    assert write_page(copy).read_text() == (family / 'README.md').read_text(), 'run mmseg-imbalance model-zoo'
 
 
 @pytest.mark.parametrize('entry', ENTRIES, ids=lambda entry: entry['Name'])
@@ -63,7 +64,7 @@ def test_results_become_entries_and_a_page(configs):
     for entry, group in zip(metafile['Models'], comparison.groups, strict=True):
         assert entry['Results']['Dataset'] == 'CamVid'
         assert entry['Results']['Metrics']['IoU.pole'] == round(group.estimates['pole'].mean, 2)
-        assert entry['Metadata'] | dict(Seeds=[0], Iterations=20) == entry['Metadata']
+        assert entry['Metadata'] | dict(Seeds=['0'], Iterations=20) == entry['Metadata']
         assert entry['Metadata']['Memory (GB)'] == 2.0
     page = (folder / 'net' / 'README.md').read_text()
     numbers = {f'{value:.2f}' for e in metafile['Models'] for value in e['Results']['Metrics'].values()}

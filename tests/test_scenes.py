@@ -1,6 +1,5 @@
 import json
-import sys
-from pathlib import Path
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from PIL import Image
 from scipy.ndimage import label as components
 from scipy.stats import spearmanr
 
-# Worker processes import the tool by its name.
-sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
-import make_longtail_cityscapes as tool
+from mmseg_imbalance.commands.make_scenes import main
+from mmseg_imbalance.scenes.classes import RATES, planned_classes
+from mmseg_imbalance.scenes.dataset import CITIES, RECIPE, generate
+from mmseg_imbalance.scenes.street import make_image
 
 CLASSES = CityscapesDataset.METAINFO['classes']
 # Published counts of Cityscapes train: pixels per class, images that hold the class, ignored pixels.
@@ -39,7 +39,7 @@ REAL_CITIES = (
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp('demo')
-    tool.generate(out, **DEMO, seed=0)
+    generate(out, **DEMO, seed=0)
     return out
 
 
@@ -68,8 +68,8 @@ def test_layout_names_and_formats_are_those_of_cityscapes(demo):
 
 
 def test_no_city_is_a_real_one():
-    assert not any(city in REAL_CITIES for split in tool.CITIES.values() for city in split)
-    assert set(tool.CITIES['train']).isdisjoint(tool.CITIES['val'])
+    assert not any(city in REAL_CITIES for split in CITIES.values() for city in split)
+    assert set(CITIES['train']).isdisjoint(CITIES['val'])
 
 
 def test_the_frameworks_dataset_and_loading_read_it(demo):
@@ -95,8 +95,8 @@ def test_every_class_occurs_in_several_images(demo, split, least):
 @pytest.mark.parametrize('train', [20, 60, 200, 1000])
 def test_planned_classes_keep_their_rate_in_every_split_size(train):
     for seed in range(5):
-        planned = [tool.planned_classes(seed, 'train', index) for index in range(train)]
-        for name, (rate, _) in tool.RATES.items():
+        planned = [planned_classes(seed, 'train', index) for index in range(train)]
+        for name, (rate, _) in RATES.items():
             count = sum(name in classes for classes in planned)
             assert count >= 1
             assert abs(count - rate * train) <= 2 + 0.02 * train
@@ -124,10 +124,22 @@ def test_objects_are_near_and_far(demo, name):
     assert max(sizes) > 100 * max(min(sizes), 4)
 
 
+@pytest.mark.parametrize(
+    ('index', 'size', 'picture', 'labels'),
+    [
+        (0, (128, 64), 'd10df5016029121c', 'f2b8ed087f3d5c14'),
+        (1, (128, 64), '0fdcc5c1dbe00f8d', '68781f0daf861931'),
+    ],
+)
+def test_a_seed_gives_the_pixels_that_it_has_always_given(index, size, picture, labels):
+    pair = make_image(7, 'train', index, size)
+    assert [sha256(array.tobytes()).hexdigest()[:16] for array in pair] == [picture, labels]
+
+
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
-    tool.generate(tmp_path / 'a', **SMALL, seed=3, workers=1)
-    tool.generate(tmp_path / 'b', **SMALL, seed=3, workers=2)
-    tool.generate(tmp_path / 'c', **SMALL, seed=4, workers=1)
+    generate(tmp_path / 'a', **SMALL, seed=3, workers=1)
+    generate(tmp_path / 'b', **SMALL, seed=3, workers=2)
+    generate(tmp_path / 'c', **SMALL, seed=4, workers=1)
     a, b, c = (content(tmp_path / name) for name in 'abc')
     assert a == b
     assert a.keys() == c.keys()
@@ -136,36 +148,36 @@ def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
 
 def test_second_call_writes_nothing_and_an_interrupted_one_is_completed(tmp_path, capsys):
     arguments = [str(tmp_path), '--train', '3', '--val', '2', '--size', '96x48']
-    assert tool.main(arguments) == 0
+    assert main(arguments) == 0
     before = content(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
     capsys.readouterr()
-    assert tool.main(arguments) == 0
+    assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == times
     assert '3 train and 2 val' in capsys.readouterr().out
     for path in list(before)[:3]:
         (tmp_path / path).unlink()
-    tool.generate(tmp_path, **SMALL)
+    generate(tmp_path, **SMALL)
     assert content(tmp_path) == before
 
 
 def test_another_recipe_or_a_foreign_folder_is_refused(tmp_path, capsys):
     out, foreign = tmp_path / 'out', tmp_path / 'foreign'
-    tool.generate(out, **SMALL, workers=1)
+    generate(out, **SMALL, workers=1)
     before = content(out)
     with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 1"):
-        tool.generate(out, **SMALL, seed=1)
+        generate(out, **SMALL, seed=1)
     foreign.mkdir()
     (foreign / 'notes.txt').write_text('mine')
     with pytest.raises(ValueError, match='not empty'):
-        tool.generate(foreign, **SMALL)
+        generate(foreign, **SMALL)
     with pytest.raises(ValueError, match='is a file'):
-        tool.generate(foreign / 'notes.txt', **SMALL)
-    (out / tool.RECIPE).write_text('{')
+        generate(foreign / 'notes.txt', **SMALL)
+    (out / RECIPE).write_text('{')
     with pytest.raises(ValueError, match='cannot be read'):
-        tool.generate(out, **SMALL)
+        generate(out, **SMALL)
     with pytest.raises(SystemExit) as stopped:
-        tool.main([str(foreign)])
+        main([str(foreign)])
     assert stopped.value.code == 2
     assert 'not empty' in capsys.readouterr().err
     assert content(out) == before
@@ -183,14 +195,14 @@ def test_another_recipe_or_a_foreign_folder_is_refused(tmp_path, capsys):
 )
 def test_bad_arguments_end_with_one_clear_error(tmp_path, capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
-        tool.main([str(tmp_path / 'out'), *arguments])
+        main([str(tmp_path / 'out'), *arguments])
     assert stopped.value.code == 2
     assert arguments[1].split('x')[-1] in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / 'out').exists()
 
 
 def test_full_cityscapes_size(tmp_path):
-    tool.generate(tmp_path, train=1, val=1, size=(2048, 1024), workers=1)
+    generate(tmp_path, train=1, val=1, size=(2048, 1024), workers=1)
     image, annotation = sorted(tmp_path.rglob('*.png'), key=lambda path: 'gtFine' in str(path))[::2]
     assert Image.open(image).size == Image.open(annotation).size == (2048, 1024)
-    assert json.loads((tmp_path / tool.RECIPE).read_text())['size'] == [2048, 1024]
+    assert json.loads((tmp_path / RECIPE).read_text())['size'] == [2048, 1024]

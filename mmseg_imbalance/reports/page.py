@@ -8,9 +8,11 @@ from html import escape
 from io import BytesIO
 
 import numpy as np
-from comparison import Comparison, Group, Sheet
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
+
+from mmseg_imbalance.reports.comparison import Comparison, Group
+from mmseg_imbalance.reports.sheets import Sheet, explanation, sheets
 
 COLOURS = ['#59636f', '#d1783c', '#4878a8', '#5b9a4a', '#a5569a', '#b8982f', '#3a9a94', '#c44f5b']
 NAMED = 44  # classes that a plot has room to name
@@ -37,11 +39,11 @@ th:first-child, td:first-child, .text th, .text td { text-align: left; }
 """
 
 
-def page(comparison: Comparison, sheets: list[Sheet], explanation: list[str]) -> tuple[str, bytes]:
+def page(comparison: Comparison) -> tuple[str, bytes]:
     """The whole page, which needs no other file, and its first plot as PNG."""
     lines = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">']
     lines += [f'<title>Comparison of runs</title><style>{STYLE}</style></head><body>']
-    lines += ['<h1>Comparison of runs</h1>', *(f'<p>{escape(line)}</p>' for line in explanation)]
+    lines += ['<h1>Comparison of runs</h1>', *(f'<p>{escape(line)}</p>' for line in explanation(comparison))]
     pictures = []
     for title, caption, draw in _plots(comparison):
         file = BytesIO()
@@ -50,7 +52,7 @@ def page(comparison: Comparison, sheets: list[Sheet], explanation: list[str]) ->
         source = b64encode(pictures[-1]).decode()
         lines += [f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{source}">']
         lines += [f'<figcaption>{caption}</figcaption></figure>']
-    for sheet in sheets:
+    for sheet in sheets(comparison):
         kind = ' class="text"' if sheet.title in ('Runs', 'Left out') else ''
         lines += [f'<h2>{escape(sheet.title)}</h2><div class="scroll"><table{kind}><tr>']
         lines += [*(f'<th>{escape(name)}</th>' for name in sheet.header), '</tr>']

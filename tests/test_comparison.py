@@ -1,4 +1,4 @@
-"""tools/compare_runs.py on work dirs as the framework leaves them."""
+"""Comparing runs, from work dirs as MMEngine leaves them to the files of the command."""
 
 import csv
 import json
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare_page import spread
-from compare_runs import main, markdown
-from comparison import NOISE, compare, short_names
 from scipy import stats
 
+from mmseg_imbalance.commands.compare import main
+from mmseg_imbalance.reports.comparison import NOISE, compare, short_names
+from mmseg_imbalance.reports.page import spread
+from mmseg_imbalance.reports.sheets import markdown
 from mmseg_imbalance.scores import bootstrap_counts
 
 CLASSES = ('road', 'sky', 'car', 'tree', 'pole', 'rider')

@@ -155,7 +155,10 @@ def _read(work_dir: Path) -> Run:
     if length is not None:
         reached = _reached(trainings, logs, length, unit)
         if reached < length:
-            raise Unusable(f'half-finished, {reached} of {length} {unit}s; train.py --resume goes on with it')
+            raise Unusable(
+                f'half-finished, {reached} of {length} {unit}s; '
+                'mmseg-imbalance train CONFIG --resume goes on with it'
+            )
     session, metrics, checkpoint, split = _results(tests, trainings, logs, unit)
     at = re.fullmatch(rf'{unit or "iter"}_(\d+)', Path(checkpoint).stem)
     complete = length is None or at is None or int(at[1]) == length
@@ -164,7 +167,7 @@ def _read(work_dir: Path) -> Run:
     if not any(key.startswith('IoU.') for key in metrics):
         raise Unusable(
             'its results lack the IoU of each class; test it with ImbalanceIoUMetric: '
-            'test.py ... --cfg-options test_evaluator.type=ImbalanceIoUMetric'
+            'mmseg-imbalance test CONFIG CHECKPOINT --cfg-options test_evaluator.type=ImbalanceIoUMetric'
         )
     scores = None
     if (session / 'image_scores.npz').exists():
@@ -234,7 +237,9 @@ def _results(
             if 'loss' not in record and _prefix(record) is not None:
                 checkpoint = session.parent / f'{unit or "iter"}_{record.get("step")}.pth'
                 return session, _numbers(record), str(checkpoint), 'val'
-    raise Unusable('it was neither validated nor tested; test.py CONFIG CHECKPOINT --work-dir DIR does it')
+    raise Unusable(
+        'it was neither validated nor tested; mmseg-imbalance test CONFIG CHECKPOINT --work-dir DIR does it'
+    )
 
 
 def _prefix(record: dict) -> str | None:

@@ -1,0 +1,1 @@
+"""What ``mmseg-imbalance benchmark`` measures, each beside the formula that it is held to."""

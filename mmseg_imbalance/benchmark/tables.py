@@ -1,0 +1,90 @@
+"""What was measured, as a table for the terminal, in Markdown, and as bars."""
+
+import statistics
+from itertools import groupby
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.tables import table_text
+
+FORMATS = dict(ms='.3g', time_ratio='.2f', MB='.3g', memory_ratio='.2f', bandwidth='.0%', off_by='.0e')
+
+
+def record(case, row, bandwidth):
+    """The line of a row in the table."""
+    base = case.rows[0]
+    line = dict(batch=case.batch, logits=case.logits, loss=row.name, ours=row.ours)
+    line |= dict.fromkeys(FORMATS) | dict(off_by=row.off_by, skipped=row.skipped, note=row.note)
+    if row.peak:
+        line |= dict(MB=row.peak / 1e6, memory_ratio=base.peak and row.peak / base.peak)
+    if row.seconds and row.right:
+        median = statistics.median(row.seconds)
+        ratios = [mine / its for mine, its in zip(row.seconds, base.seconds, strict=False)]
+        line |= dict(ms=1e3 * median, time_ratio=statistics.median(ratios) if ratios else None)
+        line['bandwidth'] = bandwidth and case.least_bytes and case.least_bytes / median / bandwidth
+    return line
+
+
+def cells(record):
+    """What is shown of a record, as text by column."""
+    note = f'skipped: {record["skipped"]}' if record['skipped'] else record['note']
+    if record['ms'] is None and not record['skipped']:
+        note = f'off, so no speed. {note}'
+    text = {
+        name: '-' if record[name] is None else format(record[name], form) for name, form in FORMATS.items()
+    }
+    return dict(batch=record['batch'], logits=record['logits'], loss=record['loss'], **text, note=note)
+
+
+def show(lines, title):
+    """The table of a terminal."""
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in lines[0]:
+        table.add_column(name.replace('_', '\n'), justify='right' if name in FORMATS else 'left')
+    for _, group in groupby(lines, lambda line: (line['batch'], line['logits'])):
+        for line in group:
+            table.add_row(*map(escape, line.values()))
+        table.add_section()
+    return table_text(table)
+
+
+def markdown(lines, title):
+    """The same for GitHub."""
+    names = lines[0]
+    rows = [[name.replace('_', ' ') for name in names]]
+    rows += [['--:' if name in FORMATS else '---' for name in names], *(line.values() for line in lines)]
+    return '\n'.join([title, '', *(f'| {" | ".join(row)} |' for row in rows), ''])
+
+
+def plot(records, title, path):
+    """Bars of the time and memory ratio, one pair of panels for each batch and size of the logits."""
+    records = [record for record in records if not record['skipped']]
+    groups = [list(group) for _, group in groupby(records, lambda r: f'{r["batch"]}, logits {r["logits"]}')]
+    rows = [len(group) for group in groups]
+    figure = Figure(figsize=(11, 1 + sum(0.5 + 0.27 * n for n in rows)), layout='constrained')
+    panels = figure.subplots(len(groups), 2, squeeze=False, sharey='row', height_ratios=rows)
+    for group, pair in zip(groups, panels, strict=True):
+        for axes, key in zip(pair, ('time_ratio', 'memory_ratio'), strict=True):
+            bars(axes, group, key)
+        pair[0].set_title(f'{group[0]["batch"]}, logits {group[0]["logits"]}', loc='left', fontsize=10)
+        pair[0].invert_yaxis()
+    for axes, label in zip(panels[-1], ('time', 'extra memory'), strict=True):
+        axes.set_xlabel(f'{label} / that of the first row')
+    figure.suptitle(title, fontsize=10)
+    with write_atomically(path, 'wb') as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or 'png')
+
+
+def bars(axes, group, key):
+    values = [record[key] or 0 for record in group]
+    colors = ['#d1783c' if record['ours'] else '#4878a8' for record in group]
+    drawn = axes.barh([record['loss'] for record in group], values, color=colors)
+    axes.bar_label(drawn, [f'{value:.2f}' if value else 'none' for value in values], padding=3, fontsize=8)
+    axes.axvline(1, color='0.4', linewidth=0.8, linestyle=':')
+    axes.set_xlim(0, 1.15 * max(1, *values))
+    axes.spines[['top', 'right']].set_visible(False)

@@ -1,0 +1,149 @@
+"""``mmseg-imbalance benchmark``: time, memory and error of the losses beside plain cross-entropy."""
+
+import argparse
+import json
+from functools import partial
+from itertools import product
+
+import torch
+
+from mmseg_imbalance.benchmark.case import IGNORED
+from mmseg_imbalance.commands.options import command_parser, need_mmsegmentation
+from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.ops.soft_stats import BACKENDS
+
+DESCRIPTION = """\
+Time, memory and error of the losses, forward and backward, beside plain
+cross-entropy in the same run.
+
+A round runs every row of a case once, in turn, so that a busy machine slows
+all of them alike; the time ratio is the median over the rounds. Value and
+gradient of each row are first compared with its formula in plain PyTorch in
+double: a row that is off gets no speed, and if it is one of this package's the
+exit status is 1. Memory is the peak of what is allocated beyond the inputs,
+the gradient of the logits included; of a training step, beyond the model and
+the optimizer's state. On CUDA, bandwidth is the least that full-size logits
+make forward and backward move, as a share of what a large copy reaches.
+
+What is not installed is skipped; pip install 'mmseg-imbalance[benchmark]'
+brings the other libraries."""
+EXAMPLE = """\
+--rounds 9 --markdown table.md --plot table.png
+--scale --step segformer deeplabv3"""
+STEPS = ('segformer', 'deeplabv3')
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition('x')
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f'{text!r} is not HEIGHTxWIDTH, for instance 512x1024')
+    return int(height), int(width)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    options = command_parser('benchmark', DESCRIPTION, EXAMPLE)
+    add = options.add_argument
+    add(
+        '--device',
+        choices=['cpu', 'cuda'],
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='default: cuda where there is one',
+    )
+    add(
+        '--size',
+        type=_size,
+        nargs='+',
+        default=[(512, 1024)],
+        metavar='HxW',
+        help='of the labels in pixels; default 512x1024',
+    )
+    add('--classes', type=int, nargs='+', default=[19], metavar='N', help='default 19')
+    add('--batch', type=int, nargs='+', default=[2], metavar='N', help='images; default 2')
+    add(
+        '--scale',
+        type=float,
+        nargs='*',
+        default=[8, 4, 1],
+        metavar='X',
+        help='label size / logit size; default 8 4 1; nothing after it: only --step',
+    )
+    add(
+        '--dtype',
+        choices=['float32', 'float16', 'bfloat16'],
+        default='float32',
+        help='of the logits; default %(default)s',
+    )
+    add(
+        '--ignored',
+        type=float,
+        default=0.1,
+        metavar='X',
+        help='share of the pixels, 0 to 1; default %(default)s',
+    )
+    add('--rounds', type=int, default=7, metavar='N', help='after one to warm up; default %(default)s')
+    add('--backend', nargs='+', choices=BACKENDS, default=list(BACKENDS), help='default: all of them')
+    add(
+        '--competitors',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='losses of other libraries; default: yes',
+    )
+    add('--subclass', action='store_true', help='the subclassified losses too')
+    add('--step', nargs='+', choices=STEPS, default=[], help='whole training steps of these models too')
+    add('--step-size', type=_size, metavar='HxW', help='of their images; default: the crops of their configs')
+    for form, what in (
+        ('json', 'all numbers'),
+        ('markdown', 'the table'),
+        ('plot', 'bars, .png, .svg or .pdf'),
+    ):
+        add(f'--{form}', metavar='FILE', help=f'file to write: {what}')
+    args = options.parse_args(argv)
+    if max(args.classes) > IGNORED:
+        options.error(f'--classes: at most {IGNORED}, the label of ignored pixels')
+    if args.step and args.device == 'cpu' and args.dtype == 'float16':
+        options.error('--step on CPU: float32 or bfloat16')
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    need_mmsegmentation()
+    from mmseg_imbalance.benchmark.losses import loss_case
+    from mmseg_imbalance.benchmark.measuring import copy_bandwidth, examine, keep_freed_blocks, machine, race
+    from mmseg_imbalance.benchmark.steps import step_case
+    from mmseg_imbalance.benchmark.subclasses import similarity_case, subclass_case
+    from mmseg_imbalance.benchmark.tables import cells, markdown, plot, record, show
+
+    bandwidth = copy_bandwidth() if args.device == 'cuda' else None
+    shapes = [
+        ((batch, *size), classes, scale)
+        for size, classes, batch, scale in product(args.size, args.classes, args.batch, args.scale)
+    ]
+    cases = [partial(loss_case, *shape) for shape in shapes]
+    if args.subclass:
+        # no head has features of label size
+        cases += [partial(subclass_case, *shape) for shape in shapes if shape[2] > 1]
+        cases += [partial(similarity_case, *shape) for shape in shapes]
+    cases += [partial(step_case, name) for name in args.step]
+    # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
+    keep_freed_blocks(False)
+    examined = [examine(case(args), args) for case in cases]
+    keep_freed_blocks(True)
+    for make, case in zip(cases, examined, strict=True):
+        race(make(args), case, args)
+    records = [record(case, row, bandwidth) for case in examined for row in case.rows]
+    title = f'{machine(args.device, bandwidth)}, {args.dtype}'
+    lines = [cells(line) for line in records]
+    if bandwidth is None:
+        for line in lines:
+            del line['bandwidth']
+    print(show(lines, title))
+    if args.json:
+        with write_atomically(args.json) as file:
+            json.dump(dict(title=title, options=vars(args), rows=records), file, indent=2)
+    if args.markdown:
+        with write_atomically(args.markdown) as file:
+            file.write(markdown(lines, title))
+    if args.plot:
+        plot(records, title, args.plot)
+    return int(any(line['ours'] and not line['skipped'] and line['ms'] is None for line in records))

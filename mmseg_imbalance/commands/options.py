@@ -1,0 +1,62 @@
+"""What the subcommands have in common: their parser, and reading a config."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+
+def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The parser of a subcommand; ``example`` are lines without ``mmseg-imbalance NAME``."""
+    lines = '\n'.join(f'  mmseg-imbalance {name} {line}' for line in example.splitlines())
+    return argparse.ArgumentParser(
+        prog=f'mmseg-imbalance {name}',
+        description=description,
+        epilog=f'example:\n{lines}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def need_mmsegmentation() -> None:
+    """Raise ImportError, which says what to install, where MMSegmentation is absent."""
+    import mmseg_imbalance.registry  # noqa: F401
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        type=_setting,
+        metavar='KEY=VALUE',
+        help='override settings of the config, as in train_dataloader.dataset.data_root=data/camvid',
+    )
+
+
+def _setting(text: str) -> str:
+    if '=' not in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not KEY=VALUE')
+    return text
+
+
+def read_config(path: str, cfg_options: list[str] | None) -> Config:
+    """The config with the command line's changes in it; its scope becomes MMEngine's default.
+
+    Raises:
+        ImportError: MMSegmentation is not installed.
+    """
+    need_mmsegmentation()
+    from mmengine.config import Config, DictAction
+    from mmengine.registry import init_default_scope
+
+    import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
+
+    cfg = Config.fromfile(path)
+    if cfg_options:
+        options = argparse.Namespace()
+        DictAction(['--cfg-options'], 'cfg_options')(argparse.ArgumentParser(), options, cfg_options)
+        cfg.merge_from_dict(options.cfg_options)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    return cfg

@@ -1,0 +1,117 @@
+"""The tables of a comparison as text, and how to read them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from mmseg_imbalance.reports.comparison import NOISE, RESAMPLES, Comparison, Estimate
+
+
+class Sheet(NamedTuple):
+    """A table of text, shown in the terminal, in Markdown and in HTML."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def sheets(comparison: Comparison) -> list[Sheet]:
+    """The tables of a comparison."""
+    groups = comparison.groups
+    runs = [
+        [
+            *((group.label, group.name) if number == 0 else ('', '')),
+            '-' if run.seed is None else str(run.seed),
+            str(run.work_dir),
+            run.source,
+            '-' if run.length is None else f'{run.length:,}',
+            _duration(run.seconds),
+            '-' if run.memory is None else f'{run.memory / 1024:.2f} GB',
+            '-' if run.hardware is None else f'{run.processes}x {run.hardware}',
+        ]
+        for group in groups
+        for number, run in enumerate(group.runs)
+    ]
+    header = ['name', 'config', 'seed', 'work dir', 'result', 'length', 'training', 'memory', 'hardware']
+    shown = [Sheet('Runs', header, runs)]
+    columns = [groups[0].label] + [
+        f'{group.label}{what}' for group in groups[1:] for what in ('', ': difference')
+    ]
+    for title, keys in (('Summary', comparison.summaries), ('IoU of each class', comparison.classes)):
+        rows = []
+        for key in keys:
+            row = [key]
+            if title != 'Summary' and comparison.shares:
+                part = next((p for p, members in comparison.parts.items() if key in members), '-')
+                row += [f'{comparison.shares[key]:.2%}', part]
+            for group in groups:
+                estimate = group.estimates[key]
+                row.append(_value(estimate))
+                if group is not groups[0]:
+                    row.append(_difference(estimate))
+            rows.append(row)
+        about = ['share', 'part'] if title != 'Summary' and comparison.shares else []
+        shown.append(Sheet(f'{title}, %', ['' if title == 'Summary' else 'class', *about, *columns], rows))
+    if comparison.left_out:
+        shown.append(Sheet('Left out', ['work dir', 'reason'], [list(row) for row in comparison.left_out]))
+    return shown
+
+
+def _value(estimate: Estimate) -> str:
+    if math.isnan(estimate.mean):
+        return '-'
+    return f'{estimate.mean:.2f}' + ('' if estimate.std is None else f' ± {estimate.std:.2f}')
+
+
+def _difference(estimate: Estimate) -> str:
+    if estimate.difference is None or math.isnan(estimate.difference):
+        return '-'
+    text = f'{estimate.difference:+.2f}'
+    if estimate.within_noise is None:
+        return f'{text}, noise unknown'
+    return f'{text} {NOISE}' if estimate.within_noise else text
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return '-'
+    minutes = round(seconds / 60)
+    return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{seconds / 60:.1f} min'
+
+
+def explanation(comparison: Comparison) -> list[str]:
+    """How to read the tables."""
+    groups = comparison.groups
+    if any(e.seed_noise is not None for group in groups for e in group.estimates.values()):
+        lines_of = (
+            "Noise of the seeds: 95 % interval of the difference of the means, Student's t of two samples."
+        )
+    else:
+        lines_of = 'One run of each config: how much another seed would change is not known.'
+    lines = [
+        f'Means over the runs of a config ± their standard deviation; differences are to {groups[0].label}.',
+        lines_of,
+    ]
+    if any(e.interval for group in groups for e in group.estimates.values()):
+        images = len(groups[0].runs[0].scores['images'])
+        lines.append(
+            'Noise of the images: 95 % interval of the difference by paired bootstrap, '
+            f'{RESAMPLES} resamples of the {images} images.'
+        )
+    lines.append(
+        f'A difference is "{NOISE}" if either interval holds 0. Many differences are looked at together: at '
+        '95 %, one in twenty exceeds noise by chance.'
+    )
+    lines.append('Training is estimated from the logged times of iterations; peak memory is logged on GPUs.')
+    return lines
+
+
+def markdown(comparison: Comparison) -> str:
+    lines = ['# Comparison of runs', '', *explanation(comparison), '']
+    for sheet in sheets(comparison):
+        rows = [sheet.header, ['---'] * len(sheet.header), *sheet.rows]
+        lines += [f'## {sheet.title}', '']
+        lines += ['| ' + ' | '.join(cell.replace('|', r'\|') for cell in row) + ' |' for row in rows] + ['']
+    lines += [f'- {note}' for note in comparison.notes]
+    return '\n'.join(lines).rstrip() + '\n'

@@ -1,0 +1,159 @@
+"""The commands, run as a user runs them: as processes, from the repository's folder."""
+
+import json
+import re
+import sys
+
+import pytest
+from conftest import REPOSITORY
+from test_tools import BALANCED, run, small, succeed
+
+from mmseg_imbalance.commands import COMMANDS, main
+
+COMMAND = (sys.executable, '-m', 'mmseg_imbalance')
+
+
+def test_every_command_says_how_it_is_used(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(['--help'])
+    assert end.value.code == 0
+    listing = capsys.readouterr().out
+    for name in COMMANDS.keys() - {'train', 'test'}:
+        assert f'  {name} ' in listing
+        with pytest.raises(SystemExit) as end:
+            main([name, '--help'])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f'usage: mmseg-imbalance {name} ')
+        assert f'example:\n  mmseg-imbalance {name} ' in text
+
+
+def test_an_unknown_command_ends_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(['clas-weights'])
+    assert end.value.code == 2
+    assert "'class-weights'" in capsys.readouterr().err or 'class-weights' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['class_weights', 'compare_runs', 'subclass_report', 'model_zoo'])
+def test_the_scripts_of_old_names_are_the_commands(name):
+    assert 'usage: mmseg-imbalance ' in succeed(sys.executable, f'tools/{name}.py', '--help')
+
+
+@pytest.mark.parametrize('setting', ['data_root', 'a.b=1'])
+def test_settings_of_a_config_are_key_and_value(setting, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(['class-weights', str(tmp_path / 'none.py'), '--cfg-options', setting])
+    error = capsys.readouterr().err
+    assert end.value.code == (1 if '=' in setting else 2)
+    assert ('none.py' if '=' in setting else 'is not KEY=VALUE') in error.splitlines()[-1]
+
+
+def test_class_weights_prints_every_scheme_and_writes_what_a_loss_reads(scenes, tmp_path):
+    from mmseg_imbalance.losses import WeightedDiceLoss
+
+    data = ['--cfg-options', f'train_dataloader.dataset.data_root={scenes}']
+    command = [*COMMAND, 'class-weights', BALANCED, '--scheme', 'median_freq']
+    command += [
+        '--cache-dir',
+        tmp_path,
+        '--out',
+        tmp_path / 'w.json',
+        '--plot',
+        tmp_path / 'w.png',
+        '--workers',
+        1,
+        *data,
+    ]
+    output = succeed(*command, COLUMNS='80')
+    for word in ('inverse_freq', 'sqrt_inv_freq', 'effective_num', 'median_freq', 'log_inv_freq'):
+        assert f' {word} ' in output
+    assert '6 images' in output
+    assert 'Counting' in output
+    assert (tmp_path / 'w.png').stat().st_size > 5000
+    record = json.loads((tmp_path / 'w.json').read_text())
+    assert record['scheme'] == 'median_freq'
+    assert WeightedDiceLoss(str(tmp_path / 'w.json')).class_weight.values.tolist() == pytest.approx(
+        record['weights']
+    )
+    assert 'Counting' not in succeed(*command)  # from the cache
+
+
+def test_class_weights_ends_with_one_clear_error(tmp_path):
+    data = ['--cfg-options', f'train_dataloader.dataset.data_root={tmp_path}/nowhere']
+    code, output = run(*COMMAND, 'class-weights', BALANCED, *data)
+    assert code == 1
+    assert 'nowhere' in output
+    assert 'Traceback' not in output
+
+
+@pytest.fixture(scope='module')
+def subclassified(scenes, tmp_path_factory):
+    """A config with a SubclassifiedLoss, subclasses by class name, and a checkpoint after two iterations."""
+    folder = tmp_path_factory.mktemp('subclassified')
+    config = folder / 'config.py'
+    config.write_text(f"""
+_base_ = [r'{REPOSITORY / BALANCED}']
+numbers = dict(road=3, car=2)
+loss = dict(type='SubclassifiedLoss', class_weight='auto', num_subclasses=numbers)
+model = dict(decode_head=dict(loss_decode=[dict(type='CombinedWeightedLoss', class_weight='auto'), loss]))
+val_dataloader = dict(dataset=dict(data_root=r'{scenes}'))
+""")
+    succeed(sys.executable, 'tools/train.py', config, '--work-dir', folder, *small(scenes))
+    return config, folder / 'iter_2.pth'
+
+
+def test_subclasses_is_one_page_with_every_class_and_the_images(subclassified):
+    from mmseg.datasets import CityscapesDataset
+
+    config, checkpoint = subclassified
+    command = [*COMMAND, 'subclasses', checkpoint, config]
+    output = succeed(*command, '--images', 5)
+    page = checkpoint.with_name('iter_2_subclasses.html')
+    assert f'report: {page}' in output
+    text = page.read_text()
+    # there are but two; nothing is fetched from elsewhere
+    assert text.count('src="data:image/png;base64,') == text.count('src=') == 2
+    for outside in ('://', '<link', '<script', 'url(', '@import'):
+        assert outside not in text
+    assert f'<dd>{config}</dd>' in text
+    assert f'<dd>{checkpoint}</dd>' in text
+    assert '<dt>iteration</dt><dd>2</dd>' in text
+
+    tables = dict(re.findall(r'<table><caption>(.*?)</caption>(.*?)</table>', text, re.DOTALL))
+    assert tuple(tables) == CityscapesDataset.METAINFO['classes']
+    assert {name: table.count('class="swatch"') for name, table in tables.items()} == {
+        name: dict(road=3, car=2).get(name, 1) for name in tables
+    }
+    shares = [float(share) for share in re.findall(r'<td>([\d.]+)%', tables['road'])]
+    assert len(shares) == 3
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+
+    other = checkpoint.with_name('pages') / 'one.html'
+    succeed(*command, '--images', 1, '--out', other)
+    assert other.read_text().count('src="data:image/png;base64,') == 1
+
+
+def test_subclasses_ends_with_one_clear_error(subclassified, scenes, tmp_path):
+    import torch
+
+    config, checkpoint = subclassified
+    other = tmp_path / 'other.pth'
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
+    torch.save(dict(state_dict={k: v for k, v in state.items() if 'clustering' not in k}), other)
+    for arguments, message in [
+        ([checkpoint, BALANCED], 'no head of EncoderDecoder has a subclassified loss'),
+        (
+            [other, config],
+            'missing in it or have another shape, such as decode_head.loss_decode.1.clustering.',
+        ),
+        ([tmp_path / 'nothing.pth', config], 'nothing.pth'),
+        ([checkpoint, config, '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),
+    ]:
+        code, output = run(*COMMAND, 'subclasses', *arguments)
+        assert code == 1, output
+        last = output.rstrip().splitlines()[-1]
+        assert last.startswith('mmseg-imbalance subclasses: ')
+        assert message in last
+        assert 'Traceback' not in output
+    assert not list(tmp_path.glob('*.html'))
