@@ -4,11 +4,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+# Tests run side by side, a core each, and so do processes that they start. Read when torch is imported.
+os.environ['OMP_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = '1'
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parents[1]
 if not torch.cuda.is_available():
     # read once, when triton is imported
