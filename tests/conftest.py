@@ -1,3 +1,5 @@
+import functools
+import gc
 import os
 import sys
 from importlib.util import find_spec
@@ -24,6 +26,31 @@ else:
     sys.modules['mmseg_imbalance'] = ModuleType('mmseg_imbalance')
     sys.modules['mmseg_imbalance'].__path__ = [str(REPOSITORY / 'mmseg_imbalance')]
 sys.path.insert(0, str(REPOSITORY / 'tools'))
+
+
+def pytest_collection_finish():
+    """MMEngine collects garbage for every data set that it makes: not in all that is imported by now."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope='session')
+def runs_start_at_once():
+    """MMEngine lays its configs out, asks for the compilers and reads its model zoo, a second for each run."""
+    if find_spec('mmengine') is None:
+        yield
+        return
+    from mmengine.config import utils
+    from mmengine.runner import runner
+
+    def as_it_is(text, **options):
+        return text, True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
+        patch.setattr('mmengine.config.config.FormatCode', as_it_is, raising=False)
+        patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
+        patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
+        yield
 
 
 @pytest.fixture(autouse=True, scope='session')
