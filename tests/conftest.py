@@ -49,7 +49,7 @@ def runs_start_at_once():
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
         patch.setattr('mmengine.config.config.FormatCode', as_it_is, raising=False)
         patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
-        patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
+        patch.setattr(utils, 'load', functools.cache(utils.load))
         yield
 
 
