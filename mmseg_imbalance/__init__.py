@@ -1,16 +1,93 @@
-"""Class-balanced training for MMSegmentation; importing the package registers all it offers."""
+"""Class-balanced training for MMSegmentation; importing the package registers all it offers.
+
+Where MMSegmentation is absent the torch core is there: ops, functional, terms, frequency, weighting,
+clustering. The other names then raise the error of :mod:`mmseg_imbalance.registry`: it says what to install.
+"""
+
+from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
+from mmseg_imbalance.clustering import SubclassClustering, SubclassTable
+from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
+from mmseg_imbalance.ops import SoftStats, similarity_weight, soft_stats
+from mmseg_imbalance.terms import CrossEntropy, Overlap
+from mmseg_imbalance.version import __version__
+from mmseg_imbalance.weighting import SCHEMES, class_weights
 
 try:
-    import mmseg.registry  # noqa: F401
+    from mmseg_imbalance import registry  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        'mmseg_imbalance extends MMSegmentation, which cannot be imported here '
-        f'({error}). Install one of the two stacks: '
-        "pip install 'mmseg-imbalance[onedl]' (maintained fork, plain pip) or "
-        "pip install 'mmseg-imbalance[openmmlab]' (upstream; builds mmcv)."
-    ) from error
+    _missing = str(error)
 
-from mmseg_imbalance import compat, components, datasets, heads, hooks, losses, metrics, samplers, subclass  # noqa: F401
-from mmseg_imbalance.version import __version__
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(_missing)
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
-__all__ = ['__version__']
+else:
+    from mmseg_imbalance import compat  # noqa: F401
+    from mmseg_imbalance.class_balance import ClassBalanceHook
+    from mmseg_imbalance.components import SmallRegionRemover
+    from mmseg_imbalance.counting import count_classes, training_frequency
+    from mmseg_imbalance.datasets import CamVidDataset
+    from mmseg_imbalance.heads import (
+        FeatureASPPHead,
+        FeatureDepthwiseSeparableASPPHead,
+        FeatureHead,
+        FeatureSegformerHead,
+    )
+    from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
+    from mmseg_imbalance.losses import (
+        CombinedWeightedLoss,
+        GeneralizedDiceLoss,
+        WeightedCrossEntropyLoss,
+        WeightedDiceLoss,
+        WeightedFocalLoss,
+        WeightedJaccardLoss,
+        WeightedLoss,
+        WeightedTverskyLoss,
+    )
+    from mmseg_imbalance.metrics import ClassIoUMetric, ImbalanceIoUMetric
+    from mmseg_imbalance.samplers import RareClassCrop, RareClassSampler
+    from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
+
+__all__ = [
+    'CITYSCAPES_TRAIN',
+    'SCHEMES',
+    'CamVidDataset',
+    'ClassBalanceHook',
+    'ClassFrequency',
+    'ClassIoUMetric',
+    'ClassWeight',
+    'ClassWeightHook',
+    'CombinedWeightedLoss',
+    'CrossEntropy',
+    'FeatureASPPHead',
+    'FeatureDepthwiseSeparableASPPHead',
+    'FeatureHead',
+    'FeatureSegformerHead',
+    'GeneralizedDiceLoss',
+    'ImbalanceIoUMetric',
+    'LogitAdjustmentHook',
+    'Overlap',
+    'RareClassCrop',
+    'RareClassSampler',
+    'SimilaritySubclassifiedLoss',
+    'SmallRegionRemover',
+    'SoftStats',
+    'SubclassClustering',
+    'SubclassTable',
+    'SubclassVisualizationHook',
+    'SubclassifiedLoss',
+    'WeightRecord',
+    'WeightedCrossEntropyLoss',
+    'WeightedDiceLoss',
+    'WeightedFocalLoss',
+    'WeightedJaccardLoss',
+    'WeightedLoss',
+    'WeightedTverskyLoss',
+    '__version__',
+    'class_weights',
+    'count_classes',
+    'similarity_weight',
+    'soft_stats',
+    'training_frequency',
+]

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pickle import UnpicklingError
 
+from mmseg_imbalance.registry import OPTIM_WRAPPERS
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,8 +22,6 @@ from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.utils import digit_version
-
-from mmseg_imbalance.registry import OPTIM_WRAPPERS
 
 
 def _history_method(owner: object, name: str) -> object:

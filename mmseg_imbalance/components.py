@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from copy import copy
 
+from mmseg_imbalance.registry import MODELS
+
 import cv2
 import numpy as np
 import torch
 from mmengine.model import BaseTTAModel
 from torch import nn
 
-from mmseg_imbalance.registry import MODELS
-
 
 def components(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The 8-connected components of equal label, thin diagonal poles in one piece.
+    """The 8-connected components of equal label: pixels that touch by a corner belong together.
 
     Args:
         labels: (H, W) integers.
 
     Returns:
-        (H, W) int32, the component of each pixel, from 0 to n - 1; (n,) int64, its pixels; (n,), its label.
+        Of n components: (H, W) int32, the component of each pixel, from 0 to n - 1; (n,) int64, the pixels of
+        each; (n,), the label of each.
     """
     ids = np.empty(labels.shape, np.int32)
     values = [np.empty(0, labels.dtype)]
@@ -39,10 +40,11 @@ def components(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def remove_small(labels: np.ndarray, area: int) -> np.ndarray:
     """Give components of fewer than ``area`` pixels to the class that surrounds them.
 
-    That is the most frequent one, the smallest of equals, among the pixels that touch the component by a side
-    or corner. Passes over the map, smallest components first, of equal ones the first row by row, until none
-    is left or one fills the image; a component that touches what the pass has changed waits for the next, as
-    neighbours would swap their classes. Components of ``area`` pixels or more keep all of them.
+    The surroundings are the pixels that touch the component by a side or a corner. Their most frequent class
+    wins, with a tie the class of the lower number. Small components take turns: fewer pixels first, with a
+    tie the one that the image shows first, row by row. A component beside one that has just changed waits for
+    the next pass over the map: two neighbours would otherwise swap their classes. Passes go on until no
+    component is small or one fills the image. Components of ``area`` pixels or more keep all their pixels.
 
     Args:
         labels: (H, W) integers, left unchanged.
@@ -63,7 +65,7 @@ def remove_small(labels: np.ndarray, area: int) -> np.ndarray:
 
 
 def _remove_once(labels: np.ndarray, area: int) -> bool:
-    """One pass of :func:`remove_small`, in place; whether a component waits for the next."""
+    """One pass of :func:`remove_small`, in place; returns whether a component waits for the next."""
     ids, areas, values = components(labels)
     framed = np.pad(ids, 1, constant_values=-1)
     small = np.append(areas < area, False)  # its last entry is what the frame's -1 looks up
@@ -89,7 +91,7 @@ def _remove_once(labels: np.ndarray, area: int) -> bool:
 
 
 def _rings(framed: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel around each component that ``pixels`` make up: the component, and the pixel's own."""
+    """Each pixel around each small component, ``pixels`` being those of all: (component, the pixel's own)."""
     own = framed.flat[pixels].astype(np.int64)
     width = framed.shape[1]
     pairs = []
@@ -104,7 +106,7 @@ def _rings(framed: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _most_frequent(component: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The most frequent value of each component that occurs, in their order; the smallest of equals."""
+    """The most frequent value of each component that occurs, in their order; with a tie the lower value."""
     classes, values = np.unique(values, return_inverse=True)
     pairs, counts = np.unique(component * len(classes) + values, return_counts=True)
     component, values = np.divmod(pairs, len(classes))
@@ -115,10 +117,10 @@ def _most_frequent(component: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 @MODELS.register_module()
 class SmallRegionRemover(BaseTTAModel):
-    """A segmentor whose test predictions pass :func:`remove_small`; their logits stay as they are.
+    """A segmentor whose test predictions go through :func:`remove_small`; the logits stay as they are.
 
-    To the framework it is one of its wrappers for test time augmentation: checkpoints are those of the
-    segmentor inside.
+    It is built as MMSegmentation's wrappers for test time augmentation are, so it loads the checkpoints of
+    the segmentor inside.
 
     Args:
         module: the segmentor, or the wrapper that augments it, whose merged predictions are cleaned.

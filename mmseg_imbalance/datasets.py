@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from mmseg.datasets import BaseSegDataset
-
 from mmseg_imbalance.registry import DATASETS
+
+from mmseg.datasets import BaseSegDataset
 
 
 @DATASETS.register_module()

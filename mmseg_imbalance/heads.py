@@ -1,10 +1,10 @@
 """Decode heads that leave the resize to the losses and hand them what enters the classifier.
 
-MMSegmentation's heads resize their logits to label size before they call a loss. These give the losses of
-this package the logits as they are; a tensor of label size is made, once, only where a loss of the framework
-or a pixel sampler works on one. Two classes do it, one on either side of the framework's head:
+MMSegmentation's heads resize their logits to label size before they call a loss. These heads give the losses
+of this package the low-resolution logits. Logits of label size are made, once, only where a loss of
+MMSegmentation or a pixel sampler works on them. Two classes do it, around MMSegmentation's head:
 
-    FeatureASPPHead -> FeatureKeeper -> ASPPHead -> SmallLogitHead -> BaseDecodeHead
+    FeatureASPPHead -> FeatureKeeper -> ASPPHead -> LowResolutionLogitHead -> BaseDecodeHead
 
 The outer one sees each call of ``loss`` and ``cls_seg``, also of a head that replaces them. The inner one is
 the ``super().loss_by_feat`` of heads with several outputs (DAHead) or labels of their own (STDCHead).
@@ -15,6 +15,8 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import cache
 
+from mmseg_imbalance.registry import MODELS
+
 import torch
 from mmseg.models.decode_heads import ASPPHead, DepthwiseSeparableASPPHead, SegformerHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -24,15 +26,12 @@ from mmseg.registry import MODELS as FRAMEWORK_MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from mmseg_imbalance.losses import WeightedLoss, _LogTerm
-from mmseg_imbalance.ops import soft_stats
-from mmseg_imbalance.registry import MODELS
-
-OURS = (WeightedLoss, _LogTerm)
+from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.ops import soft_stats, valid_pixels
 
 
-class SmallLogitHead(BaseDecodeHead):
-    """Losses and accuracy of logits smaller than the label; names, order and values are the framework's."""
+class LowResolutionLogitHead(BaseDecodeHead):
+    """Losses and accuracy of low-resolution logits: names, order and values as in MMSegmentation's heads."""
 
     features: Tensor | None = None  # (B, D, h, w) what entered cls_seg last, while the losses are computed
 
@@ -40,9 +39,9 @@ class SmallLogitHead(BaseDecodeHead):
         """The losses by name and ``acc_seg``, of (B, C, h, w) logits."""
         modules = self.loss_decode if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]
         label = self._stack_batch_gt(batch_data_samples)  # (B, 1, H, W)
-        theirs = not all(isinstance(module, OURS) for module in modules)
+        theirs = not all(isinstance(module, WeightedLoss) for module in modules)
         resized = weight = None
-        # with one output channel, the framework's accuracy is not that of a softmax
+        # with one output channel, MMSegmentation's accuracy is not that of a softmax
         if theirs or self.sampler is not None or self.out_channels == 1:
             size = label.shape[2:]
             resized = resize(seg_logits, size, mode='bilinear', align_corners=self.align_corners)
@@ -52,7 +51,7 @@ class SmallLogitHead(BaseDecodeHead):
         losses: dict[str, Tensor] = {}
         for module in modules:
             logits, arguments = resized, dict(weight=weight, ignore_index=self.ignore_index)
-            if isinstance(module, OURS):
+            if isinstance(module, WeightedLoss):
                 logits = seg_logits
                 arguments.update(align_corners=self.align_corners, features=self._features_for(module))
             value = module(logits, label, **arguments)
@@ -78,16 +77,14 @@ class SmallLogitHead(BaseDecodeHead):
         return self.features
 
     def _accuracy(self, seg_logits: Tensor, label: Tensor, modules: nn.ModuleList | list) -> Tensor:
-        """The framework's accuracy in percent, (1,), from counts that a loss has made anyway."""
+        """MMSegmentation's accuracy in percent, (1,), from counts that a loss has made anyway."""
         counts = [getattr(module, 'correct', None) for module in modules]
         correct = next((count for count in counts if count is not None), None)
         if correct is None:  # every loss has changed the logits
-            ignore_index = -1 if self.ignore_index is None else self.ignore_index
-            correct = soft_stats(
-                seg_logits.detach(), label, ignore_index=ignore_index, align_corners=self.align_corners
-            ).correct
-        valid = label.numel() if self.ignore_index is None else (label != self.ignore_index).sum()
-        eps = torch.finfo(torch.float32).eps  # no valid pixel: 100, as in the framework
+            arguments = dict(ignore_index=self.ignore_index, align_corners=self.align_corners)
+            correct = soft_stats(seg_logits.detach(), label, **arguments).correct
+        valid = valid_pixels(label, self.ignore_index).sum()
+        eps = torch.finfo(torch.float32).eps  # no valid pixel: 100, as in MMSegmentation
         return 100 * (correct.sum().float().reshape(1) + eps) / (valid + eps)
 
 
@@ -130,17 +127,17 @@ class FeatureKeeper(BaseDecodeHead):
 
 
 @MODELS.register_module()
-class FeatureASPPHead(FeatureKeeper, ASPPHead, SmallLogitHead):
+class FeatureASPPHead(FeatureKeeper, ASPPHead, LowResolutionLogitHead):
     """DeepLabV3's head; arguments and checkpoints are those of ``ASPPHead``."""
 
 
 @MODELS.register_module()
-class FeatureDepthwiseSeparableASPPHead(FeatureKeeper, DepthwiseSeparableASPPHead, SmallLogitHead):
+class FeatureDepthwiseSeparableASPPHead(FeatureKeeper, DepthwiseSeparableASPPHead, LowResolutionLogitHead):
     """DeepLabV3+'s head; arguments and checkpoints are those of ``DepthwiseSeparableASPPHead``."""
 
 
 @MODELS.register_module()
-class FeatureSegformerHead(FeatureKeeper, SegformerHead, SmallLogitHead):
+class FeatureSegformerHead(FeatureKeeper, SegformerHead, LowResolutionLogitHead):
     """SegFormer's head; arguments and checkpoints are those of ``SegformerHead``."""
 
 
@@ -148,7 +145,7 @@ class FeatureSegformerHead(FeatureKeeper, SegformerHead, SmallLogitHead):
 def FeatureHead(base: str | type[BaseDecodeHead], **kwargs: object) -> BaseDecodeHead:
     """Any other decode head: ``dict(type='FeatureHead', base='UPerHead', ...)`` is a ``FeatureUPerHead``.
 
-    A head that calls its losses by position (DDRHead, PIDHead) stays as it is in the framework.
+    A head that calls its losses by position (DDRHead, PIDHead) stays as it is in MMSegmentation.
 
     Args:
         base: class derived from ``BaseDecodeHead``, or its registered name, with or without a scope.
@@ -179,7 +176,7 @@ def _feature_class(head: type[BaseDecodeHead]) -> type[BaseDecodeHead]:
     named = globals().get(name)
     if named is not None and issubclass(named, head):
         return named
-    return type(name, (FeatureKeeper, head, SmallLogitHead), own)
+    return type(name, (FeatureKeeper, head, LowResolutionLogitHead), own)
 
 
 def __getattr__(name: str) -> type[BaseDecodeHead]:

@@ -1,35 +1,39 @@
-"""Evaluation of what a long tail is about: each class, groups of classes, small objects, how sure it is."""
+"""Metrics for imbalanced classes: each class, groups of classes, small objects, intervals."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmseg_imbalance.registry import METRICS
+
 import numpy as np
 import torch
-from mmengine.config import Config
-from mmengine.dist import all_gather_object
-from mmengine.logging import MessageHub, MMLogger, print_log
+from mmengine.logging import MMLogger, print_log
 from mmseg.evaluation import IoUMetric
 from rich.table import Table
 
 from mmseg_imbalance.components import components
-from mmseg_imbalance.frequency import count_classes, default_cache_dir
-from mmseg_imbalance.registry import DATASETS, METRICS
-from mmseg_imbalance.visualization import table_text
-
-GROUPS = ('head', 'body', 'tail')
-SIZES = ('small', 'medium', 'large')
-AREAS = ('intersect', 'union', 'pred', 'label')  # in the framework's order
+from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.scores import (
+    AREAS,
+    GROUPS,
+    SIZES,
+    class_groups,
+    fine_grained_iou,
+    group_scores,
+    present_mean,
+    ratio,
+    save_image_scores,
+)
+from mmseg_imbalance.tables import table_text
 
 
 @METRICS.register_module()
 class ClassIoUMetric(IoUMetric):
-    """The framework's IoUMetric, which also returns the IoU of each class, so that logs and files hold it.
+    """MMSegmentation's IoUMetric, which also returns the IoU of each class, for logs and files.
 
     Adds ``IoU.NAME`` in per cent for every class that occurs in the labels or predictions; all arguments are
     those of IoUMetric.
@@ -48,19 +52,21 @@ class ClassIoUMetric(IoUMetric):
 
 @METRICS.register_module()
 class ImbalanceIoUMetric(ClassIoUMetric):
-    """IoUMetric with its keys first, then ``IoU.NAME``, then, in per cent, what class imbalance is seen by.
+    """IoUMetric with numbers that show class imbalance: its own keys, ``IoU.NAME``, then these, in per cent.
 
     - ``mIoU.GROUP``, ``mPrecision.GROUP``, ``mRecall.GROUP``: mean over the head, body or tail classes
     - ``mIoU.low``, ``mIoU.high``, ``mIoU.GROUP.low``, ...: 95 % bootstrap interval over the tested images
-    - ``mIoU_I``, ``mIoU_C``, ``mIoU_I_q5``, ...: see :func:`fine_grained_iou`
+    - ``mIoU_I``, ``mIoU_C``, ``mIoU_I_q5``, ...: see :func:`~mmseg_imbalance.scores.fine_grained_iou`
     - ``mRecall.SIZE``, ``Recall.SIZE.NAME``: share of the pixels of small, medium, large objects
 
-    What a class has not is left out of a mean, as the framework does: recall where it is not in the labels,
-    precision where it is never predicted. A number of which nothing is left has no key. The counts go to
-    ``image_scores.npz`` beside the log file, see :func:`load_image_scores`.
+    A mean is over the classes that have the number, as in MMSegmentation: a class that the labels do not hold
+    has no recall, a class that is never predicted has no precision. If no class has it, there is no key. The
+    pixels of each image go to ``image_scores.npz`` beside the log file, see
+    :func:`~mmseg_imbalance.scores.load_image_scores`.
 
     Args:
-        groups: 'thirds', see :func:`class_groups`, or ``dict(head=[NAME, ...], body=[...], tail=[...])``.
+        groups: 'thirds', see :func:`~mmseg_imbalance.scores.class_groups`, or lists of class names,
+            ``dict(head=[NAME, ...], body=[...], tail=[...])``.
         quantiles: in per cent, of the images of the worst cases.
         object_areas: pixels that medium and large objects have at least, by default COCO's; an object is an
             8-connected piece of the label. None: no recall by size.
@@ -111,7 +117,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             self.results[at] = (str(sample.get('img_path') or ''), rows)
 
     def _objects(self, sample: dict, classes: int) -> np.ndarray:
-        """(C, 6) int64: of small, medium, large objects of each class the right pixels, then all pixels."""
+        """(C, 6) int64 pixels of each class in small, medium and large objects: those right, then all."""
         prediction, label = (
             sample[key]['data'].reshape(sample[key]['data'].shape[-2:])
             for key in ('pred_sem_seg', 'gt_sem_seg')
@@ -137,28 +143,14 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     def _count_train_pixels(self) -> np.ndarray:
         """(C,) int64, of the training annotations of the run's config; (0,) and a warning if impossible."""
         classes = tuple(self.dataset_meta['classes'])
-        dataset, ignore_index, failure = None, None, ''
-        # whatever stands in the way, the rest of the evaluation is worth more
         try:
-            dataset, ignore_index = _train_dataset()
-        except Exception as error:
+            frequency = training_frequency()
+        except Exception as error:  # whatever it is, the rest of the evaluation is worth more
             failure = f'{type(error).__name__}: {error}'
-        # nobody starts to count unless all can
-        failure = next(filter(None, all_gather_object(failure)), '')
-        if not failure:
-            try:
-                frequency = count_classes(
-                    dataset,
-                    ignore_index=ignore_index,
-                    num_workers=2,
-                    cache_dir=default_cache_dir(),
-                    progress=True,
-                )
-                if frequency.classes == classes:
-                    return frequency.pixels
-                failure = f'training has the classes {list(frequency.classes)}, the test {list(classes)}'
-            except Exception as error:
-                failure = f'{type(error).__name__}: {error}'
+        else:
+            if frequency.classes == classes:
+                return frequency.pixels
+            failure = f'training has the classes {list(frequency.classes)}, the test {list(classes)}'
         message = f'ImbalanceIoUMetric cannot count the classes of the training annotations ({failure})'
         level = logging.INFO
         if self.groups == 'thirds':
@@ -178,7 +170,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
         groups, classes = self._class_indices(), self.dataset_meta['classes']
 
-        scores = self._group_scores(areas, groups)
+        scores = group_scores(areas, groups, self.bootstrap)
         scores |= fine_grained_iou(areas['intersect'], areas['union'], areas['label'], self.quantiles)
         sizes = dict(all=len(classes)) | {group: len(members) for group, members in groups.items()}
         if self.object_areas is not None:
@@ -208,27 +200,6 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             }
         return {group: members for group, members in groups.items() if len(members)}
 
-    def _group_scores(self, areas: dict[str, np.ndarray], groups: dict[str, np.ndarray]) -> dict[str, float]:
-        """Mean IoU, precision and recall of the groups, of all images and, IoU only, as an interval."""
-        total = {key: values.sum(0) for key, values in areas.items()}  # (C,)
-        iou = ratio(total['intersect'], total['union'])
-        scores = {}
-        if self.bootstrap:
-            counts = bootstrap_counts(len(areas['label']), self.bootstrap)
-            resampled = resampled_iou(counts, areas['intersect'], areas['union'])  # (R, C)
-        for suffix, members in {
-            '': np.arange(len(iou)),
-            **{f'.{name}': m for name, m in groups.items()},
-        }.items():
-            if suffix:
-                scores[f'mIoU{suffix}'] = present_mean(iou[members])
-                for key, whole in (('mPrecision', 'pred'), ('mRecall', 'label')):
-                    scores[key + suffix] = present_mean(ratio(total['intersect'], total[whole])[members])
-            if self.bootstrap and np.isfinite(iou[members]).any():
-                low, high = np.nanpercentile(present_mean(resampled[:, members].T), [2.5, 97.5])
-                scores |= {f'mIoU{suffix}.low': low, f'mIoU{suffix}.high': high}
-        return scores
-
     def _save(
         self,
         logger: MMLogger,
@@ -245,135 +216,17 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         for name, members in groups.items():
             group[members] = name
         file = Path(files[0].baseFilename).with_name('image_scores.npz')
-        temporary = file.with_name(f'{file.name}.{uuid.uuid4().hex}.tmp')
         try:
-            with open(temporary, 'xb') as opened:
-                np.savez_compressed(
-                    opened,
-                    images=np.array(names if len(set(names)) == len(names) else paths),
-                    classes=np.array(self.dataset_meta['classes']),
-                    pixels=np.empty(0, np.int64) if self.train_pixels is None else self.train_pixels,
-                    group=group,
-                    **areas,
-                )
-            os.replace(temporary, file)
+            save_image_scores(
+                file,
+                images=names if len(set(names)) == len(names) else paths,
+                classes=self.dataset_meta['classes'],
+                pixels=np.empty(0, np.int64) if self.train_pixels is None else self.train_pixels,
+                group=group,
+                **areas,
+            )
         except OSError as error:
             logger.warning(f'the scores of the images are not saved, {file} cannot be written: {error}')
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def load_image_scores(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The ``image_scores.npz`` that :class:`ImbalanceIoUMetric` leaves beside the log of an evaluation.
-
-    Returns:
-        N images in the order of their paths, C classes. ``images`` (N,) file names, whole paths where names
-        are not unique; ``classes`` (C,) names; ``intersect``, ``union``, ``pred``, ``label`` (N, C) int64
-        pixels; ``pixels`` (C,) int64 of the training annotations, (0,) if they are not known; ``group`` (C,)
-        'head', 'body', 'tail' or ''.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or another kind of file.
-    """
-    try:
-        with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
-            scores = {name: archive[name] for name in ('images', 'classes', *AREAS, 'pixels', 'group')}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile and zlib have their own
-        raise ValueError(
-            f'{path} cannot be read as image scores ({type(error).__name__}: {error}); test the model again '
-            'with ImbalanceIoUMetric'
-        ) from error
-    n, c = len(scores['images']), len(scores['classes'])
-    expected = dict.fromkeys(AREAS, (n, c)) | dict(group=(c,), pixels=(min(c, len(scores['pixels'])),))
-    if wrong := {k: scores[k].shape for k, shape in expected.items() if scores[k].shape != shape}:
-        raise ValueError(
-            f'{path} holds {n} images and {c} classes, but arrays of {wrong}; test the model again with '
-            'ImbalanceIoUMetric'
-        )
-    return scores
-
-
-def class_groups(pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The most frequent third of the classes, the middle and the rarest, as indices, most frequent first.
-
-    If C is no multiple of 3 the first groups have one more, but of two classes the rarer one is the tail.
-
-    Args:
-        pixels: (C,) pixels in the training annotations; a class without any is among the rarest.
-
-    Returns:
-        'head', 'body', 'tail'.
-    """
-    order = np.argsort(-np.asarray(pixels), kind='stable')
-    number = len(order)
-    cuts = [math.ceil(number / 3), number - max(number // 3, int(number > 1))]
-    return dict(zip(GROUPS, np.split(order, cuts), strict=True))
-
-
-def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, float64 of their shape; NaN where whole is 0."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
-
-
-def present_mean(values: np.ndarray, percent: float = 100) -> np.ndarray:
-    """Mean along the first axis of the values that are no NaN, or of their lowest ``percent``, at least one.
-
-    Args:
-        values: (N, ...), at least one row.
-        percent: above 0 and up to 100; max(1, floor(percent n / 100)) of the n values are taken.
-
-    Returns:
-        (...); NaN where there is no value.
-    """
-    taken = np.maximum(1, np.isfinite(values).sum(0) * percent // 100)
-    rank = np.arange(len(values)).reshape(-1, *[1] * (np.ndim(values) - 1))
-    return np.where(rank < taken, np.sort(values, axis=0), 0).sum(0) / taken  # NaN is sorted last
-
-
-def fine_grained_iou(
-    intersect: np.ndarray, union: np.ndarray, label: np.ndarray, quantiles: Sequence[float] = ()
-) -> dict[str, float]:
-    """IoU of single images, averaged over the classes of an image first or over the images of a class first.
-
-    With IoU_ic of class c in image i, for the pairs whose label has the class; a class that is only predicted
-    there costs the IoU of the others and is itself left out.
-        mIoU_I = mean_i mean_c IoU_ic,   mIoU_C = mean_c mean_i IoU_ic
-    and for q per cent, `mIoU_I_q5`: mean_i over the lowest q of the images, `mIoU_C_q5`: mean_i over the
-    lowest q of the images of each class; n images give max(1, floor(q n / 100)).
-
-    Args:
-        intersect, union, label: (N, C) pixels of each class in each image.
-        quantiles: in per cent.
-
-    Source: Wang et al., NeurIPS 2023, https://arxiv.org/abs/2310.19252, mIoU^I, mIoU^C and their worst cases,
-    with the choices of its public code for more than two classes; it treats two as foreground and background.
-    """
-    iou = ratio(intersect, np.where(label > 0, union, 0))  # (N, C)
-    scores = {}
-    for suffix, percent in (('', 100), *((f'_q{q:g}', q) for q in quantiles)):
-        scores[f'mIoU_I{suffix}'] = present_mean(present_mean(iou.T), percent)
-        scores[f'mIoU_C{suffix}'] = present_mean(present_mean(iou, percent))
-    return scores
-
-
-def bootstrap_counts(images: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each image is in each bootstrap sample: (resamples, images) int64, rows sum to `images`.
-
-    The images of a sample are drawn with replacement, by a generator of its own: the same numbers give the
-    same samples, which a paired comparison needs, and no other random number changes.
-    """
-    drawn = np.random.default_rng(seed).integers(images, size=(resamples, images))
-    drawn += images * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * images).reshape(resamples, images)
-
-
-def resampled_iou(counts: np.ndarray, intersect: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """(R, C) IoU of each class in the samples ``counts`` (R, N) of images with (N, C) pixels; NaN if none."""
-    # floats are exact up to 2^53 pixels, and their product is the fast one
-    return ratio(*(counts.astype(float) @ areas.astype(float) for areas in (intersect, union)))
 
 
 def _check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
@@ -389,24 +242,8 @@ def _check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
         raise ValueError(f'groups has the classes {unknown}, but the data set has {list(classes)}')
 
 
-def _train_dataset() -> tuple[object, int | None]:
-    """The training data set of the run's config, and the label that its last decode head ignores."""
-    text = MessageHub.get_current_instance().get_info('cfg')
-    if not text:
-        raise ValueError('there is no runner, and so no config that names the training data')
-    cfg = Config.fromstring(text, '.py')
-    if cfg.get('train_dataloader') is None:
-        raise ValueError('the config has no train_dataloader; only its dataset is used')
-    model = cfg.get('model') or {}
-    while 'module' in model:  # of test time augmentation
-        model = model['module']
-    head = model.get('decode_head')
-    head = head[-1] if isinstance(head, list) else head
-    return DATASETS.build(cfg.train_dataloader.dataset), head.get('ignore_index', 255) if head else None
-
-
 def _table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:
-    """A row for all classes, each group and each object size; ``sizes`` of them in classes."""
+    """A row for all classes, for each group and for each object size; ``sizes``: how many classes it has."""
 
     def shown(key: str) -> str:
         return f'{metrics[key]:.2f}' if key in metrics else '-'

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
+
 import numpy as np
 from mmcv.transforms.utils import cache_randomness
 from mmengine.dist import get_dist_info, is_main_process, sync_random_seed
@@ -16,9 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import Sampler
 
-from mmseg_imbalance.frequency import ClassFrequency, count_classes, dataset_rows, default_cache_dir
-from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
-from mmseg_imbalance.visualization import table_text
+from mmseg_imbalance.annotations import dataset_rows
+from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.tables import table_text
 
 BLOCK = 256  # draws of a rank that are made at once; another number gives the same ones
 
@@ -26,8 +29,9 @@ BLOCK = 256  # draws of a rank that are made at once; another number gives the s
 class DrawnIndex(int):
     """An index of a data set that knows the class it was drawn for.
 
-    What wrapped data sets make of it (ConcatDataset ``-``, RepeatDataset ``%``), and its copy in another
-    process, knows it too. The framework's data sets hand it to their pipeline as ``results['sample_idx']``.
+    Wrapped data sets compute an index of the data set inside: ConcatDataset by ``-``, RepeatDataset by ``%``.
+    The result keeps the class, and so does a copy in another process. MMSegmentation's data sets hand the
+    index to their pipeline as ``results['sample_idx']``.
     """
 
     class_index: int
@@ -51,16 +55,17 @@ class DrawnIndex(int):
 class RareClassSampler(Sampler):
     """Draw a class, the rarer the likelier, then one of the images that hold at least `min_pixels` of it.
 
-    P(c) = exp((1 - f_c) / T) / sum_k exp((1 - f_k) / T), f_c the share of c in the valid pixels, over the
-    classes that some image holds enough of. Endless; all ranks take turns in one stream of draws. Each
-    :class:`DrawnIndex` tells :class:`RareClassCrop` the class.
+    P(c) = exp((1 - f_c) / T) / sum_k exp((1 - f_k) / T), f_c the share of c in the valid pixels, k over the
+    classes of which some image holds enough. The draws never end; all ranks take turns in one stream of them.
+    Each :class:`DrawnIndex` tells :class:`RareClassCrop` the class.
 
     Args:
         dataset: of MMSegmentation, also a wrapped one; a repeated image is as many images.
         temperature: T > 0; the lower, the more draws go to the rarest classes.
         min_pixels: at least 1, of an annotation as it is on disk.
         seed: the same on all ranks; None: one that they agree on.
-        cache_dir: folder of the counts; None: ``~/.cache/mmseg_imbalance``.
+        cache_dir: folder of the counts; None: $MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``. A
+            sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
         num_workers: processes of each rank that count.
 
     Raises:
@@ -83,13 +88,7 @@ class RareClassSampler(Sampler):
         _check_count('min_pixels', min_pixels)
         self.rank, self.world_size = get_dist_info()
         self.seed = sync_random_seed() if seed is None else seed
-        frequency = count_classes(
-            dataset,
-            num_workers=num_workers,
-            cache_dir=default_cache_dir() if cache_dir is None else cache_dir,
-            progress=True,
-            per_image=True,
-        )
+        frequency = training_frequency(dataset, num_workers=num_workers, cache_dir=cache_dir, per_image=True)
         held = (frequency.counts >= min_pixels)[dataset_rows(dataset)]  # (len(dataset), C)
         self.size = len(held)
         self.images = [np.flatnonzero(column) for column in held.T]  # of each class
@@ -146,7 +145,7 @@ class RareClassSampler(Sampler):
         self.indices = self._indices_of_rank(num_samples)
 
     def __len__(self) -> int:
-        """Images of the data set, as of the framework's InfiniteSampler."""
+        """Images of the data set, as MMEngine's InfiniteSampler has it."""
         return self.size
 
     def set_epoch(self, epoch: int) -> None:
@@ -163,9 +162,9 @@ def class_probability(share: np.ndarray, temperature: float, drawable: np.ndarra
 
 @TRANSFORMS.register_module()
 class RareClassCrop(RandomCrop):
-    """The framework's RandomCrop, repeated until it holds enough of the class that RareClassSampler drew.
+    """MMSegmentation's RandomCrop, repeated until it holds enough of the class that RareClassSampler drew.
 
-    Without a drawn class, or where the whole image holds too little of it, it is a plain one.
+    Without a drawn class, or where the whole image holds too little of it, it is a plain RandomCrop.
 
     Args:
         crop_size: (height, width), or one number for both.

@@ -1,28 +1,34 @@
-"""What a SubclassifiedLoss makes of images outside training: the subclass and the weight of every pixel."""
+"""What a subclassified loss makes of images outside training: the subclass and the weight of every pixel."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMSegmentation
 
 import mmcv
 import torch
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
+from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.heads import FeatureKeeper
-from mmseg_imbalance.subclass import SubclassifiedLoss
-from mmseg_imbalance.visualization import Subclasses, SubclassMaps
+from mmseg_imbalance.ops import valid_pixels
+from mmseg_imbalance.plots import SubclassMaps
+from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
+
+Subclassified = SubclassifiedLoss | SimilaritySubclassifiedLoss
 
 
 class LossOfHead(NamedTuple):
     """A loss and the head that calls it."""
 
     head: BaseDecodeHead
-    loss: SubclassifiedLoss
+    loss: Subclassified
 
 
 def find_subclassified(model: nn.Module) -> dict[str, LossOfHead]:
-    """Each SubclassifiedLoss whose head can be run on its own, by ``decode_head.1`` and the like.
+    """Each subclassified loss whose head can be run on its own, by ``decode_head.1`` and the like.
 
     Raises:
         ValueError: there is none.
@@ -30,7 +36,7 @@ def find_subclassified(model: nn.Module) -> dict[str, LossOfHead]:
     found, refused = {}, []
     for name, loss in model.named_modules():
         path, of_head, index = name.partition('.loss_decode')
-        if not (of_head and isinstance(loss, SubclassifiedLoss)):
+        if not (of_head and isinstance(loss, Subclassified)):
             continue
         # the stages of a cascade after its first take what the one before has predicted
         if path.startswith('decode_head.') and path != 'decode_head.0':
@@ -44,17 +50,15 @@ def find_subclassified(model: nn.Module) -> dict[str, LossOfHead]:
         )
     if not found:
         raise ValueError(
-            f'no head of {type(model).__name__} has a SubclassifiedLoss; '
+            f'no head of {type(model).__name__} has a subclassified loss; '
             "loss_decode=[dict(type='CombinedWeightedLoss'), dict(type='SubclassifiedLoss')] has one"
         )
     return found
 
 
-def subclasses(loss: SubclassifiedLoss) -> Subclasses | None:
-    """The state of mode 'cluster' as arrays; None in mode 'similarity', which has no subclasses."""
-    if loss.mode != 'cluster':
-        return None
-    return Subclasses(*(x.cpu().numpy() for x in (*loss.weighting.table(), loss.weighting.exists)))
+def subclasses(loss: Subclassified) -> SubclassTable | None:
+    """The subclasses of a loss as arrays; None of a SimilaritySubclassifiedLoss, which has none."""
+    return loss.clustering.table().numpy() if isinstance(loss, SubclassifiedLoss) else None
 
 
 @torch.no_grad()
@@ -66,12 +70,12 @@ def subclass_maps(
     Args:
         model: the segmentor, in evaluation mode, without a wrapper.
         losses: of :func:`find_subclassified`.
-        data_batch: of a validation loader: ``inputs``, (3, h, w) each and BGR as the framework loads images,
+        data_batch: of a validation loader: ``inputs``, (3, h, w) each and BGR as MMSegmentation loads images,
             and ``data_samples`` with the truth, (1, H, W).
         index: of the image in the batch.
 
     Raises:
-        RuntimeError: mode 'cluster' in a head that hands over no features.
+        RuntimeError: a SubclassifiedLoss in a head that hands over no features.
     """
     own = {name: data_batch[name][index : index + 1] for name in ('inputs', 'data_samples')}
     seen = own['inputs'][0]
@@ -86,13 +90,13 @@ def subclass_maps(
     maps = {}
     for name, (head, loss) in losses.items():
         logits, features = _run(head, from_backbone)
-        ignore_index = torch.iinfo(torch.int64).min if head.ignore_index is None else head.ignore_index
-        weight, group, _ = loss.weigh_pixels(logits, target, ignore_index, head.align_corners, features)
-        counted = (target != ignore_index) & (target < logits.shape[1])
+        found = loss.weigh_pixels(logits, target, None, head.ignore_index, head.align_corners, features)
+        counted = valid_pixels(target, head.ignore_index) & (target < logits.shape[1])
         truth = target.where(counted, -1)[0].cpu().numpy()
-        if group is not None:
-            group = (group[0] % loss.weighting.largest).cpu().numpy()
-        maps[name] = SubclassMaps(image, truth, weight[0].float().cpu().numpy(), group)
+        subclass = None
+        if isinstance(loss, SubclassifiedLoss):
+            subclass = (found['group'][0] % loss.clustering.largest).cpu().numpy()
+        maps[name] = SubclassMaps(image, truth, found['pixel_weight'][0].float().cpu().numpy(), subclass)
     return maps
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = ['SCHEMES', 'class_weights', 'log_prior', 'weight_record']
+__all__ = ['SCHEMES', 'class_weights', 'log_prior']
 
 SCHEMES = ('inverse_freq', 'sqrt_inv_freq', 'effective_num', 'median_freq', 'log_inv_freq')
 
@@ -94,19 +93,6 @@ def log_prior(pixels: ArrayLike) -> np.ndarray:
         raise ValueError(f'none of the {len(counts)} classes has a pixel, so they have no prior')
     counts = np.where(counts > 0, counts, counts[counts > 0].min())
     return np.log(counts / counts.sum())
-
-
-def weight_record(frequency: ClassFrequency, weights: np.ndarray) -> dict[str, Any]:
-    """What ``class_weights.json`` holds: (C,) ``weights`` and ``classes``, and what they come from."""
-    return {
-        'classes': list(frequency.classes),
-        'weights': weights.tolist(),
-        'pixels': frequency.pixels.tolist(),
-        'images': frequency.images.tolist(),
-        'ignored': frequency.ignored,
-        'num_images': frequency.num_images,
-        'dataset_images': frequency.dataset_images,
-    }
 
 
 def _inverse_effective_number(number: np.ndarray, beta: float, unit: str) -> np.ndarray:

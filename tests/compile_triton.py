@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mmseg_imbalance.ops import triton  # noqa: E402
-from mmseg_imbalance.ops.soft_stats import Options  # noqa: E402
+from mmseg_imbalance.ops.contract import Options  # noqa: E402
 
 TYPES = {
     torch.float32: 'fp32',

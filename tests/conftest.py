@@ -57,7 +57,7 @@ def runs_start_at_once():
 def user_cache(tmp_path_factory):
     """The user's own cache folder is left alone, by the commands that tests start too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        patch.setenv('MMSEG_IMBALANCE_CACHE', str(tmp_path_factory.mktemp('cache')))
         yield
 
 

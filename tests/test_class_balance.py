@@ -17,7 +17,7 @@ from ranks import on_ranks
 from sklearn.metrics import recall_score
 from torch import nn
 
-from mmseg_imbalance.hooks import ClassBalanceHook, ClassWatcher, _class_balance
+from mmseg_imbalance.class_balance import ClassBalance, ClassBalanceHook, ClassWatcher
 from mmseg_imbalance.losses import (
     CombinedWeightedLoss,
     GeneralizedDiceLoss,
@@ -27,8 +27,8 @@ from mmseg_imbalance.losses import (
     WeightedJaccardLoss,
     WeightedTverskyLoss,
 )
-from mmseg_imbalance.subclass import SubclassifiedLoss
-from mmseg_imbalance.visualization import ClassBalance, plot_class_balance
+from mmseg_imbalance.plots import plot_class_balance
+from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 TWO_HEADS = 'deeplabv3/deeplabv3_r18-d8-small-combined_1xb8-2k_camvid-240x180'
@@ -144,13 +144,13 @@ LOSSES = {
         lambda s: combined(s, 0.7),
     ),
     'similarity': (
-        SubclassifiedLoss,
-        dict(mode='similarity', threshold=2.0),
+        SimilaritySubclassifiedLoss,
+        dict(threshold=2.0),
         lambda s: pixel_parts(s, WEIGHT, 0.0),
     ),
     'paper': (
-        SubclassifiedLoss,
-        dict(mode='similarity', threshold=2.0, paper_exact=True),
+        SimilaritySubclassifiedLoss,
+        dict(threshold=2.0, paper_exact=True),
         lambda s: np.array(WEIGHT) * s['nll'].sum(0) / (2 * 13 * 17),
     ),
 }
@@ -214,7 +214,7 @@ def test_pixels_and_recall_are_those_of_all_batches_since_the_last_report(make_b
 @pytest.mark.parametrize('option', ['logit_adjustment', 'logit_variation'])
 def test_a_loss_that_changes_the_logits_has_no_recall(make_batch, option):
     loss = WeightedCrossEntropyLoss(**{option: 1.0})
-    loss.set_class_pixels([1000, 10, 10, 5, 1])
+    loss.class_weight.set_pixels([1000, 10, 10, 5, 1])
     watched = Watched(Model(decode_head=loss))
     watched.iteration(lambda: loss(*make_batch()))
     assert not any('recall' in key for key in watched.records[0][1])
@@ -416,15 +416,18 @@ def test_a_gradient_that_is_not_finite_is_left_out(make_batch):
 
 
 def test_one_infinite_class_leaves_no_share_to_the_others():
-    balance = _class_balance(1, *np.array([[4.0, 9, 1], [2, 3, 1], [np.inf, 2, 3], [1, np.inf, 4]]))
+    balance = ClassBalance.from_sums(1, *np.array([[4.0, 9, 1], [2, 3, 1], [np.inf, 2, 3], [1, np.inf, 4]]))
     assert not np.isfinite([balance.loss_share, balance.gradient_share]).any()
     assert balance.pixel_share.sum() == pytest.approx(1)
 
 
 def test_half_precision_gradients_are_added_up_in_single():
     watcher = ClassWatcher()
-    watcher.sums = torch.zeros(4, 3)
-    watcher._take_gradient(torch.full((1, 3, 200, 200), 300.0, dtype=torch.float16))
+    watcher.with_gradient = True
+    logits = torch.zeros(1, 3, 200, 200, dtype=torch.float16, requires_grad=True)
+    nothing = torch.zeros(1, 3)
+    watcher(logits, SimpleNamespace(class_count=nothing, class_correct=nothing), nothing[0])
+    logits.backward(torch.full_like(logits, 300))
     np.testing.assert_allclose(watcher.sums[3], 300.0**2 * 200**2, rtol=1e-3)
 
 

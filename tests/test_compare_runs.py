@@ -15,7 +15,7 @@ from compare_runs import main, markdown
 from comparison import NOISE, compare, short_names
 from scipy import stats
 
-from mmseg_imbalance.metrics import bootstrap_counts
+from mmseg_imbalance.scores import bootstrap_counts
 
 CLASSES = ('road', 'sky', 'car', 'tree', 'pole', 'rider')
 PIXELS = np.array([5000, 3000, 900, 600, 40, 10])

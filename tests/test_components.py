@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+from mmseg_imbalance.registry import MODELS
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,6 @@ from mmseg.structures import SegDataSample
 from scipy import ndimage
 
 from mmseg_imbalance.components import SmallRegionRemover, components, remove_small
-from mmseg_imbalance.registry import MODELS
 
 maps = st.tuples(st.integers(1, 11), st.integers(1, 13), st.sampled_from([np.uint8, np.int64])).flatmap(
     lambda drawn: arrays(drawn[2], drawn[:2], elements=st.sampled_from([0, 3, 7, 200]))

@@ -1,5 +1,7 @@
 from pathlib import Path
 
+from mmseg_imbalance.registry import DATASETS
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from mmseg_imbalance.datasets import CamVidDataset
-from mmseg_imbalance.registry import DATASETS
 
 CAMVID = Path(__file__).parents[2] / 'shared' / 'camvid'
 # Published counts of the 367 train images, classes 0..10, then unlabelled.

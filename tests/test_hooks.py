@@ -14,11 +14,12 @@ from PIL import Image
 from ranks import on_ranks
 from torch import nn
 
-from mmseg_imbalance.frequency import count_classes
+from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
-from mmseg_imbalance.subclass import SubclassifiedLoss
+from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.plots import draw_subclasses
+from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
-from mmseg_imbalance.visualization import draw_subclasses
 from mmseg_imbalance.weighting import class_weights, log_prior
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
@@ -28,7 +29,7 @@ TWO_HEADS = 'deeplabv3/deeplabv3_r18-d8-small-combined_1xb8-2k_camvid-240x180'
 def filled(runner):
     """Weights of every loss of ours in the model, by name."""
     return {
-        name: module.class_weight.tolist()
+        name: module.class_weight.values.tolist()
         for name, module in runner.model.named_modules()
         if getattr(module, 'class_weight', None) is not None
     }
@@ -105,9 +106,10 @@ def test_a_loss_that_needs_the_class_frequency_gets_it(small_config, option):
     runner.train()
     loss = runner.model.decode_head.loss_decode
     expected = log_prior(count_classes(runner.train_dataloader.dataset).pixels)
-    np.testing.assert_allclose(loss.log_prior, expected, rtol=1e-6)
-    assert loss.class_weight is None
-    assert not loss.needs_class_pixels
+    logits = torch.zeros(1, len(expected), 1, 1)
+    np.testing.assert_allclose(loss.class_weight.logit_bias(logits, 1.0), expected, rtol=1e-6)
+    assert loss.class_weight.for_logits(logits) is None
+    assert not loss.class_weight.needs_pixels
 
 
 def test_learnt_log_variances_are_optimized_logged_and_saved(small_config):
@@ -262,7 +264,8 @@ def train_on_ranks(cfg_text, root):
     dist.barrier()
     runner = Runner.from_cfg(cfg)
     runner.train()
-    weights = {n: m.class_weight.tolist() for n, m in runner.model.named_modules() if hasattr(m, 'pending')}
+    losses = {n: m for n, m in runner.model.named_modules() if isinstance(m, WeightedLoss)}
+    weights = {n: loss.class_weight.values.tolist() for n, loss in losses.items()}
     return weights, next(runner.model.parameters()).sum().item()
 
 
@@ -285,11 +288,11 @@ def test_two_ranks_train_with_the_same_weights_and_an_error_of_one_ends_both(sma
     assert '1.png' in str(errors[0])
 
 
-def subclassified(small_config, mode='cluster', hook=True, **options):
-    """A config in which the head has a SubclassifiedLoss beside the combined one."""
+def subclassified(small_config, type='SubclassifiedLoss', hook=True, **options):
+    """A config in which the head has a subclassified loss beside the combined one."""
     cfg = small_config(BALANCED, **options)
-    own = dict(num_subclasses=2, warmup_iters=0, ramp_iters=0) if mode == 'cluster' else {}
-    loss = dict(type='SubclassifiedLoss', mode=mode, class_weight='auto', **own)
+    own = dict(num_subclasses=2, warmup_iters=0, ramp_iters=0) if type == 'SubclassifiedLoss' else {}
+    loss = dict(type=type, class_weight='auto', **own)
     cfg.model.decode_head.loss_decode = [cfg.model.decode_head.loss_decode, loss]
     if hook:
         cfg.custom_hooks = [*cfg.custom_hooks, dict(type='SubclassVisualizationHook')]
@@ -300,9 +303,9 @@ def pictures(runner):
     return {path.name: path for path in Path(runner.log_dir, 'vis_data', 'vis_image').glob('*.png')}
 
 
-@pytest.mark.parametrize('mode', ['cluster', 'similarity'])
-def test_validation_draws_images_and_logs_a_table_of_subclasses(small_config, mode):
-    runner = Runner.from_cfg(subclassified(small_config, mode))
+@pytest.mark.parametrize('type', ['SubclassifiedLoss', 'SimilaritySubclassifiedLoss'])
+def test_validation_draws_images_and_logs_a_table_of_subclasses(small_config, type):
+    runner = Runner.from_cfg(subclassified(small_config, type))
     runner.train()
     files = pictures(runner)
     assert sorted(files) == [f'decode_head.1_subclass_{i}_2.png' for i in range(2)]
@@ -313,7 +316,7 @@ def test_validation_draws_images_and_logs_a_table_of_subclasses(small_config, mo
     batch = runner.val_dataloader.collate_fn([dataset[1]])
     maps = subclass_maps(model, find_subclassified(model), batch, 0)['decode_head.1']
     state = subclasses(model.decode_head.loss_decode[1])
-    assert (state is None) == (maps.subclass is None) == (mode == 'similarity')
+    assert (state is None) == (maps.subclass is None) == (type == 'SimilaritySubclassifiedLoss')
     palette = np.array(dataset.metainfo['palette'])
     expected = draw_subclasses(maps, dataset.metainfo['classes'], palette, state)
     written = np.array(Image.open(files['decode_head.1_subclass_1_2.png']))
@@ -321,7 +324,7 @@ def test_validation_draws_images_and_logs_a_table_of_subclasses(small_config, mo
 
     log = log_of(runner)
     tables = log.count('subclasses of decode_head.1, 2 iterations')
-    assert tables == (mode == 'cluster')
+    assert tables == (type == 'SubclassifiedLoss')
     if tables:
         table = log.partition('subclasses of decode_head.1')[2]
         assert 'mean loss' in table
@@ -344,7 +347,7 @@ def test_training_goes_on_as_if_there_had_been_no_pictures(small_config, tmp_pat
     (without, random), (beside, same) = trained(False), trained(True)
     assert torch.equal(random, same)
     assert without.keys() == beside.keys()
-    assert any('weighting.pixels' in name for name in without)
+    assert any('clustering.pixels' in name for name in without)
     for name, value in without.items():
         assert torch.equal(value, beside[name]), name
 
@@ -420,7 +423,7 @@ def test_maps_are_those_of_the_whole_image_at_the_size_of_its_truth(small_config
     np.testing.assert_allclose(maps.weight[counted], expected, rtol=1e-6)
 
     # the nearest centroid of the class, from features made here
-    head, weighting = model.decode_head, model.decode_head.loss_decode[1].weighting
+    head, clustering = model.decode_head, model.decode_head.loss_decode[1].clustering
     pre = model.data_preprocessor
     with torch.no_grad():
         image = ((sample['inputs'].flip(0).float() - pre.mean) / pre.std)[None]
@@ -429,7 +432,7 @@ def test_maps_are_those_of_the_whole_image_at_the_size_of_its_truth(small_config
     height, width = features.shape[1:]
     rows, columns = np.arange(72) * height // 72, np.arange(96) * width // 96
     at_pixel = features[:, rows][:, :, columns].permute(1, 2, 0).double()[torch.from_numpy(counted)]
-    centroids = weighting.centroid.double()[maps.truth[counted]]  # (n, K, D)
+    centroids = clustering.centroid.double()[maps.truth[counted]]  # (n, K, D)
     distance = (centroids - at_pixel[:, None]).square().sum(2)
     distance[torch.from_numpy(~np.isfinite(state.weight[maps.truth[counted]]))] = torch.inf
     same = distance.argmin(1).numpy() == maps.subclass[counted]
@@ -438,7 +441,7 @@ def test_maps_are_those_of_the_whole_image_at_the_size_of_its_truth(small_config
 
 def test_losses_of_auxiliary_heads_are_found_and_of_cascades_those_of_the_first_stage(small_config):
     cfg = small_config(TWO_HEADS)
-    cfg.model.auxiliary_head.loss_decode = dict(type='SubclassifiedLoss', mode='similarity')
+    cfg.model.auxiliary_head.loss_decode = dict(type='SimilaritySubclassifiedLoss')
     cfg.custom_hooks.append(dict(type='SubclassVisualizationHook', num_images=1))
     runner = Runner.from_cfg(cfg)
     runner.train()
@@ -450,7 +453,7 @@ def test_losses_of_auxiliary_heads_are_found_and_of_cascades_those_of_the_first_
         return head
 
     model = nn.Module()
-    subclass = SubclassifiedLoss(mode='similarity')
+    subclass = SimilaritySubclassifiedLoss()
     model.decode_head = nn.ModuleList([stage(nn.Identity(), subclass), stage(SubclassifiedLoss())])
     found = find_subclassified(model)
     assert list(found) == ['decode_head.0.1']

@@ -1,12 +1,9 @@
-import json
 import math
 
-import numpy as np
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -22,6 +19,7 @@ from mmseg_imbalance.losses import (
     WeightedJaccardLoss,
     WeightedTverskyLoss,
 )
+from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 
 def focal_and_focal_tversky(**options):
@@ -44,16 +42,6 @@ LOSSES = (
 PIXELS = [9e6, 4e4, 3e5, 0, 7e3]
 SHARE = [n / 9354000 for n in (9e6, 4e4, 3e5, 7e3, 7e3)]  # what never occurs counts as the rarest
 WEIGHT = [0.2, 3.0, 1.0, 0.0, 1.7]
-CLASSES = ['a', 'b', 'c', 'd', 'e']
-
-
-@pytest.fixture
-def dataset_meta():
-    """The class names as a runner leaves them in the message hub."""
-    hub = MessageHub.get_current_instance()
-    hub.update_info('dataset_meta', dict(classes=CLASSES))
-    yield
-    hub.pop_info('dataset_meta')
 
 
 @pytest.mark.parametrize('reduction', ['image', 'batch'])
@@ -87,10 +75,10 @@ def test_combined_is_the_textbook_formula(make_batch, reduction, absent, square,
     dice = oracle.region_loss(sums, WEIGHT, 0.5, 0.5, 1.0, reduction=reduction, absent=absent)
     value = loss(logits, target, weight=weight, ignore_index=255)
     assert value.item() == pytest.approx(3 * (0.7 * ce + 0.2 * dice), rel=1e-6)
-    total, ce_part, dice_part = (term(logits, target, weight=weight, ignore_index=255) for term in loss)
-    assert (total.item(), ce_part.item(), dice_part.item()) == pytest.approx(
-        (value.item(), ce, dice), rel=1e-6
-    )
+    assert {name: term.item() for name, term in loss.logged.items()} == {
+        'combined_ce': pytest.approx(ce, rel=1e-6),
+        'combined_dice': pytest.approx(dice, rel=1e-6),
+    }
 
 
 @pytest.mark.parametrize('reduction', ['image', 'batch'])
@@ -183,7 +171,7 @@ def test_any_region_index_goes_with_any_pixel_term(make_batch, region, focal_gam
     pixel = WeightedFocalLoss(WEIGHT, gamma=focal_gamma)(*batch)
     overlap = single(WEIGHT, **options)(*batch)
     torch.testing.assert_close(loss(*batch), 0.3 * pixel + 0.9 * overlap)
-    assert [term.loss_name for term in loss] == ['loss_combined', 'combined_ce', f'combined_{region}']
+    assert (loss.loss_name, [*loss.logged]) == ('loss_combined', ['combined_ce', f'combined_{region}'])
 
 
 def test_uncertainty_learns_log_variances_that_start_at_the_fixed_weights(make_batch):
@@ -197,9 +185,8 @@ def test_uncertainty_learns_log_variances_that_start_at_the_fixed_weights(make_b
     value.backward()
     expected = torch.tensor([0.5 - 0.6 * ce.item(), 0.5 - 0.4 * dice.item()])
     torch.testing.assert_close(loss.log_variance.grad, expected)
-    logged = {term.loss_name: term(*batch) for term in loss}
-    assert logged['combined_ce_log_variance'].item() == pytest.approx(s[0])
-    assert logged['combined_dice_log_variance'].item() == pytest.approx(s[1])
+    assert loss.logged['combined_ce_log_variance'].item() == pytest.approx(s[0])
+    assert loss.logged['combined_dice_log_variance'].item() == pytest.approx(s[1])
     # at the optimum exp(s) = 2 L each
     optimizer = torch.optim.LBFGS([loss.log_variance], max_iter=50)
 
@@ -223,7 +210,7 @@ def test_uncertainty_learns_log_variances_that_start_at_the_fixed_weights(make_b
 def test_logit_adjustment_adds_the_log_prior(make_batch, loss, size):
     logits, target = make_batch(size, (13, 17))
     adjusted = loss(class_weight=WEIGHT, logit_adjustment=0.7)
-    adjusted.set_class_pixels(PIXELS)
+    adjusted.class_weight.set_pixels(PIXELS)
     shifted = logits + 0.7 * torch.tensor([math.log(f) for f in SHARE], dtype=torch.float64)[:, None, None]
     plain = loss(class_weight=WEIGHT)(shifted, target)
     torch.testing.assert_close(adjusted(logits, target), plain, rtol=1e-5, atol=1e-6)
@@ -235,7 +222,7 @@ def test_logit_adjustment_adds_the_log_prior(make_batch, loss, size):
 def test_logit_variation_adds_noise_by_rarity_while_training(make_batch, loss, dtype):
     logits, target = make_batch((5, 7), (13, 17), dtype=dtype)
     varied = loss(class_weight=WEIGHT, logit_variation=4.0)
-    varied.set_class_pixels(PIXELS)
+    varied.class_weight.set_pixels(PIXELS)
     plain = loss(class_weight=WEIGHT)
     torch.manual_seed(7)
     value = varied(logits, target)
@@ -253,7 +240,7 @@ def test_logit_variation_adds_noise_by_rarity_while_training(make_batch, loss, d
 def test_logit_variation_trains_the_head_and_counts_in_the_total():
     loss = dict(type='WeightedCrossEntropyLoss', logit_variation=4.0)
     decode_head = head(loss=loss)
-    decode_head.loss_decode.set_class_pixels(PIXELS)
+    decode_head.loss_decode.class_weight.set_pixels(PIXELS)
     losses = run(decode_head, TARGET)
     total, _ = BaseModel.parse_losses(nn.Module(), losses)
     torch.testing.assert_close(total, losses['loss_ce'])
@@ -264,14 +251,14 @@ def test_logit_variation_trains_the_head_and_counts_in_the_total():
 @pytest.mark.parametrize('option', ['logit_adjustment', 'logit_variation'])
 def test_without_a_class_frequency_the_error_says_which_hook_to_add(make_batch, option):
     loss = WeightedDiceLoss(**{option: 1.0})
-    assert loss.needs_class_pixels
+    assert loss.class_weight.needs_pixels
     with pytest.raises(RuntimeError, match=r"dict\(type='ClassWeightHook'\)"):
         loss(*make_batch())
-    loss.set_class_pixels([1, 2])
+    loss.class_weight.set_pixels([1, 2])
     with pytest.raises(ValueError, match='that of 2 classes, but the head predicts 5'):
         loss(*make_batch())
     with pytest.raises(ValueError, match=r'class pixels .* must be finite'):
-        loss.set_class_pixels([1, -2])
+        loss.class_weight.set_pixels([1, -2])
 
 
 def test_the_number_of_right_pixels_is_kept_for_the_log(make_batch):
@@ -368,100 +355,6 @@ def test_half_precision_logits_give_a_float32_loss_close_to_the_exact_one(make_b
     assert value.item() == pytest.approx(loss(class_weight=WEIGHT)(logits.double(), target).item(), rel=1e-5)
 
 
-# class weights
-
-
-@pytest.mark.parametrize(
-    'given',
-    [
-        [1.0, -1.0],
-        [1.0, math.nan],
-        [math.inf, 1.0],
-        [0.0, 0.0],
-        [],
-        ['x'],
-        [[1.0, 2.0]],
-        {'a': -2.0},
-        {'a': math.nan},
-    ],
-)
-def test_impossible_weights_are_refused_with_the_values(given):
-    with pytest.raises(ValueError, match='must be finite numbers, at least 0'):
-        CombinedWeightedLoss(class_weight=given)
-
-
-def test_wrong_length_says_both_lengths(make_batch):
-    with pytest.raises(ValueError, match=r'holds 2 numbers, \[1.0, 2.0\], but the head predicts 5'):
-        WeightedDiceLoss([1.0, 2.0])(*make_batch())
-
-
-@pytest.mark.parametrize('given', [np.array(WEIGHT), torch.tensor(WEIGHT), tuple(WEIGHT)])
-def test_weights_come_as_any_sequence(make_batch, given):
-    logits, target = make_batch()
-    torch.testing.assert_close(
-        WeightedDiceLoss(given)(logits, target), WeightedDiceLoss(WEIGHT)(logits, target)
-    )
-
-
-@pytest.mark.usefixtures('dataset_meta')
-def test_a_dict_names_classes_and_the_others_weigh_1(make_batch):
-    logits, target = make_batch()
-    named = WeightedCrossEntropyLoss(dict(d=4.0, b=0.5))
-    expected = WeightedCrossEntropyLoss([1, 0.5, 1, 4, 1])(logits, target)
-    torch.testing.assert_close(named(logits, target), expected)
-
-
-@pytest.mark.usefixtures('dataset_meta')
-def test_an_unknown_class_name_says_which_ones_there_are(make_batch):
-    with pytest.raises(ValueError, match=r"names \['rider'\].*classes are \['a', 'b'"):
-        WeightedCrossEntropyLoss(dict(rider=4.0))(*make_batch())
-
-
-@pytest.mark.usefixtures('dataset_meta')
-def test_a_dict_may_switch_off_a_class(make_batch):
-    logits, target = make_batch()
-    expected = WeightedCrossEntropyLoss([0, 1, 1, 1, 1])(logits, target)
-    torch.testing.assert_close(WeightedCrossEntropyLoss(dict(a=0.0))(logits, target), expected)
-
-
-def test_a_dict_outside_a_runner_says_what_to_give_instead(make_batch):
-    with pytest.raises(RuntimeError, match='give a list'):
-        WeightedCrossEntropyLoss(dict(a=4.0))(*make_batch())
-
-
-def test_auto_before_the_hook_says_which_hook_to_add(make_batch):
-    loss = CombinedWeightedLoss(class_weight='auto')
-    with pytest.raises(RuntimeError, match=r"custom_hooks = \[dict\(type='ClassWeightHook'\)\]"):
-        loss(*make_batch())
-    loss.set_class_weight(WEIGHT)
-    torch.testing.assert_close(loss(*make_batch()), CombinedWeightedLoss(class_weight=WEIGHT)(*make_batch()))
-
-
-def test_a_path_gives_the_weights_of_the_file(make_batch, tmp_path):
-    path = tmp_path / 'weights.json'
-    path.write_text(json.dumps(dict(classes=CLASSES, weights=WEIGHT)))
-    expected = WeightedDiceLoss(WEIGHT)(*make_batch())
-    for given in (path, str(path)):
-        torch.testing.assert_close(WeightedDiceLoss(given)(*make_batch()), expected)
-
-
-@pytest.mark.usefixtures('dataset_meta')
-def test_a_file_for_other_classes_is_refused(make_batch, tmp_path):
-    path = tmp_path / 'weights.json'
-    path.write_text(json.dumps(dict(classes=CLASSES[::-1], weights=WEIGHT)))
-    with pytest.raises(ValueError, match=r"is for the classes \['e'.*data set has \['a'"):
-        WeightedDiceLoss(str(path))(*make_batch())
-
-
-def test_missing_and_foreign_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.json' is neither 'auto' nor a file"):
-        WeightedDiceLoss(str(tmp_path / 'nowhere.json'))
-    for content in ('{', '[1, 2]', '{"classes": []}'):
-        (tmp_path / 'foreign.json').write_text(content)
-        with pytest.raises(ValueError, match=r'foreign.json. is not a file of'):
-            WeightedDiceLoss(str(tmp_path / 'foreign.json'))
-
-
 def test_weights_stay_out_of_checkpoints_and_out_of_the_order_of_buffers():
     loss = CombinedWeightedLoss(class_weight=WEIGHT)
     assert not loss.state_dict()
@@ -487,7 +380,7 @@ def test_weights_stay_out_of_checkpoints_and_out_of_the_order_of_buffers():
         (dict(gamma=0.0), 'gamma must be a finite number above 0, got 0.0'),
         (dict(region='tversky', square_denominator=True), 'can leave'),
         (dict(balance='learnt'), r"balance must be one of \('fixed', 'uncertainty'\), got 'learnt'"),
-        (dict(balance='uncertainty', ce_weight=0.0), 'must be above 0, got 0.0 and 0.4'),
+        (dict(balance='uncertainty', ce_weight=0.0), r'must be above 0, got .*0\.0.*0\.4'),
         (dict(logit_adjustment=-1.0), 'logit_adjustment must be'),
         (dict(logit_variation=math.inf), 'logit_variation must be'),
         (dict(sync_region=True), "needs region_reduction='batch', got 'image'"),
@@ -498,7 +391,43 @@ def test_options_out_of_range_are_named(options, message):
         CombinedWeightedLoss(**options)
 
 
-# in the framework's heads
+@pytest.mark.parametrize('loss', [*LOSSES[:-1], SubclassifiedLoss, SimilaritySubclassifiedLoss])
+def test_an_option_that_a_loss_does_not_have_is_refused_in_its_name(loss):
+    name = loss.__name__
+    with pytest.raises(TypeError, match=rf'{name} has no option los_weight=2\.0.* options are .*loss_weight'):
+        loss(los_weight=2.0)
+    for option in ('use_sigmoid', 'reduction', 'avg_non_ignore', 'use_mask'):
+        message = rf"{name} has no option {option}=.*CrossEntropyLoss.*dict\(_delete_=True, type='{name}'"
+        with pytest.raises(TypeError, match=message):
+            loss(**{option: False})
+
+
+def test_a_config_that_forgets_delete_is_told_so():
+    inherited = dict(type='CombinedWeightedLoss', use_sigmoid=False, loss_weight=1.0)
+    with pytest.raises(
+        TypeError, match=r'CombinedWeightedLoss has no option use_sigmoid=False.*_delete_=True'
+    ):
+        MODELS.build(inherited)
+
+
+def test_options_of_one_loss_are_not_those_of_another():
+    for loss, option in (
+        (WeightedDiceLoss, dict(focal_gamma=2.0)),
+        (WeightedDiceLoss, dict(region='jaccard')),
+        (WeightedDiceLoss, dict(index='jaccard')),
+        (WeightedCrossEntropyLoss, dict(smooth=1.0)),
+        (WeightedFocalLoss, dict(focal_gamma=1.0)),
+        (WeightedTverskyLoss, dict(ce_weight=1.0)),
+        (SubclassifiedLoss, dict(threshold=0.9)),
+        (SimilaritySubclassifiedLoss, dict(momentum=0.1)),
+    ):
+        with pytest.raises(TypeError, match=f'{loss.__name__} has no option {next(iter(option))}='):
+            loss(**option)
+    with pytest.raises(ValueError, match='two terms or more'):
+        WeightedDiceLoss(balance='uncertainty')
+
+
+# in MMSegmentation's heads
 
 
 def samples(target):
@@ -511,6 +440,7 @@ def head(type='FCNHead', loss=None, **kwargs):
     torch.manual_seed(0)
     options = dict(
         SegformerHead=dict(in_channels=[8, 8], in_index=[0, 1]),
+        FeatureSegformerHead=dict(in_channels=[8, 8], in_index=[0, 1]),
         FCNHead=dict(in_channels=8, in_index=0, num_convs=1),
         ASPPHead=dict(in_channels=8, in_index=0, dilations=(1, 2)),
     )[type]
@@ -532,18 +462,30 @@ TARGET[:, :5] = 255
 
 @pytest.mark.parametrize('prefix', ['', 'mmseg_imbalance.'])
 @pytest.mark.parametrize('type', ['SegformerHead', 'FCNHead', 'ASPPHead'])
-def test_heads_log_the_parts_and_add_only_the_sum_to_the_total(type, prefix):
+def test_heads_of_mmsegmentation_log_the_total_alone_and_train(type, prefix):
     decode_head = head(type, dict(type=f'{prefix}CombinedWeightedLoss', class_weight=WEIGHT))
     losses = run(decode_head, TARGET)
-    assert set(losses) == {'loss_combined', 'combined_ce', 'combined_dice', 'acc_seg'}
-    expected = 0.6 * losses['combined_ce'] + 0.4 * losses['combined_dice']
-    torch.testing.assert_close(losses['loss_combined'], expected)
-    total, logged = BaseModel.parse_losses(nn.Module(), losses)
-    torch.testing.assert_close(total, losses['loss_combined'])
-    assert {'combined_ce', 'combined_dice', 'loss_combined', 'loss'} <= set(logged)
-    total.backward()
+    assert set(losses) == {'loss_combined', 'acc_seg'}
+    parts = decode_head.loss_decode.logged
+    expected = 0.6 * parts['combined_ce'] + 0.4 * parts['combined_dice']
+    torch.testing.assert_close(losses['loss_combined'].detach(), expected)
+    losses['loss_combined'].backward()
     assert decode_head.conv_seg.weight.grad.abs().sum() > 0
     assert 'CombinedWeightedLoss' in repr(decode_head)
+
+
+@pytest.mark.parametrize('more', [[], [dict(type='SubclassifiedLoss', loss_weight=0.2, class_weight=WEIGHT)]])
+def test_feature_heads_log_the_parts_and_add_only_the_sum_to_the_total(more):
+    combined = dict(type='CombinedWeightedLoss', class_weight=WEIGHT)
+    decode_head = head('FeatureSegformerHead', [combined, *more] if more else combined)
+    losses = run(decode_head, TARGET)
+    subclass = {'loss_subclass', 'subclass_smallest_share', 'subclass_weight_ratio'} if more else set()
+    assert set(losses) == {'loss_combined', 'combined_ce', 'combined_dice', 'acc_seg', *subclass}
+    expected = 0.6 * losses['combined_ce'] + 0.4 * losses['combined_dice']
+    torch.testing.assert_close(losses['loss_combined'].detach(), expected)
+    total, logged = BaseModel.parse_losses(nn.Module(), losses)
+    torch.testing.assert_close(total, sum(x for name, x in losses.items() if name.startswith('loss')))
+    assert {'combined_ce', 'combined_dice', 'loss_combined', 'loss', *subclass} <= set(logged)
 
 
 def test_a_head_passes_its_ignore_index():

@@ -55,7 +55,7 @@ def train_step(images):
             model = DistributedDataParallel(model)
         x, target = (t[images] for t in batch())
         loss = loss()
-        loss.set_class_pixels([50, 4, 30, 20, 1])
+        loss.class_weight.set_pixels([50, 4, 30, 20, 1])
         value = loss(model(x), target)
         value.backward()
         results[name] = value.item(), next(model.parameters()).grad.numpy()

@@ -8,7 +8,7 @@ from test_metrics import CLASSES, GROUPS, SMALL, samples, scenes_of
 
 import mmseg_imbalance  # noqa: F401
 from mmseg_imbalance.datasets import CamVidDataset
-from mmseg_imbalance.metrics import load_image_scores
+from mmseg_imbalance.scores import load_image_scores
 
 IMAGES = 5  # the share of the second of two ranks is filled up with an image of the first
 

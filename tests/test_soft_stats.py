@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mmseg_imbalance.ops import SoftStats, soft_stats, strips
-from mmseg_imbalance.ops.soft_stats import Options
+from mmseg_imbalance.ops.contract import Options
 
 contract = import_module('mmseg_imbalance.ops.soft_stats')  # whose name is also the function's
 triton = contract._triton()

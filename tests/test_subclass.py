@@ -20,8 +20,9 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from test_heads import Largest
 
+from mmseg_imbalance.kmeans import kmeans
 from mmseg_imbalance.ops import similarity_weight, strips
-from mmseg_imbalance.subclass import SubclassifiedLoss, kmeans
+from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 WEIGHT = [0.2, 3.0, 1.0, 0.5, 1.7]
@@ -93,7 +94,8 @@ def test_equals_the_algorithm_in_nested_loops(rule, number, normalize, max_ratio
     moved = 0
     for i in range(12):
         logits, target, features = batch(i)
-        weight, group, groups = loss.eval().weigh_pixels(logits, target, 255, False, features)
+        found = loss.eval().weigh_pixels(logits, target, None, 255, False, features)
+        weight, group, groups = found['pixel_weight'], found['group'], found['num_groups']
         value = loss.train()(logits, target, features=features)
         arrays = (x.cpu().numpy() for x in (features, logits, target))
         expected, chosen, expected_weight = truth.step(*arrays, WEIGHT)
@@ -104,7 +106,7 @@ def test_equals_the_algorithm_in_nested_loops(rule, number, normalize, max_ratio
         np.testing.assert_array_equal((group // max(number))[valid], target.cpu().numpy()[valid])
         np.testing.assert_allclose(weight.cpu().numpy()[valid], expected_weight[valid], rtol=1e-6)
         assert value.item() == pytest.approx(expected, rel=1e-6), i
-        state = loss.weighting
+        state = loss.clustering
         for c, parts in enumerate(truth.state):
             assert (state.pixels[c] > 0).nonzero().flatten().tolist() == list(parts)
             for k, part in parts.items():
@@ -136,14 +138,14 @@ def test_one_subclass_is_cross_entropy(rule, weight):
         truth.backward()
         assert value.item() == pytest.approx(truth.item(), rel=1e-6)
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-12)
-    assert (loss.weighting.pixels > 0).all()  # it was clustered all the same
+    assert (loss.clustering.pixels > 0).all()  # it was clustered all the same
 
 
 def test_the_mean_weight_within_a_class_is_1_where_shares_are_those_of_the_state():
     loss = make_loss(num_subclasses=3, momentum=0.3, warmup_iters=0, ramp_iters=1, max_ratio=1.4)
     train(loss, range(8))
-    share, _, weight = loss.weighting.table()
-    there = loss.weighting.pixels > 0
+    share, _, weight, _ = loss.clustering.table()
+    there = loss.clustering.pixels > 0
     mean = (share * weight).where(there, 0).sum(1)
     torch.testing.assert_close(mean, torch.ones_like(mean))
     ratio = weight.nan_to_num(0).amax(1) / weight.nan_to_num(torch.inf).amin(1)
@@ -154,8 +156,8 @@ def test_share_comes_first_then_difficulty():
     loss = make_loss(num_subclasses=2, warmup_iters=3, ramp_iters=4, max_ratio=None)
     train(loss, range(12))
     for iteration, power in ((3, 0.0), (4, 0.25), (6, 0.75), (7, 1.0), (99, 1.0)):
-        loss.weighting.iteration.fill_(iteration)
-        share, mean_loss, weight = loss.weighting.table()
+        loss.clustering.iteration.fill_(iteration)
+        share, mean_loss, weight, _ = loss.clustering.table()
         raw = share**-0.5 * mean_loss**power
         torch.testing.assert_close(weight[:, 0] / weight[:, 1], raw[:, 0] / raw[:, 1])
         assert not torch.allclose(mean_loss[:, 0], mean_loss[:, 1])
@@ -165,7 +167,7 @@ def test_pixels_weigh_1_before_there_are_centroids():
     loss = make_loss(num_subclasses=3, update='kmeans', update_freq=4)
     for i in range(5):
         logits, target, features = batch(i)
-        weight, _, _ = loss.eval().weigh_pixels(logits, target, 255, False, features)
+        weight = loss.eval().weigh_pixels(logits, target, None, 255, False, features)['pixel_weight']
         assert (weight == 1).all() == (i < 4)
         loss.train()(logits, target, features=features)
 
@@ -189,13 +191,13 @@ def test_a_class_that_starts_late_counts_in_pixels_and_with_its_own_losses():
             logits = torch.stack([rare * 0.5, rare * -1.0], 1).double()
             loss(logits, target, features=features.to(DEVICE))
             if i == 4:
-                before = loss.weighting.table().share[1].max().item()
-                mean_loss = loss.weighting.table().mean_loss[1]
+                before = loss.clustering.table().share[1].max().item()
+                mean_loss = loss.clustering.table().mean_loss[1]
                 assert before == pytest.approx(0.75, abs=0.05)  # of a sample, with 'kmeans'
                 assert (mean_loss > 0.5).all()
         # the batch in between had 8192 pixels of the class, this one 2048, all of the other part
         expected = 0.99 * 8192 * before / (0.99 * 8192 + 0.01 * 2048)
-        assert loss.weighting.table().share[1].max().item() == pytest.approx(expected, abs=1e-3)
+        assert loss.clustering.table().share[1].max().item() == pytest.approx(expected, abs=1e-3)
 
 
 def test_subclasses_that_the_config_has_no_more_end():
@@ -204,8 +206,8 @@ def test_subclasses_that_the_config_has_no_more_end():
     fewer = make_loss(num_subclasses=[1, 2, 3, 3, 3])
     fewer.load_state_dict(loss.state_dict())
     train(fewer, range(3, 9))
-    assert (fewer.weighting.pixels > 0).sum(1).tolist()[:2] == [1, 2]
-    assert fewer.weighting.table().weight[0, 0] == 1
+    assert (fewer.clustering.pixels > 0).sum(1).tolist()[:2] == [1, 2]
+    assert fewer.clustering.table().weight[0, 0] == 1
 
 
 def test_pixel_weights_of_the_head_count_too():
@@ -215,12 +217,12 @@ def test_pixel_weights_of_the_head_count_too():
     keep = torch.rand(target.shape, device=DEVICE) < 0.5
     state = copy.deepcopy(loss.state_dict())
     weighted = loss(logits, target, weight=keep.double(), features=features)
-    counts = loss.weighting.pixels.clone()
+    counts = loss.clustering.pixels.clone()
     loss.load_state_dict(state)
     plain = loss.eval()(logits, target.where(keep, 255), features=features)
     assert weighted.item() == pytest.approx(plain.item(), rel=1e-9)
     loss.train()(logits, target, features=features)
-    torch.testing.assert_close(loss.weighting.pixels, counts)  # never weighted
+    torch.testing.assert_close(loss.clustering.pixels, counts)  # never weighted
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -276,7 +278,7 @@ def test_features_not_finite_at_the_very_start(rule):
     logits, target, features = batch(0)
     with pytest.raises(RuntimeError, match='training iteration 1 '):
         loss(logits, target, features=torch.full_like(features, float('nan')))
-    assert loss.weighting.iteration == 0
+    assert loss.clustering.iteration == 0
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -292,7 +294,7 @@ def test_a_class_that_never_occurs_and_one_of_a_single_cell(rule):
         features[:, :, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
         value = loss(logits, target, features=features)
         assert value.isfinite()
-    state = loss.weighting
+    state = loss.clustering
     assert not state.pixels[[3, 4, 6]].any()
     torch.testing.assert_close(state.centroid[5, 0].cpu(), torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
     _, _, weight = state.table()
@@ -310,14 +312,14 @@ def test_constant_features(rule):
         value = loss(logits, target, features=features).item()
         assert value == pytest.approx(plain(logits, target, features=features).item(), rel=1e-3)
     torch.testing.assert_close(
-        loss.weighting.centroid[:, 0], torch.full_like(loss.weighting.centroid[:, 0], 1 / 3)
+        loss.clustering.centroid[:, 0], torch.full_like(loss.clustering.centroid[:, 0], 1 / 3)
     )
 
 
 def test_a_subclass_that_dies_moves_to_the_hardest_cell():
     loss = make_loss(num_subclasses=2, momentum=0.2)
     train(loss, range(2))
-    state = loss.weighting
+    state = loss.clustering
     state.centroid[:, 1] = 1000.0  # where nothing is near
     for i in range(2, 60):
         logits, target, features = batch(i)
@@ -366,13 +368,13 @@ def test_it_finds_the_parts_of_a_mixture(rule):
                 for x in (logits, features)
             )
             loss(logits, torch.tensor(target, device=DEVICE), features=features)
-        share, mean_loss, weight = (x.cpu().numpy() for x in loss.weighting.table())
+        share, mean_loss, weight, _ = loss.clustering.table().numpy()
         for c in range(3):
             order = np.argsort(-share[c])
             np.testing.assert_allclose(share[c][order], true_share, atol=0.03, err_msg=f'{seed} {c}')
             np.testing.assert_allclose(mean_loss[c][order], true_loss, rtol=0.15, err_msg=f'{seed} {c}')
             assert (np.diff(weight[c][order]) > 0).all()
-            away = np.linalg.norm(loss.weighting.centroid[c].cpu().numpy()[order] - middle[c], axis=1)
+            away = np.linalg.norm(loss.clustering.centroid[c].cpu().numpy()[order] - middle[c], axis=1)
             assert (away < 0.6).all()  # of about 5 between them
 
 
@@ -437,17 +439,19 @@ def test_under_autocast_the_state_is_that_of_full_precision():
         (dict(ramp_iters=-1), 'ramp_iters must be at least 0'),
         (dict(max_ratio=0.5), 'max_ratio must be None or at least 1, got 0.5'),
         (dict(min_share=0.4), r'min_share must lie in \[0, 1 / K\) with K = 3, got 0.4'),
-        (dict(mode='clusters'), "mode must be one of .* got 'clusters'"),
-        (dict(threshold=0.9), "threshold are for mode='similarity', got mode='cluster'"),
-        (dict(mode='similarity', momentum=0.1, update='ema'), "momentum, update are for mode='cluster'"),
-        (dict(mode='similarity', paper_exact=True, label_smoothing=0.1), 'takes no label_smoothing, got 0.1'),
-        (dict(mode='similarity', threshold=0), 'threshold must be finite and above 0, got 0'),
         (dict(loss_name='subclass'), "must contain 'loss'"),
     ],
 )
 def test_bad_arguments_are_named(options, match):
     with pytest.raises(ValueError, match=match):
         SubclassifiedLoss(**options)
+
+
+def test_bad_arguments_of_similarity_are_named():
+    with pytest.raises(ValueError, match=r'takes no label_smoothing, got 0\.1'):
+        SimilaritySubclassifiedLoss(paper_exact=True, label_smoothing=0.1)
+    with pytest.raises(ValueError, match='threshold must be finite and above 0, got 0'):
+        SimilaritySubclassifiedLoss(threshold=0)
 
 
 def test_unknown_arguments_are_refused():
@@ -466,7 +470,7 @@ def test_numbers_by_class_name(tmp_path):
         loss(logits, target, features=features)
     hub.update_info('dataset_meta', dict(classes=tuple('abcde')))
     train(loss, range(4))
-    assert (loss.weighting.pixels > 0).sum(1).tolist() == [1, 4, 1, 1, 2]
+    assert (loss.clustering.pixels > 0).sum(1).tolist() == [1, 4, 1, 1, 2]
 
 
 def test_a_list_of_another_length_is_named():
@@ -522,12 +526,12 @@ def test_heads_say_how_many_classes_and_channels_there_are(type, options):
         cfg.update(in_channels=[8] * 4, in_index=[0, 1, 2, 3])
     head = MODELS.build(cfg)
     loss = head.loss_decode[1]
-    assert loss.weighting.centroid.shape == (5, 3, 16)
+    assert loss.clustering.centroid.shape == (5, 3, 16)
     maps, samples = head_batch()
     previous = [torch.sin(maps[2][:, :5])] if 'OCRHead' in options.values() else []
     for _ in range(2):
         losses = head.loss(maps, *previous, samples, None)
-    assert loss.weighting.iteration == 2
+    assert loss.clustering.iteration == 2
     assert {'loss_combined', 'loss_subclass', 'subclass_smallest_share', 'subclass_weight_ratio'} <= set(
         losses
     )
@@ -550,13 +554,14 @@ def test_a_head_of_one_channel_has_two_classes():
     for sample in samples:
         sample.gt_sem_seg.data %= 2
     assert head.loss(maps, samples, None)['loss_subclass'].isfinite()
-    assert head.loss_decode.weighting.centroid.shape == (2, 3, 16)
+    assert head.loss_decode.clustering.centroid.shape == (2, 3, 16)
 
 
 def test_a_head_without_features_is_told_which_have_them():
     head = MODELS.build(head_config('ASPPHead', dilations=(1, 2)))
     with pytest.raises(
-        RuntimeError, match=r"FeatureASPPHead, .* base='UPerHead'.* mode='similarity' needs the logits"
+        RuntimeError,
+        match=r"FeatureASPPHead, .* base='UPerHead'.* SimilaritySubclassifiedLoss needs",
     ):
         head.loss(*head_batch(), None)
 
@@ -570,7 +575,7 @@ def test_a_head_that_never_calls_cls_seg_is_refused_with_the_same_names():
 
 
 def test_similarity_works_with_a_plain_head_as_with_ours():
-    loss = dict(type='SubclassifiedLoss', mode='similarity', class_weight=WEIGHT)
+    loss = dict(type='SimilaritySubclassifiedLoss', class_weight=WEIGHT)
     values = []
     for type in ('ASPPHead', 'FeatureASPPHead'):
         torch.manual_seed(0)
@@ -580,7 +585,7 @@ def test_similarity_works_with_a_plain_head_as_with_ours():
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-# mode='similarity'
+# SimilaritySubclassifiedLoss
 
 
 def similarity_batch(size, images=1, cells=None, dtype=torch.float64):
@@ -640,7 +645,7 @@ def test_ignored_pixels_change_no_weight():
 @pytest.mark.parametrize('exact', [False, True])
 def test_above_1_similarity_is_cross_entropy(exact):
     logits, target = similarity_batch((37, 53), images=2)
-    loss = SubclassifiedLoss(WEIGHT[:4], mode='similarity', threshold=1.01, paper_exact=exact)
+    loss = SimilaritySubclassifiedLoss(WEIGHT[:4], threshold=1.01, paper_exact=exact)
     weight = torch.tensor(WEIGHT[:4], dtype=torch.float64, device=DEVICE)
     truth = F.cross_entropy(logits, target, weight, ignore_index=255, reduction='none')
     counted = target.numel() if exact else weight[target[target != 255]].sum()
@@ -659,7 +664,7 @@ def test_similarity_equals_the_papers_code():
         one = slice(image, image + 1)
         weight = similarity_weight(logits[one], target[one], paper_exact=True)
         np.testing.assert_allclose(weight[0].cpu().numpy(), expected, atol=1e-5)
-    value = SubclassifiedLoss(mode='similarity', paper_exact=True)(logits, target)
+    value = SimilaritySubclassifiedLoss(paper_exact=True)(logits, target)
     value.backward()
     assert value.item() == pytest.approx(golden['loss'].item(), rel=1e-5)
     scale = np.abs(golden['grad']).max()
@@ -668,12 +673,12 @@ def test_similarity_equals_the_papers_code():
 
 def test_no_weight_exceeds_10():
     """All but one pixel in a few hundred resemble thousands of others."""
-    target = torch.zeros(1, 1600, 1600, dtype=torch.int64, device=DEVICE)
+    target = torch.zeros(1, 800, 800, dtype=torch.int64, device=DEVICE)
     target[:, :64, :64] = 1
-    logits = torch.ones(1, 2, 1600, 1600, device=DEVICE)
+    logits = torch.ones(1, 2, 800, 800, device=DEVICE)
     weight = similarity_weight(logits, target)
     assert weight[0, -1, -1] < 1.01
-    logits[:, 1, 700:708, 700:708] = -3
+    logits[:, 1, 356:364, 356:364] = -3
     weight = similarity_weight(logits, target)
     assert weight.max() == 10
 

@@ -1,6 +1,5 @@
 """Schemes against numbers worked out by hand and laws that hold for any counts."""
 
-import json
 import math
 import warnings
 
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
-from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior, weight_record
+from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior
 
 
 def frequency(pixels, images=None, image_pixels=None):
@@ -147,14 +146,6 @@ def test_an_option_out_of_range_names_value_and_range(options, words):
 def test_nothing_to_weigh_is_an_error():
     with pytest.raises(ValueError, match='none of the 2 classes has a pixel'):
         class_weights(frequency([0, 0]))
-
-
-def test_a_record_holds_the_weights_exactly_after_json():
-    weights = class_weights(CITYSCAPES_TRAIN)
-    record = json.loads(json.dumps(weight_record(CITYSCAPES_TRAIN, weights)))
-    assert record['weights'] == weights.tolist()
-    assert record['pixels'] == CITYSCAPES_TRAIN.pixels.tolist()
-    assert tuple(record['classes']) == CITYSCAPES_TRAIN.classes
 
 
 counts = st.lists(st.integers(1, 10**9), min_size=2, max_size=30)

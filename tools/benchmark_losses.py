@@ -31,7 +31,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmseg_imbalance.ops.soft_stats import BACKENDS
-from mmseg_imbalance.visualization import table_text
+from mmseg_imbalance.tables import table_text
 
 CALLS = 5  # of a round on CUDA, queued back to back as they are in training
 FORMATS = dict(ms='.3g', time_ratio='.2f', MB='.3g', memory_ratio='.2f', bandwidth='.0%', off_by='.0e')

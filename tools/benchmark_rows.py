@@ -21,7 +21,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmseg_imbalance.hooks import ClassWatcher
+from mmseg_imbalance.class_balance import ClassWatcher
 from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedLoss
 from mmseg_imbalance.ops import similarity_weight
 from mmseg_imbalance.subclass import SubclassifiedLoss
@@ -100,7 +100,7 @@ class StepTrial:
         self.data, self.watchers = data, []
         for module in list(self.model.modules()):
             if isinstance(module, WeightedLoss):
-                module.set_class_weight(weight)
+                module.class_weight.set_weights(weight)
                 if watched:
                     module.watcher = ClassWatcher()
                     module.watcher.with_gradient = True

@@ -1,24 +1,17 @@
 """Count the classes of a config's training data set and compare weighting schemes."""
 
 import argparse
+import json
 import warnings
 
 from mmengine.config import Config, DictAction
-from mmengine.fileio import dump
 from mmengine.registry import init_default_scope
 
-from mmseg_imbalance.frequency import count_classes, default_cache_dir
-from mmseg_imbalance.registry import DATASETS
-from mmseg_imbalance.visualization import class_table, plot_class_weights, table_text
+from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.plots import plot_class_weights
+from mmseg_imbalance.tables import class_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights, weight_record
-
-
-def _ignore_index(cfg):
-    """The label that the last decode head ignores; None, the data set's own, where there is no head."""
-    head = cfg.get('model', {}).get('decode_head')
-    if isinstance(head, list):
-        head = head[-1]
-    return head.get('ignore_index', 255) if head else None
 
 
 def main(argv=None):
@@ -29,7 +22,7 @@ def main(argv=None):
     options.add_argument('--plot', help='chart to write (.png, .svg, .pdf)')
     options.add_argument('--max-images', type=int, help='count a random sample of so many images')
     options.add_argument('--workers', type=int, default=2, help='worker processes')
-    options.add_argument('--cache-dir', default=default_cache_dir(), help='folder of the counts')
+    options.add_argument('--cache-dir', help='folder of the counts')
     options.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = options.parse_args(argv)
 
@@ -38,15 +31,10 @@ def main(argv=None):
         if args.cfg_options:
             cfg.merge_from_dict(args.cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
-        frequency = count_classes(
-            DATASETS.build(cfg.train_dataloader.dataset),
-            max_images=args.max_images,
-            ignore_index=_ignore_index(cfg),
-            num_workers=args.workers,
-            cache_dir=args.cache_dir,
-            progress=True,
+        frequency = training_frequency(
+            cfg, max_images=args.max_images, num_workers=args.workers, cache_dir=args.cache_dir
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         options.exit(1, f'{options.prog}: {error}\n')
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
@@ -57,7 +45,8 @@ def main(argv=None):
         print(f'warning: {message}')
     if args.out:
         record = weight_record(frequency, weights[args.scheme])
-        dump(record | dict(scheme=args.scheme), args.out, file_format='json', indent=2)
+        with write_atomically(args.out) as file:
+            json.dump(record | dict(scheme=args.scheme), file, indent=2)
         print(f'{args.scheme} weights: {args.out}')
     if args.plot:
         plot_class_weights(frequency, weights[args.scheme], args.plot, label=f'{args.scheme} weight')

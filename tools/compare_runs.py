@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from work_dirs import Run
 
-from mmseg_imbalance.visualization import table_text
+from mmseg_imbalance.tables import table_text
 
 
 def rich_table(sheet: Sheet) -> Table:

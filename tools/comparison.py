@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import t as student
 from work_dirs import Run, Unusable, read_run
 
-from mmseg_imbalance.metrics import bootstrap_counts, class_groups, present_mean, resampled_iou
+from mmseg_imbalance.scores import bootstrap_counts, class_groups, present_mean, resampled_iou
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

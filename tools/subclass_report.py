@@ -6,6 +6,8 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 
+from mmseg_imbalance.registry import DATASETS, MODELS
+
 import numpy as np
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
@@ -15,9 +17,9 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image
 
-from mmseg_imbalance.registry import DATASETS, MODELS
+from mmseg_imbalance.plots import draw_subclasses, subclass_colours
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
-from mmseg_imbalance.visualization import draw_subclasses, names_and_colours, subclass_colours
+from mmseg_imbalance.tables import names_and_colours
 
 STYLE = """
 :root { --line: #dcdfe4; --faint: #6a7280; }

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 
-from mmseg_imbalance.metrics import load_image_scores
+from mmseg_imbalance.scores import load_image_scores
 
 # settings of any depth that say where and how a run was carried out, not what was trained
 ELSEWHERE = {

@@ -4,7 +4,7 @@ model = dict(
     decode_head=dict(
         loss_decode=[
             dict(type='CombinedWeightedLoss', class_weight='auto', loss_weight=0.8),
-            dict(type='SubclassifiedLoss', mode='similarity', class_weight='auto', loss_weight=0.2),
+            dict(type='SimilaritySubclassifiedLoss', class_weight='auto', loss_weight=0.2),
         ],
     ),
 )

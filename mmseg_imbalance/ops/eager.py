@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_imbalance.ops.soft_stats import Options, SoftStats
+from mmseg_imbalance.ops.contract import Options, SoftStats
 
 
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmseg_imbalance.ops.contract import valid_pixels
+
 QUERY_STRIDE, KEY_STRIDE = 4, 8  # pixels of the label between two of them
 EPS = 1e-5
 OFFSET = 10.0  # added to the number of similar keys
@@ -26,7 +28,7 @@ def similarity_weight(
     target: Tensor,
     *,
     threshold: float = 0.98,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
     align_corners: bool = False,
     paper_exact: bool = False,
 ) -> Tensor:
@@ -38,7 +40,7 @@ def similarity_weight(
 
     Args:
         logits: (B, C, h, w); resized to the label bilinearly, with ``align_corners``, where they are smaller.
-        target: (B, H, W) class indices or ``ignore_index``.
+        target: (B, H, W) class indices or ``ignore_index``; None: no label is ignored.
         threshold: above 0. Above 1 nothing is similar and every weight is 1.
         paper_exact: as the public code has it: ignored pixels are a class of their own and enter the mean,
             and each image gets the mean of the weights of all images of the batch. By default ignored pixels
@@ -63,11 +65,16 @@ def similarity_weight(
 
 
 def _image_weight(
-    logits: Tensor, target: Tensor, threshold: float, ignore_index: int, align_corners: bool, exact: bool
+    logits: Tensor,
+    target: Tensor,
+    threshold: float,
+    ignore_index: int | None,
+    align_corners: bool,
+    exact: bool,
 ) -> Tensor:
     """The weights of one image, (H, W), from logits (1, C, h, w)."""
     size = list(target.shape)
-    counted = torch.ones_like(target, dtype=torch.bool) if exact else target != ignore_index
+    counted = valid_pixels(target, None if exact else ignore_index)
     vectors, labels, used = [], [], []
     for stride in (QUERY_STRIDE, KEY_STRIDE):
         grid = [max(n // stride, 1) for n in size]

@@ -1,78 +1,17 @@
-"""The sums over pixels that losses are arithmetic on: contract, validation, choice of backend."""
+"""The sums over pixels that losses are arithmetic on: validation and choice of backend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmseg_imbalance.ops.contract import NOTHING_IGNORED, Options, SoftStats, valid_pixels
 
 BACKENDS = ('eager', 'strips', 'triton')
-
-
-@dataclass(frozen=True)
-class SoftStats:
-    """Sums over the valid pixels of each image, by class; see :func:`soft_stats`.
-
-    ``nll``, ``intersection``, ``prediction`` and ``log_prob`` are differentiable. ``group_nll`` and
-    ``group_count`` are sums over the whole batch. A field that was not asked for is None.
-    """
-
-    nll: Tensor  # (B, C)
-    intersection: Tensor  # (B, C)
-    prediction: Tensor  # (B, C)
-    truth: Tensor  # (B, C)
-    correct: Tensor  # (B,) int64
-    log_prob: Tensor | None = None  # (B, C)
-    group_nll: Tensor | None = None  # (S,)
-    group_count: Tensor | None = None  # (S,) int64
-    class_correct: Tensor | None = None  # (B, C) int64
-    class_count: Tensor | None = None  # (B, C) int64
-
-    def sum_images(self, across_ranks: bool = False) -> SoftStats:
-        """The same sums over the whole batch, as a batch of one image: (1, C) in place of (B, C).
-
-        With ``across_ranks`` the weighted (B, C) fields are also summed over all ranks, in one all-reduce.
-        The numbers of pixels and the group fields stay those of this rank.
-        """
-        names = [f.name for f in fields(self)[:6] if f.name != 'correct']
-        rows = {n: v.sum(0) for n in names if (v := getattr(self, n)) is not None}
-        total = torch.stack(list(rows.values()))
-        if across_ranks:
-            total = sum_over_ranks(total)
-        summed = dict(zip(rows, total[:, None].unbind(), strict=True))
-        summed['truth'] = summed['truth'].detach()
-        recall = (self.class_correct, self.class_count)
-        class_correct, class_count = (None if n is None else n.sum(0, keepdim=True) for n in recall)
-        return SoftStats(
-            correct=self.correct.sum(0, keepdim=True),
-            class_correct=class_correct,
-            class_count=class_count,
-            group_nll=self.group_nll,
-            group_count=self.group_count,
-            **summed,
-        )
-
-
-@dataclass(frozen=True)
-class Options:
-    """The validated options of one pass, as the backends receive them."""
-
-    pixel_weight: Tensor | None
-    ignore_index: int
-    logit_bias: Tensor | None
-    focal_gamma: float
-    square_prediction: bool
-    with_log_prob: bool
-    with_recall: bool
-    group: Tensor | None
-    num_groups: int
-    align_corners: bool
 
 
 def soft_stats(
@@ -80,7 +19,7 @@ def soft_stats(
     target: Tensor,
     *,
     pixel_weight: Tensor | None = None,
-    ignore_index: int = 255,
+    ignore_index: int | None = 255,
     logit_bias: Tensor | None = None,
     focal_gamma: float = 0.0,
     square_prediction: bool = False,
@@ -105,7 +44,8 @@ def soft_stats(
     Args:
         logits: (B, C, h, w), floating point, C >= 2. Half precision is summed in float32.
         target: (B, H, W), integers in [0, C) or ``ignore_index``.
-        pixel_weight: (B, H, W), >= 0; a pixel of weight k counts as k pixels. Not differentiated.
+        pixel_weight: (B, H, W), finite, >= 0; a pixel of weight k counts as k pixels. Not differentiated.
+        ignore_index: the label of pixels that do not count; None: all count.
         logit_bias: (C,), added to the logits of every pixel. Not differentiated.
         focal_gamma: >= 0; 0 is the plain negative log-likelihood.
         group: (B, H, W), integers in [0, num_groups) on valid pixels; gives the ``group`` sums.
@@ -114,11 +54,15 @@ def soft_stats(
             or 'auto': triton for CUDA tensors where it can run, else strips.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range. Values of ``target``
-            and ``group`` are checked on CPU; a CUDA device asserts, as it does in torch's own losses.
+        TypeError, ValueError: an argument of the wrong type, shape or range. Values of ``target``, ``group``
+            and ``pixel_weight`` are checked on CPU. On a CUDA device a wrong label asserts, as it does in
+            torch's own losses.
         RuntimeError: the named backend cannot run here, or not with these arguments.
     """
     _check_shapes(logits, target, pixel_weight, group, logit_bias)
+    also = '' if ignore_index is None else f' or ignore_index={ignore_index}'
+    if ignore_index is None:
+        ignore_index = NOTHING_IGNORED
     limits = torch.iinfo(target.dtype)
     if not limits.min <= ignore_index <= limits.max:
         target = target.long()  # in the narrower type the comparison would wrap around
@@ -132,8 +76,10 @@ def soft_stats(
     if backend not in ('auto', *BACKENDS):
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     if target.device.type == 'cpu':
-        valid = target != ignore_index
-        _check_range('target', target, valid, logits.shape[1], f' or ignore_index={ignore_index}')
+        valid = valid_pixels(target, ignore_index)
+        _check_range('target', target, valid, logits.shape[1], also)
+        if pixel_weight is not None:
+            _check_weight(pixel_weight)
         if group is not None:
             _check_range('group', group, valid, num_groups, ' wherever target is valid')
     options = Options(
@@ -216,6 +162,17 @@ def _check_shapes(
         )
 
 
+def _check_weight(weight: Tensor) -> None:
+    least, most = weight.detach().aminmax()  # of NaN, both are
+    if not (least >= 0 and most < torch.inf):
+        wrong = weight[~((weight >= 0) & (weight < torch.inf))]
+        found = wrong.unique().tolist()
+        raise ValueError(
+            f'pixel_weight holds {found[:10]}{" and more" if len(found) > 10 else ""} on {wrong.numel()} '
+            'pixels; allowed are finite numbers, at least 0'
+        )
+
+
 def _check_range(name: str, ids: Tensor, valid: Tensor, end: int, also: str) -> None:
     bad = (ids < 0).logical_or_(ids >= end).logical_and_(valid)
     if bad.any():
@@ -224,27 +181,3 @@ def _check_range(name: str, ids: Tensor, valid: Tensor, end: int, also: str) -> 
             f'{name} holds {found[:10]}{" and more" if len(found) > 10 else ""} on '
             f'{int(bad.sum())} pixels; allowed are 0 to {end - 1}{also}'
         )
-
-
-class _SumOverRanks(torch.autograd.Function):
-    # The loss of every rank depends on the sums of all of them, so the gradients of all ranks' losses are
-    # summed too; an all-reduce that passes its gradient through would leave it world_size times too small.
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of ``x`` over all ranks, differentiable; ``x`` itself where nothing is distributed."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    return _SumOverRanks.apply(x)

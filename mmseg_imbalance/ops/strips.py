@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_imbalance.ops.soft_stats import Options, SoftStats
+from mmseg_imbalance.ops.contract import Options, SoftStats
 
 # numbers in a (C, r, W) buffer of a strip: few enough for the cache, enough for Python's share to be small
 STRIP_NUMBERS = 3 << 18

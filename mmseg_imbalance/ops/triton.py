@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_imbalance.ops.soft_stats import Options, SoftStats
+from mmseg_imbalance.ops.contract import Options, SoftStats
 
 if tuple(int(n) for n in triton.__version__.split('.')[:2]) < (3, 3):
     raise ImportError(f'the kernels need Triton 3.3 or newer, got {triton.__version__}')

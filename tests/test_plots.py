@@ -2,72 +2,23 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from PIL import Image
+from test_tables import counted, three_classes
 
-from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.visualization import (
-    Subclasses,
-    SubclassMaps,
-    class_table,
-    draw_subclasses,
-    names_and_colours,
-    plot_class_weights,
-    subclass_colours,
-    subclass_table,
-    table_text,
-)
-
-
-@pytest.fixture
-def frequency():
-    counts = np.array([[900_000, 50, 0], [800_000, 0, 0]])
-    return ClassFrequency.from_rows(('road', 'traffic light', 'train [old]'), counts, [10, 20], ['a', 'b'])
-
-
-def test_a_row_of_the_table_is_a_class_and_nothing_is_cut_off(frequency):
-    weights = dict(sqrt_inv_freq=np.array([0.25, 1.75, 0.0]), median_freq=np.array([1.0, 1.0, 0.0]))
-    text = table_text(class_table(frequency, weights))
-    rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in text.splitlines() if '│' in line]
-    assert rows == [
-        ['road', '1,700,000', '99.997%', '2', '0.2500', '1.0000'],
-        ['traffic light', '50', '0.003%', '1', '1.7500', '1.0000'],
-        ['train [old]', '0', '0.000%', '0', '0.0000', '0.0000'],
-    ]
-    assert '2 images, 1,700,080 pixels, 0.0% ignored' in text
-
-
-def test_the_chart_has_a_bar_for_each_class_also_for_one_that_never_occurs(frequency, tmp_path):
-    plot_class_weights(frequency, np.array([0.25, 1.75, 0.0]), tmp_path / 'chart.png')
-    pixels = np.array(Image.open(tmp_path / 'chart.png').convert('RGB')).reshape(-1, 3)
-    for colour in ((0x48, 0x78, 0xA8), (0xD1, 0x78, 0x3C)):
-        assert (pixels == colour).all(1).sum() > 1000
-
-
-@pytest.fixture
-def state():
-    """Three subclasses, of which the lightest in weight comes second; two; none yet."""
-    nan = np.nan
-    return Subclasses(
-        share=np.array([[0.2, 0.7, 0.1], [0.75, 0.25, nan], [nan] * 3]),
-        mean_loss=np.array([[0.5, 0.1, 2.0], [0.3, 0.4, nan], [nan] * 3]),
-        weight=np.array([[1.5, 0.6, 2.8], [0.8, 1.6, nan], [nan] * 3]),
-        exists=np.array([[True] * 3, [True, True, False], [True, False, False]]),
-    )
-
+from mmseg_imbalance.plots import SubclassMaps, draw_subclasses, plot_class_weights, subclass_colours
 
 PALETTE = np.array([[128, 64, 128], [0, 0, 70], [250, 170, 30]])
 
 
-def test_a_row_of_the_table_is_a_subclass_and_a_dash_stands_for_what_is_not_known_yet(state):
-    text = table_text(subclass_table(['road', 'train [old]', 'rider'], state))
-    rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in text.splitlines() if '│' in line]
-    assert rows == [
-        ['road', '0', '20.0%', '0.5000', '1.500'],
-        ['', '1', '70.0%', '0.1000', '0.600'],
-        ['', '2', '10.0%', '2.0000', '2.800'],
-        ['train [old]', '0', '75.0%', '0.3000', '0.800'],
-        ['', '1', '25.0%', '0.4000', '1.600'],
-        ['rider', '0', '-', '-', '-'],
-    ]
+@pytest.fixture
+def state():
+    return three_classes()
+
+
+def test_the_chart_has_a_bar_for_each_class_also_for_one_that_never_occurs(tmp_path):
+    plot_class_weights(counted(), np.array([0.25, 1.75, 0.0]), tmp_path / 'chart.png')
+    pixels = np.array(Image.open(tmp_path / 'chart.png').convert('RGB')).reshape(-1, 3)
+    for colour in ((0x48, 0x78, 0xA8), (0xD1, 0x78, 0x3C)):
+        assert (pixels == colour).all(1).sum() > 1000
 
 
 def test_the_heavier_a_subclass_the_darker_it_is_painted(state):
@@ -139,13 +90,3 @@ def test_an_image_that_is_ignored_altogether_or_weighs_the_same_everywhere_can_b
     picture = draw_subclasses(maps, ['road', 'train', 'rider'], PALETTE, state)
     ignored = share_of((24, 24, 24), picture)
     assert ignored > 0.3 if truth == -1 else ignored < 1e-3
-
-
-def test_a_data_set_without_names_or_colours_gets_numbers_and_different_colours():
-    names, palette = names_and_colours(dict(classes=('road', 'car'), palette=[[1, 2, 3]]), 4)
-    assert names == ['road', 'car', 'class 2', 'class 3']
-    assert palette[0].tolist() == [1, 2, 3]
-    assert len(np.unique(palette, axis=0)) == 4
-    names, palette = names_and_colours({}, 2)
-    assert names == ['class 0', 'class 1']
-    assert palette.shape == (2, 3)

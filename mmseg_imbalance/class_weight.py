@@ -1,0 +1,278 @@
+"""The class weights of a loss: what a config says, the file that holds them, the numbers on the device."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.weighting import log_prior
+
+ClassWeightSpec = None | str | Path | Sequence[float] | Mapping[str, float]
+Number = TypeVar('Number', int, float)
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """Weights of a data set's classes and what they come from: the content of ``class_weights.json``.
+
+    Args:
+        classes: C names.
+        weights: C numbers >= 0, in the order of the classes.
+        pixels, images: C numbers each, pixels of the class and images that hold it.
+        ignored: pixels that belong to no class.
+        num_images, dataset_images: images counted, and images of the data set.
+        scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
+        options: of the scheme.
+        max_images: size of the sample that was asked for; None: all.
+    """
+
+    classes: list[str]
+    weights: list[float]
+    pixels: list[int] | None = None
+    images: list[int] | None = None
+    ignored: int | None = None
+    num_images: int | None = None
+    dataset_images: int | None = None
+    scheme: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    max_images: int | None = None
+
+    @classmethod
+    def count(
+        cls,
+        frequency: ClassFrequency,
+        weights: np.ndarray,
+        scheme: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        max_images: int | None = None,
+    ) -> WeightRecord:
+        """The record of (C,) weights that a scheme has made of counts."""
+        return cls(
+            list(frequency.classes),
+            weights.tolist(),
+            frequency.pixels.tolist(),
+            frequency.images.tolist(),
+            frequency.ignored,
+            frequency.num_images,
+            frequency.dataset_images,
+            scheme,
+            dict(options or {}),
+            max_images,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and text, for JSON and for MMEngine's message hub."""
+        return asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file, which ``class_weight='FILE'`` of a loss reads."""
+        with write_atomically(path) as file:
+            json.dump(self.to_dict(), file, indent=2)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WeightRecord:
+        """Read such a file; ``classes`` and ``weights`` are enough.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or another kind of file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding='utf-8'))
+            known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+            return cls(**known | dict(classes=list(content['classes']), weights=list(content['weights'])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{os.fspath(path)!r} is not a file of mmseg-imbalance class-weights --out: {error!r}'
+            ) from error
+
+
+class ClassWeight:
+    """The weights of the classes in a loss, and the prior of its logit adjustment, as far as they are known.
+
+    It is no buffer of the loss: averaged copies of a model pair buffers by position, and this one is filled
+    late.
+
+    Args:
+        spec: None (all 1); C numbers >= 0; a dict by class name (classes that it leaves out weigh 1); the
+            path of a file of :class:`WeightRecord`; or 'auto': somebody calls :meth:`set_weights`.
+        with_prior: whether :meth:`log_prior` will be asked for; somebody calls :meth:`set_pixels`.
+        owner: name of the loss, for messages.
+
+    Raises:
+        ValueError: a weight that is negative, NaN or infinite, or all of them 0.
+        FileNotFoundError: there is no file at the path.
+    """
+
+    def __init__(self, spec: ClassWeightSpec = None, with_prior: bool = False, owner: str = 'a loss') -> None:
+        self.spec = spec
+        self.owner = owner
+        self.with_prior = with_prior
+        self.values: Tensor | None = None  # (C,) float32
+        self._log_prior: Tensor | None = None  # (C,) float32, ln f_c
+        self._by_name: dict[str, float] | None = None  # until the class names are known
+        self._file_classes: list[str] | None = None  # until they were compared with the data set's
+        if isinstance(spec, Mapping):
+            # with the 1 of the classes that it leaves out
+            check_weights([*spec.values(), 1.0], f'class_weight={dict(spec)}')
+            self._by_name = dict(spec)
+        elif isinstance(spec, str | Path):
+            if spec != 'auto':
+                record = self._load(spec)
+                self.set_weights(record.weights)
+                self._file_classes = record.classes
+        elif spec is not None:
+            self.set_weights(spec)
+
+    def _load(self, path: str | Path) -> WeightRecord:
+        try:
+            return WeightRecord.load(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"class_weight={str(path)!r} is neither 'auto' nor a file; "
+                'mmseg-imbalance class-weights CONFIG --out FILE writes one'
+            ) from error
+        except ValueError as error:
+            raise ValueError(f'class_weight={error}') from error
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the weights are 'auto' and nobody has set them yet."""
+        return self.values is None and isinstance(self.spec, str) and self.spec == 'auto'
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether a prior will be asked for and nobody has set the class frequency yet."""
+        return self.with_prior and self._log_prior is None
+
+    def set_weights(self, weights: Sequence[float] | Tensor | np.ndarray) -> None:
+        """Use these weights, one number >= 0 per class, from the next call on."""
+        weights = weights.tolist() if hasattr(weights, 'tolist') else list(weights)
+        check_weights(weights, f'class_weight={weights}')
+        self.values = torch.tensor(weights, dtype=torch.float32)
+        self._by_name = self._file_classes = None
+
+    def set_pixels(self, pixels: Sequence[float] | Tensor | np.ndarray) -> None:
+        """Take the prior from these pixels of each class in the training data."""
+        pixels = pixels.tolist() if hasattr(pixels, 'tolist') else list(pixels)
+        check_weights(pixels, f'class pixels {pixels}')
+        self._log_prior = torch.from_numpy(log_prior(pixels)).float()
+
+    def for_logits(self, logits: Tensor) -> Tensor | None:
+        """(C,) weights on the device of the logits (B, C, ...); None: all 1.
+
+        Raises:
+            RuntimeError: 'auto' that nobody has filled, or names without a data set.
+            ValueError: another number of classes than the logits have, or other classes than the data set.
+        """
+        if self.waiting:
+            raise RuntimeError(
+                f"{self.owner}(class_weight='auto') has no weights yet. Add "
+                "custom_hooks = [dict(type='ClassWeightHook')] to the config: it counts the training "
+                'annotations before the first iteration. Outside a runner, call class_weight.set_weights of '
+                'the loss'
+            )
+        if self._by_name is not None:
+            self.set_weights(in_class_order(self._by_name, 1.0, 'class_weight'))
+        elif self._file_classes is not None:
+            classes = class_names()
+            if classes is not None and classes != self._file_classes:
+                raise ValueError(
+                    f'the class_weight file is for the classes {self._file_classes}, but the data set has '
+                    f'{classes}; write one for it with mmseg-imbalance class-weights CONFIG --out FILE'
+                )
+            self._file_classes = None
+        if self.values is None:
+            return None
+        if len(self.values) != logits.shape[1]:
+            raise ValueError(
+                f'class_weight holds {len(self.values)} numbers, '
+                f'{self.values.tolist()}, but the head predicts {logits.shape[1]} classes'
+            )
+        if self.values.device != logits.device:
+            self.values = self.values.to(logits.device)
+        return self.values
+
+    def logit_bias(self, logits: Tensor, tau: float) -> Tensor | None:
+        """(C,) tau ln f_c, f_c the share of each class in the training pixels; None where tau is 0.
+
+        Raises:
+            RuntimeError: nobody has set the class frequency.
+            ValueError: it is of another number of classes than the logits have.
+        """
+        return tau * self._prior(logits) if tau > 0 else None
+
+    def logit_noise(self, logits: Tensor, sigma: float) -> Tensor:
+        """|clamp(e, -1, 1)| rho_c of the shape of the logits, e ~ N(0, sigma^2), rho_c = ln f_c / min ln f.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`logit_bias`.
+        """
+        prior = self._prior(logits)
+        rarity = prior / prior.min()  # (C,), 1 for the rarest
+        noise = torch.randn_like(logits).mul_(sigma).clamp_(-1, 1).abs_()
+        return noise.mul_(rarity.to(noise)[:, None, None])
+
+    def _prior(self, logits: Tensor) -> Tensor:
+        if self._log_prior is None:
+            raise RuntimeError(
+                f'logit_adjustment and logit_variation of {self.owner} have no class frequency yet. '
+                "Add custom_hooks = [dict(type='ClassWeightHook')] to the config: it counts the "
+                'training annotations before the first iteration. Outside a runner, call '
+                'class_weight.set_pixels of the loss'
+            )
+        if len(self._log_prior) != logits.shape[1]:
+            raise ValueError(
+                f'the class frequency is that of {len(self._log_prior)} classes, but the head predicts '
+                f'{logits.shape[1]}'
+            )
+        if self._log_prior.device != logits.device:
+            self._log_prior = self._log_prior.to(logits.device)
+        return self._log_prior
+
+
+def class_names() -> list[str] | None:
+    """The classes of the training data set, which MMEngine's runner leaves in the message hub."""
+    from mmengine.logging import MessageHub
+
+    meta = MessageHub.get_current_instance().get_info('dataset_meta') or {}
+    return None if meta.get('classes') is None else list(meta['classes'])
+
+
+def in_class_order(values: Mapping[str, Number], default: Number, name: str) -> list[Number]:
+    """What is given by class name as a list in the order of the training data set's classes.
+
+    Raises:
+        RuntimeError: nobody has told which data set that is.
+        ValueError: a name that it does not have.
+    """
+    classes = class_names()
+    if classes is None:
+        raise RuntimeError(
+            f'{name} by name needs the class names of a training data set, which a runner '
+            'provides; outside a runner give a list in the order of the classes'
+        )
+    if unknown := sorted(set(values) - set(classes)):
+        raise ValueError(
+            f'{name} names {unknown}, which the data set does not have; its classes are {classes}'
+        )
+    return [values.get(c, default) for c in classes]
+
+
+def check_weights(weights: Sequence[object], what: str) -> None:
+    """Raise a ValueError unless these are finite numbers, at least 0 and not all 0."""
+    valid = all(isinstance(w, Real) and math.isfinite(w) and w >= 0 for w in weights)
+    if not valid or not any(weights):
+        raise ValueError(f'{what} must be finite numbers, at least 0 and not all 0')

@@ -1,0 +1,90 @@
+"""What the losses log beside their value: the terms of a combined loss, the state of subclasses.
+
+A loss leaves these scalars in ``loss.logged``. Feature heads log them in every iteration. With
+MMSegmentation's own heads a hook of this package does it, in the iterations that the logger shows.
+"""
+
+from __future__ import annotations
+
+import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMSegmentation
+
+import torch
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from mmseg_imbalance.heads import LowResolutionLogitHead
+from mmseg_imbalance.losses import WeightedLoss
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without MMEngine's distributed wrapper."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def losses_by_head(model: nn.Module) -> dict[str, list[WeightedLoss]]:
+    """The losses of this package by the prefix of their head in the log: 'decode', 'aux', 'aux_0'."""
+    by_head: dict[str, list[WeightedLoss]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, WeightedLoss):
+            head, _, _ = path.partition('.loss_')
+            head = head.replace('decode_head', 'decode').replace('auxiliary_head', 'aux').replace('.', '_')
+            by_head.setdefault(head, []).append(module)
+    return by_head
+
+
+def named_losses(model: nn.Module) -> dict[str, WeightedLoss]:
+    """The losses of this package by names as in the log: 'decode', 'aux_0', of several 'decode.loss_ce'."""
+    named: dict[str, WeightedLoss] = {}
+    for head, losses in losses_by_head(model).items():
+        for i, loss in enumerate(losses):
+            name = head if len(losses) == 1 else f'{head}.{loss.loss_name}'
+            while name in named:
+                name += f'_{i}'
+            named[name] = loss
+    return named
+
+
+class LoggedPartsHook(Hook):
+    """Puts ``logged`` of the losses in MMSegmentation's own heads into the log; base of other hooks.
+
+    The keys are those of a Feature head, such as ``decode.combined_ce``. They reach the message hub when the
+    logger is due; only then is the device waited for. Where a run has several hooks of this kind the first
+    one does it.
+    """
+
+    def before_train(self, runner) -> None:
+        model = unwrapped(runner.model)
+        silent = {  # losses of heads that log their parts themselves
+            id(loss)
+            for head in model.modules()
+            if isinstance(head, LowResolutionLogitHead)
+            for loss in head.modules()
+        }
+        self.logger_hook = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
+        self.unlogged: list[tuple[str, WeightedLoss]] = []
+        first = next(hook for hook in runner.hooks if isinstance(hook, LoggedPartsHook))
+        if first is self and self.logger_hook is not None:
+            self.unlogged = [
+                (head, loss)
+                for head, losses in losses_by_head(model).items()
+                for loss in losses
+                if id(loss) not in silent
+            ]
+
+    def after_train_iter(
+        self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        if not self.unlogged or not self._logger_is_due(runner, batch_idx):
+            return
+        values = {f'{head}.{key}': x for head, loss in self.unlogged for key, x in loss.logged.items()}
+        if values:
+            numbers = torch.stack([value.float() for value in values.values()]).tolist()
+            for key, number in zip(values, numbers, strict=True):
+                runner.message_hub.update_scalar(f'train/{key}', number)
+
+    def _logger_is_due(self, runner, batch_idx: int) -> bool:
+        interval = self.logger_hook.interval
+        return self.every_n_inner_iters(batch_idx, interval) or self.end_of_epoch(
+            runner.train_dataloader, batch_idx
+        )

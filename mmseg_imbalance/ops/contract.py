@@ -1,0 +1,120 @@
+"""What the backends of :func:`~mmseg_imbalance.ops.soft_stats` receive and return, and which pixels count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NOTHING_IGNORED = torch.iinfo(torch.int64).min  # a number that no label has
+
+
+@dataclass(frozen=True)
+class SoftStats:
+    """Sums over the valid pixels of each image, by class; see :func:`soft_stats`.
+
+    ``nll``, ``intersection``, ``prediction`` and ``log_prob`` are differentiable. ``group_nll`` and
+    ``group_count`` are sums over the whole batch. A field that was not asked for is None.
+    """
+
+    nll: Tensor  # (B, C)
+    intersection: Tensor  # (B, C)
+    prediction: Tensor  # (B, C)
+    truth: Tensor  # (B, C)
+    correct: Tensor  # (B,) int64
+    log_prob: Tensor | None = None  # (B, C)
+    group_nll: Tensor | None = None  # (S,)
+    group_count: Tensor | None = None  # (S,) int64
+    class_correct: Tensor | None = None  # (B, C) int64
+    class_count: Tensor | None = None  # (B, C) int64
+
+    def sum_images(self, across_ranks: bool = False) -> SoftStats:
+        """The same sums over the whole batch, as a batch of one image: (1, C) in place of (B, C).
+
+        With ``across_ranks`` the weighted (B, C) fields are also summed over all ranks, in one all-reduce.
+        The numbers of pixels and the group fields stay those of this rank.
+        """
+        names = [f.name for f in fields(self)[:6] if f.name != 'correct']
+        rows = {n: v.sum(0) for n in names if (v := getattr(self, n)) is not None}
+        total = torch.stack(list(rows.values()))
+        if across_ranks:
+            total = sum_over_ranks(total)
+        summed = dict(zip(rows, total[:, None].unbind(), strict=True))
+        summed['truth'] = summed['truth'].detach()
+        recall = (self.class_correct, self.class_count)
+        class_correct, class_count = (None if n is None else n.sum(0, keepdim=True) for n in recall)
+        return SoftStats(
+            correct=self.correct.sum(0, keepdim=True),
+            class_correct=class_correct,
+            class_count=class_count,
+            group_nll=self.group_nll,
+            group_count=self.group_count,
+            **summed,
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The validated options of one pass, as the backends receive them."""
+
+    pixel_weight: Tensor | None
+    ignore_index: int
+    logit_bias: Tensor | None
+    focal_gamma: float
+    square_prediction: bool
+    with_log_prob: bool
+    with_recall: bool
+    group: Tensor | None
+    num_groups: int
+    align_corners: bool
+
+
+def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor:
+    """Which pixels of a label count, bool of its shape; None: all of them."""
+    if ignore_index is None:
+        return torch.ones_like(target, dtype=torch.bool)
+    return target != ignore_index
+
+
+class _SumOverRanks(torch.autograd.Function):
+    # The loss of every rank depends on the sums of all of them, so the gradients of all ranks' losses are
+    # summed too; an all-reduce that passes its gradient through would leave it world_size times too small.
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of ``x`` over all ranks, differentiable; ``x`` itself where nothing is distributed."""
+    if rank_and_number()[1] == 1:
+        return x
+    return _SumOverRanks.apply(x)
+
+
+def gather_from_ranks(x: Tensor) -> list[Tensor]:
+    """The ``x`` of every rank, all of one shape, not differentiable; ``[x]`` where nothing is distributed."""
+    number = rank_and_number()[1]
+    if number == 1:
+        return [x]
+    gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(number)]
+    dist.all_gather(gathered, x.contiguous())
+    return gathered
+
+
+def rank_and_number() -> tuple[int, int]:
+    """This process's rank and the number of ranks; 0 and 1 where nothing is distributed."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()

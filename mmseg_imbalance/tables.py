@@ -1,0 +1,82 @@
+"""Tables, as text, of class frequencies, class weights and subclasses; names and colours of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import StringIO
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mmseg_imbalance.clustering import SubclassTable
+from mmseg_imbalance.frequency import ClassFrequency
+
+# Matplotlib's tab20, RGB; written out, as text needs no matplotlib
+COLOURS = (
+    (31, 119, 180), (174, 199, 232), (255, 127, 14), (255, 187, 120), (44, 160, 44),
+    (152, 223, 138), (214, 39, 40), (255, 152, 150), (148, 103, 189), (197, 176, 213),
+    (140, 86, 75), (196, 156, 148), (227, 119, 194), (247, 182, 210), (127, 127, 127),
+    (199, 199, 199), (188, 189, 34), (219, 219, 141), (23, 190, 207), (158, 218, 229),
+)  # fmt: skip
+
+
+def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) -> Table:
+    """One row per class: pixels, share of the valid pixels, images; one column of (C,) weights per name."""
+    counted = f'{frequency.num_images} images'
+    if frequency.num_images < frequency.dataset_images:
+        counted += f', a sample of {frequency.dataset_images}'
+    pixels = int(frequency.pixels.sum()) + frequency.ignored
+    table = Table(title=f'{counted}, {pixels:,} pixels, {frequency.ignored / max(pixels, 1):.1%} ignored')
+    table.add_column('class')
+    for name in ('pixels', 'share', 'images', *weights):
+        table.add_column(name, justify='right')
+    rows = zip(frequency.classes, frequency.pixels, frequency.share, frequency.images, strict=True)
+    for c, (name, count, share, images) in enumerate(rows):
+        table.add_row(
+            escape(name),
+            f'{count:,}',
+            f'{share:.3%}',
+            f'{images:,}',
+            *(f'{w[c]:.4f}' for w in weights.values()),
+        )
+    return table
+
+
+def table_text(table: Table) -> str:
+    """The table as plain text as wide as it needs, for log files and pipes."""
+    out = StringIO()
+    console = Console(file=out, width=1000)
+    console.width = console.measure(table).maximum
+    console.print(table)
+    return out.getvalue().rstrip()
+
+
+def subclass_table(classes: Sequence[str], state: SubclassTable) -> Table:
+    """One row per subclass: share of its class, mean loss, weight; - where it has none yet."""
+    table = Table()
+    table.add_column('class')
+    for name in ('subclass', 'share', 'mean loss', 'weight'):
+        table.add_column(name, justify='right')
+    for c, name in enumerate(classes):
+        table.add_section()
+        for k in np.flatnonzero(state.exists[c]):
+            numbers = ['-'] * 3
+            if np.isfinite(state.weight[c, k]):
+                share, loss, weight = (x[c, k] for x in (state.share, state.mean_loss, state.weight))
+                numbers = [f'{share:.1%}', f'{loss:.4f}', f'{weight:.3f}']
+            table.add_row(escape(name) if k == 0 else '', str(k), *numbers)
+    return table
+
+
+def names_and_colours(metainfo: Mapping[str, object], number: int) -> tuple[list[str], np.ndarray]:
+    """Names and (number, 3) uint8 RGB colours of the first ``number`` classes of a data set's metainfo.
+
+    Where the metainfo has none, a name is ``class 7`` and the colour one of twenty.
+    """
+    names = list(metainfo.get('classes') or ())
+    palette = np.reshape(metainfo.get('palette') or (), (-1, 3))
+    more = np.resize(COLOURS, (number, 3))[len(palette) :]
+    names += [f'class {c}' for c in range(len(names), number)]
+    return names[:number], np.concatenate([palette, more])[:number].astype(np.uint8)

@@ -1,0 +1,194 @@
+"""What a loss is made of: terms, each a formula on the sums of :class:`~mmseg_imbalance.ops.SoftStats`.
+
+A term is a small frozen object with two methods:
+
+- ``needs()``: the options of :func:`~mmseg_imbalance.ops.soft_stats` that it relies on;
+- ``parts(stats, class_weight)``: what each class adds to it, (C,), which sums to the value of the term.
+
+A term never sees a pixel. A formula that cannot be written on the sums needs a new field of ``SoftStats``, in
+every backend, with an oracle. A term knows no weights of its own: the loss hands it the class weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from mmseg_imbalance import functional
+from mmseg_imbalance.ops import SoftStats
+
+INDICES = ('dice', 'jaccard', 'tversky', 'generalized_dice')
+
+
+class Term(Protocol):
+    """What a loss calls. Any object with these two methods is a term."""
+
+    def needs(self) -> dict[str, Any]:
+        """Options of :func:`~mmseg_imbalance.ops.soft_stats`; two terms of a loss must not disagree."""
+
+    def parts(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
+        """What each class adds, (C,), from the sums (B, C) of a batch and the (C,) weights, None for 1."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy, or focal loss: sum_c w_c nll_c / sum_c w_c truth_c.
+
+    Args:
+        focal_gamma: >= 0; above 0 each pixel counts (1 - p_y)^focal_gamma times (Lin et al. 2017,
+            https://arxiv.org/abs/1708.02002, equation 5).
+        label_smoothing: in [0, 1), as in ``F.cross_entropy``.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    OPTIONS: ClassVar = dict(focal_gamma='focal_gamma', label_smoothing='label_smoothing')  # see take
+
+    focal_gamma: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least_0(focal_gamma=self.focal_gamma)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f'label_smoothing must lie in [0, 1), got {self.label_smoothing}')
+
+    def needs(self) -> dict[str, Any]:
+        smooths = dict(with_log_prob=True) if self.label_smoothing > 0 else {}
+        return dict(focal_gamma=self.focal_gamma, **smooths)
+
+    def parts(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
+        return functional.cross_entropy_parts(stats, class_weight, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """An overlap loss: sum_c w_c (1 - index_c)^gamma / sum_c w_c, the index one of four.
+
+    Args:
+        index: 'dice', 'jaccard', 'tversky' or 'generalized_dice', see :mod:`mmseg_imbalance.functional`.
+        alpha: >= 0, weighs false positives; of 'tversky' only; None: 0.3.
+        beta: >= 0, weighs false negatives (missed pixels); of 'tversky' only; None: 0.7.
+        gamma: > 0, on each class before the mean; other than 1 it is a focal overlap loss. Below 1 it raises
+            what well-segmented classes count, above 1 what badly segmented ones do.
+        smooth: >= 0, in pixels.
+        square_denominator: the predicted area sums p^2, as in V-Net; not for 'tversky'.
+        reduction: 'image' (loss of each image, then the mean) or 'batch' (sums over the batch first).
+        absent_classes: 'include', or 'ignore' to leave classes without a true pixel out of the mean.
+        sync: with 'batch', the sums are those of all ranks. The loss adds them up before it calls any term.
+
+    Raises:
+        ValueError: an argument out of its range, or of another index.
+    """
+
+    OPTIONS: ClassVar = dict(
+        alpha='alpha',
+        beta='beta',
+        gamma='gamma',
+        smooth='smooth',
+        square_denominator='square_denominator',
+        region_reduction='reduction',
+        absent_classes='absent_classes',
+        sync_region='sync',
+    )
+
+    index: str = 'dice'
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float = 1.0
+    smooth: float = 1.0
+    square_denominator: bool = False
+    reduction: str = 'image'
+    absent_classes: str = 'include'
+    sync: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice('region', self.index, INDICES)
+        tversky = self.index == 'tversky'
+        if (self.alpha, self.beta) != (None, None) and not tversky:
+            raise ValueError(
+                f"alpha={self.alpha} and beta={self.beta} are of region='tversky', got {self.index!r}"
+            )
+        if tversky:
+            object.__setattr__(self, 'alpha', 0.3 if self.alpha is None else self.alpha)
+            object.__setattr__(self, 'beta', 0.7 if self.beta is None else self.beta)
+            check_at_least_0(alpha=self.alpha, beta=self.beta)
+            if self.alpha == self.beta == 0:
+                raise ValueError('alpha and beta must not both be 0: the index would be 1 for any prediction')
+        check_at_least_0(smooth=self.smooth)
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f'gamma must be a finite number above 0, got {self.gamma}')
+        check_choice('region_reduction', self.reduction, ('image', 'batch'))
+        check_choice('absent_classes', self.absent_classes, ('include', 'ignore'))
+        if self.square_denominator and tversky:
+            raise ValueError(
+                'square_denominator=True is for dice, jaccard and generalized_dice: a Tversky index of '
+                'squared predictions can leave [0, 1]'
+            )
+        if self.sync and self.reduction != 'batch':
+            raise ValueError(
+                "sync_region=True sums over the batches of all ranks, so it needs region_reduction='batch', "
+                f'got {self.reduction!r}'
+            )
+
+    def needs(self) -> dict[str, Any]:
+        return dict(square_prediction=self.square_denominator)
+
+    def parts(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
+        if self.reduction == 'batch':
+            stats = stats.sum_images()
+        options: dict[str, Any] = dict(gamma=self.gamma, absent_classes=self.absent_classes)
+        if self.index == 'generalized_dice':
+            return functional.generalized_dice_parts(stats, class_weight, self.smooth, **options)
+        if self.index == 'tversky':
+            index = functional.tversky(stats, self.alpha or 0.0, self.beta or 0.0, self.smooth)
+        elif self.index == 'jaccard':
+            index = functional.jaccard(stats, self.smooth)
+        else:
+            index = functional.dice(stats, self.smooth)
+        return functional.region_parts(index, stats.truth, class_weight, **options)
+
+
+def pass_options(terms: Mapping[str, Term]) -> dict[str, Any]:
+    """The options of ``soft_stats`` that the terms of one loss rely on.
+
+    Raises:
+        ValueError: two terms need different values of an option.
+    """
+    options: dict[str, Any] = {}
+    for name, term in terms.items():
+        for option, value in term.needs().items():
+            if options.setdefault(option, value) != value:
+                raise ValueError(
+                    f'the terms {list(terms)} share one pass, but {name!r} needs {option}={value!r} and '
+                    f'another {option}={options[option]!r}; make two losses of them'
+                )
+    return options
+
+
+def take(kind: Any, options: dict[str, Any], *given: object) -> Any:
+    """A term of this kind, its fields taken out of the options of a loss.
+
+    ``kind.OPTIONS`` says which option in a config sets which field: 'reduction' alone would be taken for
+    that of MMSegmentation's losses.
+    """
+    names = [name for name in options if name in kind.OPTIONS]
+    return kind(*given, **{kind.OPTIONS[name]: options.pop(name) for name in names})
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the option unless its value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+
+
+def check_at_least_0(**values: object) -> None:
+    """Raise a ValueError that names the option unless each value is a finite number, at least 0."""
+    for name, value in values.items():
+        if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+            raise ValueError(f'{name} must be a finite number, at least 0, got {value!r}')

@@ -1,0 +1,145 @@
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import MessageHub
+
+from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
+from mmseg_imbalance.frequency import CITYSCAPES_TRAIN
+from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedDiceLoss
+from mmseg_imbalance.weighting import class_weights
+
+WEIGHT = [0.2, 3.0, 1.0, 0.0, 1.7]
+CLASSES = ['a', 'b', 'c', 'd', 'e']
+
+
+@pytest.fixture
+def dataset_meta():
+    """The class names as a runner leaves them in the message hub."""
+    hub = MessageHub.get_current_instance()
+    hub.update_info('dataset_meta', dict(classes=CLASSES))
+    yield
+    hub.pop_info('dataset_meta')
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        [1.0, -1.0],
+        [1.0, math.nan],
+        [math.inf, 1.0],
+        [0.0, 0.0],
+        [],
+        ['x'],
+        [[1.0, 2.0]],
+        {'a': -2.0},
+        {'a': math.nan},
+    ],
+)
+def test_impossible_weights_are_refused_with_the_values(given):
+    with pytest.raises(ValueError, match='must be finite numbers, at least 0'):
+        CombinedWeightedLoss(class_weight=given)
+
+
+def test_wrong_length_says_both_lengths(make_batch):
+    with pytest.raises(ValueError, match=r'holds 2 numbers, \[1.0, 2.0\], but the head predicts 5'):
+        WeightedDiceLoss([1.0, 2.0])(*make_batch())
+
+
+@pytest.mark.parametrize('given', [np.array(WEIGHT), torch.tensor(WEIGHT), tuple(WEIGHT)])
+def test_weights_come_as_any_sequence(make_batch, given):
+    logits, target = make_batch()
+    torch.testing.assert_close(
+        WeightedDiceLoss(given)(logits, target), WeightedDiceLoss(WEIGHT)(logits, target)
+    )
+
+
+@pytest.mark.usefixtures('dataset_meta')
+def test_a_dict_names_classes_and_the_others_weigh_1(make_batch):
+    logits, target = make_batch()
+    named = WeightedCrossEntropyLoss(dict(d=4.0, b=0.5))
+    expected = WeightedCrossEntropyLoss([1, 0.5, 1, 4, 1])(logits, target)
+    torch.testing.assert_close(named(logits, target), expected)
+
+
+@pytest.mark.usefixtures('dataset_meta')
+def test_an_unknown_class_name_says_which_ones_there_are(make_batch):
+    with pytest.raises(ValueError, match=r"names \['rider'\].*classes are \['a', 'b'"):
+        WeightedCrossEntropyLoss(dict(rider=4.0))(*make_batch())
+
+
+@pytest.mark.usefixtures('dataset_meta')
+def test_a_dict_may_switch_off_a_class(make_batch):
+    logits, target = make_batch()
+    expected = WeightedCrossEntropyLoss([0, 1, 1, 1, 1])(logits, target)
+    torch.testing.assert_close(WeightedCrossEntropyLoss(dict(a=0.0))(logits, target), expected)
+
+
+def test_a_dict_outside_a_runner_says_what_to_give_instead(make_batch):
+    with pytest.raises(RuntimeError, match='give a list'):
+        WeightedCrossEntropyLoss(dict(a=4.0))(*make_batch())
+
+
+def test_auto_before_the_hook_says_which_hook_to_add(make_batch):
+    loss = CombinedWeightedLoss(class_weight='auto')
+    with pytest.raises(RuntimeError, match=r"custom_hooks = \[dict\(type='ClassWeightHook'\)\]"):
+        loss(*make_batch())
+    loss.class_weight.set_weights(WEIGHT)
+    torch.testing.assert_close(loss(*make_batch()), CombinedWeightedLoss(class_weight=WEIGHT)(*make_batch()))
+
+
+def test_a_path_gives_the_weights_of_the_file(make_batch, tmp_path):
+    path = tmp_path / 'weights.json'
+    path.write_text(json.dumps(dict(classes=CLASSES, weights=WEIGHT)))
+    expected = WeightedDiceLoss(WEIGHT)(*make_batch())
+    for given in (path, str(path)):
+        torch.testing.assert_close(WeightedDiceLoss(given)(*make_batch()), expected)
+
+
+@pytest.mark.usefixtures('dataset_meta')
+def test_a_file_for_other_classes_is_refused(make_batch, tmp_path):
+    path = tmp_path / 'weights.json'
+    path.write_text(json.dumps(dict(classes=CLASSES[::-1], weights=WEIGHT)))
+    with pytest.raises(ValueError, match=r"is for the classes \['e'.*data set has \['a'"):
+        WeightedDiceLoss(str(path))(*make_batch())
+
+
+def test_missing_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json' is neither 'auto' nor a file"):
+        WeightedDiceLoss(str(tmp_path / 'nowhere.json'))
+    for content in ('{', '[1, 2]', '{"classes": []}'):
+        (tmp_path / 'foreign.json').write_text(content)
+        with pytest.raises(ValueError, match=r'foreign.json. is not a file of'):
+            WeightedDiceLoss(str(tmp_path / 'foreign.json'))
+
+
+def test_a_record_holds_the_weights_exactly_in_its_file(tmp_path):
+    weights = class_weights(CITYSCAPES_TRAIN, power=0.5)
+    record = WeightRecord.count(CITYSCAPES_TRAIN, weights, 'sqrt_inv_freq', dict(power=0.5), 100)
+    record.save(tmp_path / 'folder' / 'weights.json')
+    assert WeightRecord.load(tmp_path / 'folder' / 'weights.json') == record
+    assert record.weights == weights.tolist()
+    assert record.pixels == CITYSCAPES_TRAIN.pixels.tolist()
+    assert tuple(record.classes) == CITYSCAPES_TRAIN.classes
+    content = json.loads((tmp_path / 'folder' / 'weights.json').read_text())
+    made = dict(scheme='sqrt_inv_freq', options=dict(power=0.5), max_images=100)
+    assert {name: content[name] for name in made} == made
+
+
+def test_what_is_still_to_be_filled():
+    given, auto, prior = ClassWeight([1.0, 2.0]), ClassWeight('auto'), ClassWeight(with_prior=True)
+    assert [weight.waiting for weight in (given, auto, prior)] == [False, True, False]
+    assert [weight.needs_pixels for weight in (given, auto, prior)] == [False, False, True]
+    copied = copy.deepcopy(auto)  # as averaged models do
+    auto.set_weights([1.0, 2.0])
+    prior.set_pixels([30, 10])
+    assert not auto.waiting
+    assert not prior.needs_pixels
+    assert copied.waiting
+    logits = torch.zeros(1, 2, 3, 3)
+    assert auto.for_logits(logits).tolist() == [1.0, 2.0]
+    assert prior.for_logits(logits) is None
+    torch.testing.assert_close(prior.logit_bias(logits, 2.0), 2 * torch.tensor([0.75, 0.25]).log())
