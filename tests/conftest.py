@@ -34,7 +34,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope='session')
 def runs_start_at_once():
-    """MMEngine lays its configs out, asks for the compilers and reads its model zoo, a second for each run."""
+    """MMEngine formats its configs, asks for the compilers, reads its model zoo: a second for each run."""
     if find_spec('mmengine') is None:
         yield
         return
