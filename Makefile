@@ -1,29 +1,40 @@
 # make demo           train with and without class balancing on generated data, compare, show the files
 # make test           the tests, on the maintained fork of MMSegmentation
+# make test-fast      the tests without those that take seconds, for the loop while developing
 # make test-openmmlab the tests, on upstream MMSegmentation; builds mmcv, about 10 minutes the first time
 # make test-gpu       the tests of kernels, heads and subclasses on a CUDA device, without Triton's interpreter
+# make docs           the documentation, docs/_build/html/index.html; warnings are errors
 # make lint           ruff and mypy
 #
 # Each makes the environment that it needs by itself, once. PYTHON and TORCH choose another interpreter
 # and another build of torch: make test PYTHON=python3.12 TORCH='torch==2.11.0'
+# As many tests run at a time as there are cores, at most 8; WORKERS=0 runs them one by one in one process.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WORKERS ?= logical
 PIP = -m pip install --quiet --disable-pip-version-check
+PYTEST = -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
-.PHONY: demo test test-openmmlab test-gpu lint clean
+.PHONY: demo test test-fast test-openmmlab test-gpu docs lint clean
 
 demo: .venv/installed
 	.venv/bin/python tools/demo.py
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python $(PYTEST)
+
+test-fast: .venv/installed
+	.venv/bin/python $(PYTEST) -m 'not slow'
 
 test-openmmlab: .venv-openmmlab/installed
-	.venv-openmmlab/bin/python -m pytest
+	.venv-openmmlab/bin/python $(PYTEST)
 
 test-gpu: .venv/installed
 	.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")'
 	.venv/bin/python -m pytest tests/test_soft_stats.py tests/test_heads.py tests/test_subclass.py
+
+docs: .venv/installed
+	.venv/bin/python -m sphinx -q -W --keep-going docs docs/_build/html
 
 lint: .venv/installed
 	.venv/bin/ruff check
@@ -34,7 +45,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) $(TORCH)
-	.venv/bin/python $(PIP) -e '.[onedl,test,dev]'
+	.venv/bin/python $(PIP) -e '.[onedl,test,dev,docs]'
 	touch $@
 
 # mmcv 2.1 has no wheel for recent versions of torch and needs what pip's build isolation hides from it
@@ -46,4 +57,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openmmlab demo
+	rm -rf .venv .venv-openmmlab demo docs/_build docs/api/generated

@@ -41,8 +41,10 @@ def _register() -> None:
         reconstruct = values[0].__reduce__()[0]
         scalar = values[0][0].__reduce__()[0]
         dtypes = {type(value.dtype) for value in values}
-        safe = [HistoryBuffer, (_history_method, 'builtins.getattr')]
-        torch.serialization.add_safe_globals([*safe, reconstruct, scalar, np.ndarray, np.dtype, *dtypes])
+        safe = {HistoryBuffer, reconstruct, scalar, np.ndarray, np.dtype, *dtypes}
+        # by name: the fork's loader registers most of them as they are for each load, and takes them back
+        named = [(value, f'{value.__module__}.{value.__qualname__}') for value in safe]
+        torch.serialization.add_safe_globals([*named, (_history_method, 'builtins.getattr')])
 
 
 _register()

@@ -95,7 +95,7 @@ def fine_grained_iou(
 
     IoU_ic is the IoU of class c in image i. It is defined where the label of the image holds the class. A
     class that is only predicted has no IoU there, but its pixels lower the IoU of the others.
-        mIoU_I = mean_i mean_c IoU_ic,   mIoU_C = mean_c mean_i IoU_ic
+    mIoU_I = mean_i mean_c IoU_ic and mIoU_C = mean_c mean_i IoU_ic.
     The worst cases, such as `mIoU_I_q5`, take mean_i over the lowest q per cent of the images, `mIoU_C_q5`
     over the lowest of the images of each class: max(1, floor(q n / 100)) of n images.
 

@@ -1,14 +1,20 @@
+import functools
+import gc
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+# Tests run side by side, a core each, and so do processes that they start. Read when torch is imported.
+os.environ['OMP_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = '1'
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parents[1]
 if not torch.cuda.is_available():
     # read once, when triton is imported
@@ -19,6 +25,31 @@ else:
     # ops needs torch alone: a device without MMSegmentation can run its tests
     sys.modules['mmseg_imbalance'] = ModuleType('mmseg_imbalance')
     sys.modules['mmseg_imbalance'].__path__ = [str(REPOSITORY / 'mmseg_imbalance')]
+
+
+def pytest_collection_finish():
+    """MMEngine collects garbage for every data set that it makes: not in all that is imported by now."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope='session')
+def runs_start_at_once():
+    """MMEngine formats its configs, asks for the compilers, reads its model zoo: a second for each run."""
+    if find_spec('mmengine') is None:
+        yield
+        return
+    from mmengine.config import utils
+    from mmengine.runner import runner
+
+    def as_it_is(text, **options):
+        return text, True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
+        patch.setattr('mmengine.config.config.FormatCode', as_it_is, raising=False)
+        patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
+        patch.setattr(utils, 'load', functools.cache(utils.load))
+        yield
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -1,9 +1,16 @@
 """Runs a function on several processes joined by gloo, as ranks of a training run are."""
 
 import multiprocessing
+import os
 import socket
+import tempfile
 
+import torch
 import torch.distributed as dist
+
+# A server that has imported what takes seconds forks the ranks of every test: new processes, no wait.
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['pytest', 'mmseg.apis', 'mmseg_imbalance'])
 
 
 def free_port():
@@ -12,8 +19,11 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def _worker(rank, world_size, port, function, args, queue):
-    dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=world_size)
+def _worker(rank, world_size, store, environment, function, args, queue):
+    os.environ.clear()  # the server's, as it was when the first test asked for ranks
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=world_size)
     try:
         queue.put((rank, function(*args)))
     except Exception as error:  # handed to the test, which looks at it
@@ -24,19 +34,21 @@ def _worker(rank, world_size, port, function, args, queue):
 
 def on_ranks(world_size, function, *args, timeout=120):
     """What ``function(*args)`` returned, or the exception it raised, on each rank."""
-    port = free_port()
-    context = multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    workers = [
-        context.Process(target=_worker, args=(rank, world_size, port, function, args, queue))
-        for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        results = dict(queue.get(timeout=timeout) for _ in workers)
-    finally:
+    queue = CONTEXT.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, 'store')  # a file: a port may be taken by another test's ranks
+        workers = [
+            CONTEXT.Process(
+                target=_worker, args=(rank, world_size, store, dict(os.environ), function, args, queue)
+            )
+            for rank in range(world_size)
+        ]
         for worker in workers:
-            worker.join(10)
-            worker.kill()
+            worker.start()
+        try:
+            results = dict(queue.get(timeout=timeout) for _ in workers)
+        finally:
+            for worker in workers:
+                worker.join(10)
+                worker.kill()
     return [results[rank] for rank in range(world_size)]

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
 
 from mmseg_imbalance.compat import adapt_to_cpu
 
@@ -18,6 +20,15 @@ def test_a_log_history_is_loaded_as_safe_weights_only(tmp_path):
     loaded = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['loss']
     assert loaded.mean(2) == pytest.approx(buffer.mean(2))
     assert loaded.statistics('max') == 0.5
+
+
+def test_it_still_is_after_the_framework_has_loaded_a_checkpoint(tmp_path):
+    # the fork's loader takes back what it allows, whoever else had allowed it
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(dict(loss=HistoryBuffer([0.5, 0.25], [1, 2]), score=np.float64(0.5)), path)
+    for _ in range(2):
+        assert CheckpointLoader.load_checkpoint(str(path), 'cpu')['score'] == 0.5
+        assert torch.load(path, weights_only=True)['loss'].statistics('max') == 0.5
 
 
 def test_that_opens_no_way_to_other_attributes(tmp_path):

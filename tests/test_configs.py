@@ -39,6 +39,7 @@ def test_there_is_a_pair_for_every_model_and_data_set():
 @pytest.mark.parametrize('name', CONFIGS)
 def test_two_iterations_and_an_evaluation(small_config, name):
     cfg = small_config(name)
+    cfg.default_hooks.checkpoint.save_last = False  # up to 300 MB
     runner = Runner.from_cfg(cfg)
     runner.train()
     lines = Path(runner._log_dir, 'vis_data', 'scalars.json').read_text().splitlines()

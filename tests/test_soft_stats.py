@@ -30,10 +30,14 @@ pytestmark = pytest.mark.usefixtures('uninitialised_is_nan', 'several_parts')
 
 @pytest.fixture
 def several_parts(monkeypatch):
-    """Several strips an image, several rows a program, the last ones shorter, also at the size of a test."""
+    """Several strips an image, threads, and rows a program, the last ones shorter, also at a test's size."""
     monkeypatch.setattr(strips, 'STRIP_NUMBERS', 500)
     if not isinstance(triton, str):
         monkeypatch.setattr(triton, 'PROGRAMS', 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

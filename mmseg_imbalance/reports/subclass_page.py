@@ -106,7 +106,7 @@ def page(model, losses, dataset, state, config, checkpoint, images):
     for name, state in states.items():
         yield f'<h2>{escape(name)}</h2>'
         if state is None:
-            yield '<p>SimilaritySubclassifiedLoss weighs by the logits of an image; it has no subclasses.</p>'
+            yield '<p>SimilaritySubclassifiedLoss weighs by the logits of each image, without subclasses.</p>'
             continue
         yield '<p>Each row is a subclass: its share of the pixels of the class, the mean of -log p, '
         yield 'and the weight of each pixel. The heaviest is the darkest, here and in the images.</p>'

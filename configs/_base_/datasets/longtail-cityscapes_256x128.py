@@ -1,4 +1,4 @@
-# What tools/make_longtail_cityscapes.py data/longtail_cityscapes --size 256x128 generates
+# What mmseg-imbalance make-scenes data/longtail_cityscapes --size 256x128 generates
 custom_imports = dict(imports=['mmseg_imbalance'], allow_failed_imports=False)
 
 dataset_type = 'CityscapesDataset'
