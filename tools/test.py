@@ -1,6 +1,7 @@
 """Test a segmentor, as the framework's tools/test.py does, on GPUs or CPU."""
 
 import argparse
+from pathlib import Path
 
 from launch import build_runner, parser, read_config
 
@@ -54,6 +55,8 @@ def main(argv=None):
     if args.remove_small:
         cfg.model = dict(type='SmallRegionRemover', module=cfg.model, area=args.remove_small)
     if args.out:
+        # MMSegmentation's metric makes it on rank 0 alone, and the other ranks do not wait for that
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     build_runner(cfg).test()
 
