@@ -32,23 +32,25 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope='session')
-def runs_start_at_once():
-    """MMEngine formats its configs, asks for the compilers, reads its model zoo: a second for each run."""
-    if find_spec('mmengine') is None:
-        yield
-        return
+def let_runs_start_at_once(patch):
+    """MMEngine lays out configs, asks for compilers and reads its model zoo, a second for each run."""
     from mmengine.config import utils
     from mmengine.runner import runner
 
     def as_it_is(text, **options):
         return text, True
 
+    patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
+    patch.setattr('mmengine.config.config.FormatCode', as_it_is, raising=False)
+    patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
+    patch.setattr(utils, 'load', functools.cache(utils.load))
+
+
+@pytest.fixture(autouse=True, scope='session')
+def runs_start_at_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
-        patch.setattr('mmengine.config.config.FormatCode', as_it_is, raising=False)
-        patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
-        patch.setattr(utils, 'load', functools.cache(utils.load))
+        if find_spec('mmengine') is not None:
+            let_runs_start_at_once(patch)
         yield
 
 

@@ -1,10 +1,12 @@
 """Runs a function on several processes joined by gloo, as ranks of a training run are."""
 
+import gc
 import multiprocessing
 import os
 import socket
 import tempfile
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,6 +24,10 @@ def free_port():
 def _worker(rank, world_size, store, environment, function, args, queue):
     os.environ.clear()  # the server's, as it was when the first test asked for ranks
     os.environ.update(environment)
+    from conftest import let_runs_start_at_once
+
+    let_runs_start_at_once(pytest.MonkeyPatch())
+    gc.freeze()
     torch.set_num_threads(1)
     dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=world_size)
     try:
