@@ -61,6 +61,18 @@ def runs_start_at_once():
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_other_runs():
+    """MMEngine's default scope and the data set's classes outlive the run that set them: not the test."""
+    yield
+    if find_spec('mmengine') is not None:
+        from mmengine.logging import MessageHub
+        from mmengine.registry import DefaultScope
+
+        MessageHub._instance_dict.clear()
+        DefaultScope._instance_dict.clear()
+
+
 @pytest.fixture(autouse=True, scope='session')
 def user_cache(tmp_path_factory):
     """The user's own cache folder is left alone, by the commands that tests start too."""
