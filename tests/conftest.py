@@ -27,6 +27,13 @@ else:
     sys.modules['mmseg_imbalance'].__path__ = [str(REPOSITORY / 'mmseg_imbalance')]
 
 
+def pytest_collection_modifyitems(items):
+    """What takes a small config trains with it."""
+    for item in items:
+        if 'small_config' in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish():
     """MMEngine collects garbage for every data set that it makes: not in all that is imported by now."""
     gc.freeze()

@@ -192,6 +192,7 @@ train_dataloader = dict(batch_size=2)
     monkeypatch.setattr(steps, 'STEPS', small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('dtype', 'step'), [('float32', 'deeplabv3'), ('bfloat16', 'segformer')])
 def test_training_steps_of_the_frameworks_heads_and_of_ours(run, small_steps, dtype, step):
     options = ['--scale', '--rounds', 1, '--dtype', dtype, '--step-size', '32x32', '--step', step]

@@ -316,6 +316,7 @@ def reported(batches):
     return watched.records
 
 
+@pytest.mark.slow
 def test_two_ranks_report_the_pixels_of_both(make_batch):
     batches = [[make_batch((5, 7), (13, 17), seed=2 * i + r) for r in range(2)] for i in range(2)]
     main, other = on_ranks(2, reported, batches)
@@ -336,6 +337,7 @@ def reported_without_labels_on_one(batch):
     return watched.records
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_not_called_the_loss_holds_nobody_up(make_batch):
     main, _ = on_ranks(2, reported_without_labels_on_one, make_batch())
     (_, first), (_, second) = main

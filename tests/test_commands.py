@@ -10,6 +10,8 @@ from test_tools import BALANCED, run, small, succeed
 
 from mmseg_imbalance.commands import COMMANDS, main
 
+pytestmark = pytest.mark.slow
+
 COMMAND = (sys.executable, '-m', 'mmseg_imbalance')
 
 

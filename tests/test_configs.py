@@ -149,6 +149,7 @@ def test_a_sliding_window_differs_in_the_test_alone(name):
     assert ours == base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SLIDING)
 def test_a_sliding_window_covers_the_image_in_windows_of_the_training_size(camvid, monkeypatch, name):
     cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')

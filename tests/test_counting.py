@@ -685,6 +685,7 @@ def on_rank(rank, port, root, folder, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_and_fail_together(root, tmp_path):
     spoil(make_labels(tmp_path / 'spoilt'), labels=np.full((3, 3), 77, np.uint8))
     results = tmp_path / 'results'

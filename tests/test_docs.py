@@ -43,6 +43,7 @@ def is_literal(node):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', ['first-run.md', 'extending.md'])
 def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     """Python blocks that name a file are saved under that name; bash blocks run, in order."""

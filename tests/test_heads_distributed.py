@@ -9,6 +9,8 @@ from mmengine.optim import OptimWrapper
 from ranks import on_ranks
 from test_heads import MODEL_CONFIGS, small_model, train_batch
 
+pytestmark = pytest.mark.slow
+
 
 def train_step(name, feature):
     """The log of a step on two images of this rank, and the weights after it."""

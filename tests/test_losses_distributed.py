@@ -14,6 +14,8 @@ from mmseg_imbalance.losses import (
 )
 from mmseg_imbalance.ops import sum_over_ranks
 
+pytestmark = pytest.mark.slow
+
 WEIGHT = [0.2, 3.0, 1.0, 0.5, 1.7]
 CASES = {
     'combined': lambda: CombinedWeightedLoss(

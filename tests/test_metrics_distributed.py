@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch.distributed as dist
 from mmengine.dataset import DefaultSampler
 from mmengine.logging import MessageHub, MMLogger
@@ -9,6 +10,8 @@ from test_metrics import CLASSES, GROUPS, SMALL, samples, scenes_of
 import mmseg_imbalance  # noqa: F401
 from mmseg_imbalance.datasets import CamVidDataset
 from mmseg_imbalance.scores import load_image_scores
+
+pytestmark = pytest.mark.slow
 
 IMAGES = 5  # the share of the second of two ranks is filled up with an image of the first
 

@@ -103,6 +103,7 @@ def without(missing, code):
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('missing', [['mmseg'], ['mmseg', 'mmcv', 'mmengine']])
 def test_the_core_needs_no_mmsegmentation(missing):
     names = ', '.join(f'mmseg_imbalance.{name}' for name in CORE)
@@ -133,6 +134,7 @@ NEED_IT = [
 ]
 
 
+@pytest.mark.slow
 def test_what_needs_it_says_how_to_install_it():
     catch = f"""
 for code in {NEED_IT!r}:

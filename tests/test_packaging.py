@@ -15,6 +15,8 @@ import yaml
 from conftest import REPOSITORY
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 FRAMEWORK = ('mmseg', 'mmcv', 'mmengine')
 CORE = (
     'ops', 'functional', 'terms', 'frequency', 'weighting', 'clustering', 'class_weight', 'counting',

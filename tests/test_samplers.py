@@ -183,6 +183,7 @@ def drawn_on_a_rank(root):
     return draw(fresh, 3000), draw(skipping, 50), (seedless.seed, draw(seedless, 50))
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_stream_and_never_in_lockstep(root):
     ranks = on_ranks(2, drawn_on_a_rank, root)
     fresh, skipping, ((seed, _), (other, _)) = zip(*ranks, strict=True)

@@ -201,6 +201,7 @@ def test_bad_arguments_end_with_one_clear_error(tmp_path, capsys, arguments):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 def test_full_cityscapes_size(tmp_path):
     generate(tmp_path, train=1, val=1, size=(2048, 1024), workers=1)
     image, annotation = sorted(tmp_path.rglob('*.png'), key=lambda path: 'gtFine' in str(path))[::2]

@@ -16,14 +16,21 @@ from mmseg_imbalance.ops.contract import Options
 
 contract = import_module('mmseg_imbalance.ops.soft_stats')  # whose name is also the function's
 triton = contract._triton()
-needs_triton = pytest.mark.skipif(isinstance(triton, str), reason=str(triton))
+TRITON = (pytest.mark.skipif(isinstance(triton, str), reason=str(triton)), pytest.mark.slow)
 # without a device, Triton's interpreter runs the kernels; conftest.py asks for it
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 ALL = ('eager', 'strips', 'triton')
-BACKENDS = ('eager', 'strips', pytest.param('triton', marks=needs_triton))
+BACKENDS = ('eager', 'strips', pytest.param('triton', marks=TRITON))
 TOLERANCE = {torch.float64: dict(rtol=1e-10, atol=1e-10), torch.float32: dict(rtol=1e-5, atol=2e-5)}
 SUMS = ('nll', 'intersection', 'prediction', 'truth', 'correct')
 DIFFERENTIABLE = ('nll', 'intersection', 'prediction', 'log_prob')
+
+
+def needs_triton(test):
+    for mark in TRITON:
+        test = mark(test)
+    return test
+
 
 pytestmark = pytest.mark.usefixtures('uninitialised_is_nan', 'several_parts')
 
@@ -71,7 +78,7 @@ def batch_of(backend):
 def each(backends, cases, few_cases):
     """Backends and their cases, which are few for Triton's interpreter."""
     return [
-        pytest.param(name, *case, marks=needs_triton if name == 'triton' else ())
+        pytest.param(name, *case, marks=TRITON if name == 'triton' else ())
         for name in backends
         for case in (few_cases if name == 'triton' and DEVICE.type == 'cpu' else cases)
     ]

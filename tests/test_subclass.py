@@ -345,6 +345,7 @@ def test_a_subclass_that_dies_moves_to_the_hardest_cell():
     assert state.table().share[c, 1] > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rule', RULES)
 def test_it_finds_the_parts_of_a_mixture(rule):
     """Three Gaussians in each class, of shares 0.8, 0.15, 0.05 and losses 0.1, 0.7, 2."""
@@ -671,6 +672,7 @@ def test_similarity_equals_the_papers_code():
     np.testing.assert_allclose(logits.grad.cpu().numpy() / scale, golden['grad'] / scale, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_weight_exceeds_10():
     """All but one pixel in a few hundred resemble thousands of others."""
     target = torch.zeros(1, 800, 800, dtype=torch.int64, device=DEVICE)

@@ -5,6 +5,8 @@ import torch.distributed as dist
 from ranks import on_ranks
 from test_subclass import RULES, batch, make_loss
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 
 

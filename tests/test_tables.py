@@ -69,6 +69,7 @@ def test_a_data_set_without_names_or_colours_gets_numbers_and_different_colours(
     assert palette.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_no_table_loads_matplotlib():
     code = (
         'import sys; from mmseg_imbalance.tables import names_and_colours, table_text; '

@@ -11,6 +11,8 @@ import pytest
 from conftest import REPOSITORY
 from ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 PLAIN = 'configs/segformer/segformer_mit-b0-small_1xb8-2k_longtail-cityscapes-256x128.py'
 BALANCED = 'configs/segformer/segformer_mit-b0-small-combined_1xb8-2k_longtail-cityscapes-256x128.py'
 
