@@ -54,6 +54,7 @@ class Watched:
         self.records, self.warnings, self.images = [], [], []
         self.runner = SimpleNamespace(
             model=model.train(),
+            hooks=[],
             iter=0,
             work_dir=work_dir,
             train_dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=CLASSES))),
@@ -64,6 +65,7 @@ class Watched:
             ),
         )
         self.hook = ClassBalanceHook(interval)
+        self.runner.hooks.append(self.hook)
         self.hook.before_train(self.runner)
 
     def iteration(self, step):

@@ -39,6 +39,10 @@ def test_two_ranks_train_as_with_the_frameworks_heads():
             raise rank
         for name in MODEL_CONFIGS:
             (plain_log, plain_weights), (log, weights) = rank[name, False], rank[name, True]
+            terms = {
+                name: log.pop(name) for name in list(log) if 'combined_' in name.replace('loss_combined', '')
+            }
+            assert {name.split('.')[-1] for name in terms} == {'combined_ce', 'combined_dice'}
             assert list(log) == list(plain_log)
             assert log == pytest.approx(plain_log, rel=1e-5)
             for key, value in plain_weights.items():
