@@ -76,6 +76,12 @@ class WeightRecord:
         """Plain numbers, lists and text, for JSON and for MMEngine's message hub."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> WeightRecord:
+        """The record of such a dictionary; names that it does not know are left out."""
+        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        return cls(**known | dict(classes=list(content['classes']), weights=list(content['weights'])))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, which ``class_weight='FILE'`` of a loss reads."""
         with write_atomically(path) as file:
@@ -90,13 +96,19 @@ class WeightRecord:
             ValueError: it is damaged, or another kind of file.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding='utf-8'))
-            known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
-            return cls(**known | dict(classes=list(content['classes']), weights=list(content['weights'])))
-        except (ValueError, KeyError, TypeError) as error:
+            return cls.from_dict(json.loads(_text(path)))
+        except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
             raise ValueError(
                 f'{os.fspath(path)!r} is not a file of mmseg-imbalance class-weights --out: {error!r}'
             ) from error
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    if '://' not in str(path):
+        return Path(path).read_text(encoding='utf-8')
+    from mmengine.fileio import get_text
+
+    return get_text(str(path))
 
 
 class ClassWeight:
@@ -107,8 +119,8 @@ class ClassWeight:
 
     Args:
         spec: None (all 1); C numbers >= 0; a dict by class name (classes that it leaves out weigh 1); the
-            path of a file of :class:`WeightRecord`; or 'auto': somebody calls :meth:`set_weights`.
-        with_prior: whether :meth:`log_prior` will be asked for; somebody calls :meth:`set_pixels`.
+            path of a file of :class:`WeightRecord`; or 'auto': the hook calls :meth:`set_weights`.
+        with_prior: whether the loss asks for the prior; then the hook calls :meth:`set_pixels`.
         owner: name of the loss, for messages.
 
     Raises:
@@ -133,8 +145,13 @@ class ClassWeight:
                 record = self._load(spec)
                 self.set_weights(record.weights)
                 self._file_classes = record.classes
-        elif spec is not None:
+        elif hasattr(spec, '__iter__'):
             self.set_weights(spec)
+        elif spec is not None:
+            raise TypeError(
+                "class_weight must be None, 'auto', a list of numbers, a dict by class name or the path of a "
+                f'file, got {spec!r}'
+            )
 
     def _load(self, path: str | Path) -> WeightRecord:
         try:
@@ -149,12 +166,12 @@ class ClassWeight:
 
     @property
     def waiting(self) -> bool:
-        """Whether the weights are 'auto' and nobody has set them yet."""
+        """Whether the weights are 'auto' and have not been set yet."""
         return self.values is None and isinstance(self.spec, str) and self.spec == 'auto'
 
     @property
     def needs_pixels(self) -> bool:
-        """Whether a prior will be asked for and nobody has set the class frequency yet."""
+        """Whether the loss asks for a prior and the class frequency has not been set yet."""
         return self.with_prior and self._log_prior is None
 
     def set_weights(self, weights: Sequence[float] | Tensor | np.ndarray) -> None:
@@ -245,8 +262,10 @@ class ClassWeight:
 
 def class_names() -> list[str] | None:
     """The classes of the training data set, which MMEngine's runner leaves in the message hub."""
-    from mmengine.logging import MessageHub
-
+    try:
+        from mmengine.logging import MessageHub
+    except ImportError:  # without MMEngine there is no runner
+        return None
     meta = MessageHub.get_current_instance().get_info('dataset_meta') or {}
     return None if meta.get('classes') is None else list(meta['classes'])
 

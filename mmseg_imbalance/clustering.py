@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmseg_imbalance.class_weight import in_class_order
 from mmseg_imbalance.kmeans import kmeans, lloyd
 from mmseg_imbalance.ops import SoftStats, gather_from_ranks, rank_and_number, sum_over_ranks
-from mmseg_imbalance.terms import check_choice
+from mmseg_imbalance.options import check_choice
 
 # cells of a class, over all ranks, among which its first centroids are sought
 START_CELLS = 256
@@ -245,7 +245,7 @@ class SubclassClustering(nn.Module):
         Args:
             features: (B, D, h, w).
             target: (B, H, W) class indices.
-            valid: (B, H, W) bool; what the others are assigned to means nothing.
+            valid: (B, H, W) bool; the subclass of another pixel has no meaning.
 
         Returns:
             (B, H, W) int32, and how many valid pixels of each subclass each cell holds, (B, C, K, h w).

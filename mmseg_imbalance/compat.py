@@ -1,4 +1,4 @@
-"""What the two framework stacks, and training without a GPU, need; no function is replaced.
+"""What the two stacks of MMSegmentation, and training without a GPU, need; no function is replaced.
 
 - The fork is installed as onedl-mmsegmentation, but MMEngine looks for the configs of ``mmseg::`` bases in
   the distribution mmsegmentation. A registration in MMEngine's table of names mends it.

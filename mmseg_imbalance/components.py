@@ -91,7 +91,10 @@ def _remove_once(labels: np.ndarray, area: int) -> bool:
 
 
 def _rings(framed: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each pixel around each small component, ``pixels`` being those of all: (component, the pixel's own)."""
+    """(component, the component of the pixel) of each pixel around each small component.
+
+    ``pixels`` are those of all small components.
+    """
     own = framed.flat[pixels].astype(np.int64)
     width = framed.shape[1]
     pairs = []

@@ -68,9 +68,8 @@ def training_frequency(
     ``~/.cache/mmseg_imbalance``.
 
     Args:
-        source: a runner in training; a config, whose training data set is built; a data set, with which
-        neither
-            model nor config is known; None: the config of the runner that was made last.
+        source: a runner in training; a config, whose training data set is built; a data set (neither model
+            nor config is known then); None: the config of the runner that was made last.
         heads: those of the model that the counts are for; None: the last decode head.
         max_images, num_workers, per_image, progress: see :func:`count_classes`.
 
@@ -181,6 +180,8 @@ def count_classes(
         FileNotFoundError: an annotation file is missing.
         ValueError: no image, no classes, no annotations, an unreadable file, a label out of range.
     """
+    import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMSegmentation
+
     from mmengine.dist import get_dist_info
 
     rank, world_size = get_dist_info()

@@ -29,5 +29,5 @@ class CamVidDataset(BaseSegDataset):
 
     @classmethod
     def get_label_map(cls, new_classes: Sequence[str] | None = None) -> dict[int, int]:
-        """Old to new label: the framework's map of chosen classes, if any, and 11 to 255."""
+        """Old to new label: MMSegmentation's map of chosen classes, if any, and 11 to 255."""
         return {**(super().get_label_map(new_classes) or {}), len(cls.METAINFO['classes']): 255}

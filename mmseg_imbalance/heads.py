@@ -56,8 +56,9 @@ class LowResolutionLogitHead(BaseDecodeHead):
                 arguments.update(align_corners=self.align_corners, features=self._features_for(module))
             value = module(logits, label, **arguments)
             name = module.loss_name
-            losses[name] = losses[name] + value if name in losses else value
-            losses.update(getattr(module, 'logged', {}))
+            parts = module.take_logged() if isinstance(module, WeightedLoss) else {}
+            for key, scalar in {name: value, **parts}.items():  # of losses of one name they are added
+                losses[key] = losses[key] + scalar if key in losses else scalar
         if resized is None:
             losses['acc_seg'] = self._accuracy(seg_logits, label, modules)
         else:

@@ -108,7 +108,7 @@ class ClassWeightHook(LoggedPartsHook):
         known = runner.message_hub.get_info('class_weights')
         if known is None:
             return None
-        record = WeightRecord(**known)
+        record = WeightRecord.from_dict(known)
         classes = list(runner.train_dataloader.dataset.metainfo.get('classes') or ())
         same = (record.scheme, record.options, record.max_images, record.classes) == (
             self.scheme,

@@ -11,9 +11,8 @@ import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMS
 import torch
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
-from torch import nn
+from torch import Tensor, nn
 
-from mmseg_imbalance.heads import LowResolutionLogitHead
 from mmseg_imbalance.losses import WeightedLoss
 
 
@@ -46,45 +45,38 @@ def named_losses(model: nn.Module) -> dict[str, WeightedLoss]:
 
 
 class LoggedPartsHook(Hook):
-    """Puts ``logged`` of the losses in MMSegmentation's own heads into the log; base of other hooks.
+    """Puts ``logged`` of the losses that no Feature head has logged into the log; base of other hooks.
 
-    The keys are those of a Feature head, such as ``decode.combined_ce``. They reach the message hub when the
-    logger is due; only then is the device waited for. Where a run has several hooks of this kind the first
-    one does it.
+    The keys are those of a Feature head, such as ``decode.combined_ce``. They reach the message hub in the
+    iterations in which the logger is due; only then is the device waited for. Where a head calls a loss for
+    several outputs (DAHead), they are of the last one. Where a run has several hooks of this kind the first
+    one does it. Its priority must be above the logger's, as it is by default.
     """
 
     def before_train(self, runner) -> None:
-        model = unwrapped(runner.model)
-        silent = {  # losses of heads that log their parts themselves
-            id(loss)
-            for head in model.modules()
-            if isinstance(head, LowResolutionLogitHead)
-            for loss in head.modules()
-        }
-        self.logger_hook = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
-        self.unlogged: list[tuple[str, WeightedLoss]] = []
+        self.interval_of_logger = 0  # of no use unless this hook is the first and there is a logger
+        logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
         first = next(hook for hook in runner.hooks if isinstance(hook, LoggedPartsHook))
-        if first is self and self.logger_hook is not None:
-            self.unlogged = [
-                (head, loss)
-                for head, losses in losses_by_head(model).items()
-                for loss in losses
-                if id(loss) not in silent
-            ]
+        if first is self and logger is not None:
+            self.interval_of_logger = logger.interval
+            self.by_head = losses_by_head(unwrapped(runner.model))
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        if not self.unlogged or not self._logger_is_due(runner, batch_idx):
+        interval = self.interval_of_logger
+        if not interval or not (
+            self.every_n_inner_iters(batch_idx, interval)
+            or self.end_of_epoch(runner.train_dataloader, batch_idx)
+        ):
             return
-        values = {f'{head}.{key}': x for head, loss in self.unlogged for key, x in loss.logged.items()}
+        values: dict[str, Tensor] = {}
+        for head, losses in self.by_head.items():
+            for loss in losses:
+                for name, value in loss.take_logged().items():
+                    key = f'{head}.{name}'
+                    values[key] = values[key] + value if key in values else value
         if values:
             numbers = torch.stack([value.float() for value in values.values()]).tolist()
             for key, number in zip(values, numbers, strict=True):
                 runner.message_hub.update_scalar(f'train/{key}', number)
-
-    def _logger_is_due(self, runner, batch_idx: int) -> bool:
-        interval = self.logger_hook.interval
-        return self.every_n_inner_iters(batch_idx, interval) or self.end_of_epoch(
-            runner.train_dataloader, batch_idx
-        )

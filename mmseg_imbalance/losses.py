@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -13,18 +12,16 @@ from torch import Tensor, nn
 
 from mmseg_imbalance.class_weight import ClassWeight, ClassWeightSpec
 from mmseg_imbalance.ops import SoftStats, soft_stats
-from mmseg_imbalance.terms import (
-    CrossEntropy,
-    Overlap,
-    Term,
+from mmseg_imbalance.options import (
     check_at_least_0,
     check_choice,
-    pass_options,
+    refuse_other_reductions,
     take,
+    unknown_options,
 )
+from mmseg_imbalance.terms import CrossEntropy, Overlap, Term, pass_options
 
-# of MMSegmentation's CrossEntropyLoss, which a config inherits where _delete_=True is forgotten
-INHERITED = ('use_sigmoid', 'use_mask', 'reduction', 'avg_non_ignore')
+INDEX_OPTIONS = [name for name in Overlap.OPTIONS if name not in ('alpha', 'beta')]
 
 
 class WeightedLoss(nn.Module):
@@ -60,6 +57,7 @@ class WeightedLoss(nn.Module):
     def __init__(
         self,
         terms: Mapping[str, tuple[Term, float]],
+        /,
         class_weight: ClassWeightSpec = None,
         *,
         balance: str = 'fixed',
@@ -71,14 +69,21 @@ class WeightedLoss(nn.Module):
         **unknown: object,
     ) -> None:
         if unknown:
-            raise TypeError(_unknown_options(type(self), unknown))
+            raise TypeError(unknown_options(unknown, type(self), WeightedLoss))
+        if not terms or any('loss' in name for name in terms):
+            raise ValueError(
+                f"a loss has at least one term, and no name of a term contains 'loss', got {list(terms)}; "
+                'MMEngine would add it to the total'
+            )
         super().__init__()
         self.loss_name = '_'.join(['loss', *terms]) if loss_name is None else loss_name
         if 'loss' not in self.loss_name:
             raise ValueError(
                 f"loss_name must contain 'loss', got {loss_name!r}; MMEngine adds only such names up"
             )
-        check_at_least_0(logit_adjustment=logit_adjustment, logit_variation=logit_variation)
+        check_at_least_0(
+            logit_adjustment=logit_adjustment, logit_variation=logit_variation, loss_weight=loss_weight
+        )
         self.logit_adjustment = logit_adjustment
         self.logit_variation = logit_variation
         self.class_weight = ClassWeight(
@@ -139,7 +144,7 @@ class WeightedLoss(nn.Module):
             align_corners: of the resize where (h, w) != (H, W).
             features: (B, D, h', w') what entered the head's classifier, where the loss ``needs_features``.
         """
-        self._refuse_other_reductions(avg_factor, reduction_override)
+        refuse_other_reductions(type(self).__name__, avg_factor, reduction_override)
         logits, target, weight = _as_images(pred, target, weight)
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
@@ -193,19 +198,15 @@ class WeightedLoss(nn.Module):
     def learn(self, stats: SoftStats) -> None:
         """Called with the sums of each batch; for losses that have a state."""
 
+    def take_logged(self) -> dict[str, Tensor]:
+        """The scalars of ``logged``, which is empty then: whoever puts them into the log takes them."""
+        logged, self.logged = self.logged, {}
+        return logged
+
     def _named(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scalars as the log names them: 'combined_ce' is the term 'ce' of the loss 'loss_combined'."""
         stem = self.loss_name.replace('loss', '').strip('_.')
         return {f'{stem}_{name}'.lstrip('_'): value for name, value in scalars.items()}
-
-    def _refuse_other_reductions(self, avg_factor: float | None, reduction_override: str | None) -> None:
-        if avg_factor is not None or reduction_override not in (None, 'mean'):
-            raise ValueError(
-                f'{type(self).__name__} is a mean over its own pixels and classes; it takes no '
-                f'avg_factor={avg_factor} and no reduction_override={reduction_override!r}. '
-                'An OHEMPixelSampler asks for the loss of each pixel unless it has a threshold: '
-                "sampler=dict(type='OHEMPixelSampler', thresh=0.7)"
-            )
 
 
 def _as_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -216,23 +217,6 @@ def _as_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Ten
     if pred.shape[1] == 1:
         pred = torch.cat([torch.zeros_like(pred), pred], 1)
     return pred, target, weight
-
-
-def _unknown_options(loss: type[WeightedLoss], unknown: Mapping[str, object]) -> str:
-    """The message about options that a loss does not have."""
-    message = (
-        f'{loss.__name__} has no option {", ".join(f"{name}={value!r}" for name, value in unknown.items())}'
-    )
-    if inherited := [name for name in unknown if name in INHERITED]:
-        message += (
-            f". {' and '.join(inherited)} belong to MMSegmentation's CrossEntropyLoss: the config inherits "
-            f"them from its base. Write loss_decode=dict(_delete_=True, type='{loss.__name__}', ...)"
-        )
-    signatures = [inspect.signature(kind).parameters.values() for kind in (loss, WeightedLoss)]
-    own, common = ([p.name for p in parameters if p.kind != p.VAR_KEYWORD] for parameters in signatures)
-    allowed = dict.fromkeys([*own, *loss.term_options, *common])
-    allowed.pop('terms', None)
-    return f'{message}. Its options are {", ".join(allowed)}'
 
 
 @MODELS.register_module()
@@ -312,6 +296,7 @@ class WeightedDiceLoss(WeightedTverskyLoss):
     """
 
     index = 'dice'
+    term_options = INDEX_OPTIONS
 
 
 @MODELS.register_module()
@@ -325,6 +310,7 @@ class WeightedJaccardLoss(WeightedTverskyLoss):
     """
 
     index = 'jaccard'
+    term_options = INDEX_OPTIONS
 
 
 @MODELS.register_module()
@@ -339,6 +325,7 @@ class GeneralizedDiceLoss(WeightedTverskyLoss):
     """
 
     index = 'generalized_dice'
+    term_options = INDEX_OPTIONS
 
 
 @MODELS.register_module()

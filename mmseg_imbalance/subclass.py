@@ -20,7 +20,8 @@ from mmseg_imbalance.class_weight import ClassWeightSpec
 from mmseg_imbalance.clustering import SubclassClustering
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats, similarity_weight, valid_pixels
-from mmseg_imbalance.terms import CrossEntropy, take
+from mmseg_imbalance.options import take
+from mmseg_imbalance.terms import CrossEntropy
 
 CLUSTERING_OPTIONS = tuple(inspect.signature(SubclassClustering).parameters)
 
@@ -55,11 +56,11 @@ class SubclassifiedLoss(WeightedLoss):
     def __init__(self, class_weight: ClassWeightSpec = None, **options: Any) -> None:
         chosen = {name: options.pop(name) for name in CLUSTERING_OPTIONS if name in options}
         super().__init__({'subclass': (take(CrossEntropy, options), 1.0)}, class_weight, **options)
-        self.clustering = SubclassClustering(**chosen)
+        self.weighting = SubclassClustering(**chosen)  # its name in checkpoints
 
     def set_feature_shape(self, num_classes: int, channels: int) -> None:
         """Make the state for what a head hands over; heads call it when they are built."""
-        self.clustering.allocate(num_classes, channels)
+        self.weighting.allocate(num_classes, channels)
 
     def weigh_pixels(
         self,
@@ -80,14 +81,14 @@ class SubclassifiedLoss(WeightedLoss):
             )
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             valid = valid_pixels(target, ignore_index)
-            own_weight, group, num_groups = self.clustering(logits.detach(), target, valid, features)
+            own_weight, group, num_groups = self.weighting(logits.detach(), target, valid, features)
         return dict(pixel_weight=_times(weight, own_weight), group=group, num_groups=num_groups)
 
     def learn(self, stats: SoftStats) -> None:
         if self.training:
             with torch.no_grad(), torch.autocast(stats.nll.device.type, enabled=False):
-                self.clustering.learn(stats)
-                self.logged = self._named(self.clustering.summary())
+                self.weighting.learn(stats)
+                self.logged = self._named(self.weighting.summary())
 
 
 @dataclass(frozen=True)

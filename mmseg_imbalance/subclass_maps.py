@@ -58,7 +58,7 @@ def find_subclassified(model: nn.Module) -> dict[str, LossOfHead]:
 
 def subclasses(loss: Subclassified) -> SubclassTable | None:
     """The subclasses of a loss as arrays; None of a SimilaritySubclassifiedLoss, which has none."""
-    return loss.clustering.table().numpy() if isinstance(loss, SubclassifiedLoss) else None
+    return loss.weighting.table().numpy() if isinstance(loss, SubclassifiedLoss) else None
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def subclass_maps(
         truth = target.where(counted, -1)[0].cpu().numpy()
         subclass = None
         if isinstance(loss, SubclassifiedLoss):
-            subclass = (found['group'][0] % loss.clustering.largest).cpu().numpy()
+            subclass = (found['group'][0] % loss.weighting.largest).cpu().numpy()
         maps[name] = SubclassMaps(image, truth, found['pixel_weight'][0].float().cpu().numpy(), subclass)
     return maps
 

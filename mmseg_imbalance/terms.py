@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from mmseg_imbalance import functional
 from mmseg_imbalance.ops import SoftStats
+from mmseg_imbalance.options import check_at_least_0, check_choice
 
 INDICES = ('dice', 'jaccard', 'tversky', 'generalized_dice')
 
@@ -55,7 +55,8 @@ class CrossEntropy:
 
     def __post_init__(self) -> None:
         check_at_least_0(focal_gamma=self.focal_gamma)
-        if not 0 <= self.label_smoothing < 1:
+        check_at_least_0(label_smoothing=self.label_smoothing)
+        if not self.label_smoothing < 1:
             raise ValueError(f'label_smoothing must lie in [0, 1), got {self.label_smoothing}')
 
     def needs(self) -> dict[str, Any]:
@@ -121,8 +122,8 @@ class Overlap:
             if self.alpha == self.beta == 0:
                 raise ValueError('alpha and beta must not both be 0: the index would be 1 for any prediction')
         check_at_least_0(smooth=self.smooth)
-        if not 0 < self.gamma < math.inf:
-            raise ValueError(f'gamma must be a finite number above 0, got {self.gamma}')
+        if not (isinstance(self.gamma, int | float) and 0 < self.gamma < math.inf):
+            raise ValueError(f'gamma must be a finite number above 0, got {self.gamma!r}')
         check_choice('region_reduction', self.reduction, ('image', 'batch'))
         check_choice('absent_classes', self.absent_classes, ('include', 'ignore'))
         if self.square_denominator and tversky:
@@ -169,26 +170,3 @@ def pass_options(terms: Mapping[str, Term]) -> dict[str, Any]:
                     f'another {option}={options[option]!r}; make two losses of them'
                 )
     return options
-
-
-def take(kind: Any, options: dict[str, Any], *given: object) -> Any:
-    """A term of this kind, its fields taken out of the options of a loss.
-
-    ``kind.OPTIONS`` says which option in a config sets which field: 'reduction' alone would be taken for
-    that of MMSegmentation's losses.
-    """
-    names = [name for name in options if name in kind.OPTIONS]
-    return kind(*given, **{kind.OPTIONS[name]: options.pop(name) for name in names})
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the option unless its value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {choices}, got {value!r}')
-
-
-def check_at_least_0(**values: object) -> None:
-    """Raise a ValueError that names the option unless each value is a finite number, at least 0."""
-    for name, value in values.items():
-        if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
-            raise ValueError(f'{name} must be a finite number, at least 0, got {value!r}')

@@ -1,10 +1,8 @@
 import functools
 import gc
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 # Tests run side by side, a core each, and so do processes that they start. Read when torch is imported.
 os.environ['OMP_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = '1'
@@ -19,12 +17,7 @@ REPOSITORY = Path(__file__).parents[1]
 if not torch.cuda.is_available():
     # read once, when triton is imported
     os.environ.setdefault('TRITON_INTERPRET', '1')
-if find_spec('mmseg') is not None:
-    import mmseg_imbalance  # noqa: F401  registers everything, and where mmseg:: bases are found
-else:
-    # ops needs torch alone: a device without MMSegmentation can run its tests
-    sys.modules['mmseg_imbalance'] = ModuleType('mmseg_imbalance')
-    sys.modules['mmseg_imbalance'].__path__ = [str(REPOSITORY / 'mmseg_imbalance')]
+import mmseg_imbalance  # noqa: E402, F401  registers everything, and where mmseg:: bases are found
 
 
 def pytest_collection_modifyitems(items):

@@ -44,6 +44,12 @@ def test_impossible_weights_are_refused_with_the_values(given):
         CombinedWeightedLoss(class_weight=given)
 
 
+@pytest.mark.parametrize('given', [3, 2.5, True])
+def test_one_number_is_no_class_weight(given):
+    with pytest.raises(TypeError, match=r'class_weight must be None, .*got'):
+        CombinedWeightedLoss(class_weight=given)
+
+
 def test_wrong_length_says_both_lengths(make_batch):
     with pytest.raises(ValueError, match=r'holds 2 numbers, \[1.0, 2.0\], but the head predicts 5'):
         WeightedDiceLoss([1.0, 2.0])(*make_batch())
@@ -110,6 +116,8 @@ def test_a_file_for_other_classes_is_refused(make_batch, tmp_path):
 def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.json' is neither 'auto' nor a file"):
         WeightedDiceLoss(str(tmp_path / 'nowhere.json'))
+    with pytest.raises(ValueError, match='is not a file of'):
+        WeightedDiceLoss(str(tmp_path))
     for content in ('{', '[1, 2]', '{"classes": []}'):
         (tmp_path / 'foreign.json').write_text(content)
         with pytest.raises(ValueError, match=r'foreign.json. is not a file of'):

@@ -147,7 +147,7 @@ def test_subclasses_ends_with_one_clear_error(subclassified, scenes, tmp_path):
         ([checkpoint, BALANCED], 'no head of EncoderDecoder has a subclassified loss'),
         (
             [other, config],
-            'missing in it or have another shape, such as decode_head.loss_decode.1.clustering.',
+            'missing in it or have another shape, such as decode_head.loss_decode.1.weighting.',
         ),
         ([tmp_path / 'nothing.pth', config], 'nothing.pth'),
         ([checkpoint, config, '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),

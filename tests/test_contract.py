@@ -31,8 +31,23 @@ def test_without_an_ignored_label_255_is_no_class(make_batch):
 def test_pixel_weights_that_are_negative_or_not_finite_are_refused(make_batch, backend, wrong):
     logits, target = make_batch()
     weight = torch.ones(target.shape)
+    target[0, 0, :3] = 1
     weight[0, 0, :3] = wrong
     with pytest.raises(ValueError, match=r'pixel_weight holds .* on 3 pixels; allowed are finite numbers'):
         soft_stats(logits, target, pixel_weight=weight, backend=backend)
     weight[0, 0, :3] = 0
     assert soft_stats(logits, target, pixel_weight=weight, backend=backend).nll.isfinite().all()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_negative_weight_of_an_ignored_pixel_does_not_matter(make_batch, backend):
+    logits, target = make_batch()
+    weight = torch.where(target == 255, -1.0, 1.0)
+    found = soft_stats(logits, target, pixel_weight=weight, backend=backend)
+    torch.testing.assert_close(found.nll, soft_stats(logits, target, backend=backend).nll)
+
+
+def test_an_ignored_label_that_the_type_of_the_label_cannot_hold_ignores_nothing(make_batch):
+    _, target = make_batch()
+    target[0, 0, :3] = 44  # 300 - 256
+    assert valid_pixels(target.to(torch.uint8), 300).all()

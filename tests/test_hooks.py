@@ -347,7 +347,7 @@ def test_training_goes_on_as_if_there_had_been_no_pictures(small_config, tmp_pat
     (without, random), (beside, same) = trained(False), trained(True)
     assert torch.equal(random, same)
     assert without.keys() == beside.keys()
-    assert any('clustering.pixels' in name for name in without)
+    assert any('weighting.pixels' in name for name in without)
     for name, value in without.items():
         assert torch.equal(value, beside[name]), name
 
@@ -423,7 +423,7 @@ def test_maps_are_those_of_the_whole_image_at_the_size_of_its_truth(small_config
     np.testing.assert_allclose(maps.weight[counted], expected, rtol=1e-6)
 
     # the nearest centroid of the class, from features made here
-    head, clustering = model.decode_head, model.decode_head.loss_decode[1].clustering
+    head, clustering = model.decode_head, model.decode_head.loss_decode[1].weighting
     pre = model.data_preprocessor
     with torch.no_grad():
         image = ((sample['inputs'].flip(0).float() - pre.mean) / pre.std)[None]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from mmengine.runner import Runner
+from mmseg.models.decode_heads import SegformerHead
+from mmseg.models.utils import resize
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 PARTS = {'decode.combined_ce', 'decode.combined_dice'}
@@ -50,6 +52,35 @@ def test_the_numbers_are_those_of_a_feature_head(small_config, tmp_path):
     for mine, theirs in zip(*(records.values() for records in found), strict=True):
         for key in ('loss', *PARTS):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
+
+
+class OwnLossHead(SegformerHead):
+    """Computes its losses itself, as PointHead and DDRHead do."""
+
+    def loss_by_feat(self, seg_logits, batch_data_samples):
+        label = self._stack_batch_gt(batch_data_samples)
+        logits = resize(seg_logits, label.shape[2:], mode='bilinear', align_corners=self.align_corners)
+        return dict(loss_own=self.loss_decode(logits, label.squeeze(1), ignore_index=self.ignore_index))
+
+
+def test_a_feature_head_that_computes_its_losses_itself_logs_through_the_hook(small_config):
+    cfg = small_config(BALANCED)
+    cfg.model.decode_head.update(type='FeatureHead', base=OwnLossHead)
+    record = logged(cfg)[2]
+    assert record.keys() >= PARTS
+
+
+def test_losses_of_one_name_add_their_parts(small_config, tmp_path):
+    found = []
+    for type in ('SegformerHead', 'FeatureSegformerHead'):
+        cfg = small_config(BALANCED)
+        combined = cfg.model.decode_head.loss_decode
+        cfg.model.decode_head.update(type=type, loss_decode=[combined, dict(combined, focal_gamma=2.0)])
+        cfg.experiment_name = cfg.visualizer.name = f'{tmp_path.name}-{type}'
+        found.append(logged(cfg)[1])
+    for record in found:
+        total = 0.6 * record['decode.combined_ce'] + 0.4 * record['decode.combined_dice']
+        assert record['decode.loss_combined'] == pytest.approx(total, rel=1e-4)
 
 
 def test_two_heads_have_their_own_keys(small_config):

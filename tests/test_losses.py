@@ -410,6 +410,13 @@ def test_a_config_that_forgets_delete_is_told_so():
         MODELS.build(inherited)
 
 
+def test_a_misspelt_option_and_the_old_mode_get_a_remedy():
+    with pytest.raises(TypeError, match='Is focal_gamma meant'):
+        WeightedCrossEntropyLoss(focal_gama=2.0)
+    with pytest.raises(TypeError, match='a loss of its own, SimilaritySubclassifiedLoss'):
+        SubclassifiedLoss(mode='similarity')
+
+
 def test_options_of_one_loss_are_not_those_of_another():
     for loss, option in (
         (WeightedDiceLoss, dict(focal_gamma=2.0)),

@@ -106,7 +106,7 @@ def test_equals_the_algorithm_in_nested_loops(rule, number, normalize, max_ratio
         np.testing.assert_array_equal((group // max(number))[valid], target.cpu().numpy()[valid])
         np.testing.assert_allclose(weight.cpu().numpy()[valid], expected_weight[valid], rtol=1e-6)
         assert value.item() == pytest.approx(expected, rel=1e-6), i
-        state = loss.clustering
+        state = loss.weighting
         for c, parts in enumerate(truth.state):
             assert (state.pixels[c] > 0).nonzero().flatten().tolist() == list(parts)
             for k, part in parts.items():
@@ -138,14 +138,14 @@ def test_one_subclass_is_cross_entropy(rule, weight):
         truth.backward()
         assert value.item() == pytest.approx(truth.item(), rel=1e-6)
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-12)
-    assert (loss.clustering.pixels > 0).all()  # it was clustered all the same
+    assert (loss.weighting.pixels > 0).all()  # it was clustered all the same
 
 
 def test_the_mean_weight_within_a_class_is_1_where_shares_are_those_of_the_state():
     loss = make_loss(num_subclasses=3, momentum=0.3, warmup_iters=0, ramp_iters=1, max_ratio=1.4)
     train(loss, range(8))
-    share, _, weight, _ = loss.clustering.table()
-    there = loss.clustering.pixels > 0
+    share, _, weight, _ = loss.weighting.table()
+    there = loss.weighting.pixels > 0
     mean = (share * weight).where(there, 0).sum(1)
     torch.testing.assert_close(mean, torch.ones_like(mean))
     ratio = weight.nan_to_num(0).amax(1) / weight.nan_to_num(torch.inf).amin(1)
@@ -156,8 +156,8 @@ def test_share_comes_first_then_difficulty():
     loss = make_loss(num_subclasses=2, warmup_iters=3, ramp_iters=4, max_ratio=None)
     train(loss, range(12))
     for iteration, power in ((3, 0.0), (4, 0.25), (6, 0.75), (7, 1.0), (99, 1.0)):
-        loss.clustering.iteration.fill_(iteration)
-        share, mean_loss, weight, _ = loss.clustering.table()
+        loss.weighting.iteration.fill_(iteration)
+        share, mean_loss, weight, _ = loss.weighting.table()
         raw = share**-0.5 * mean_loss**power
         torch.testing.assert_close(weight[:, 0] / weight[:, 1], raw[:, 0] / raw[:, 1])
         assert not torch.allclose(mean_loss[:, 0], mean_loss[:, 1])
@@ -191,13 +191,13 @@ def test_a_class_that_starts_late_counts_in_pixels_and_with_its_own_losses():
             logits = torch.stack([rare * 0.5, rare * -1.0], 1).double()
             loss(logits, target, features=features.to(DEVICE))
             if i == 4:
-                before = loss.clustering.table().share[1].max().item()
-                mean_loss = loss.clustering.table().mean_loss[1]
+                before = loss.weighting.table().share[1].max().item()
+                mean_loss = loss.weighting.table().mean_loss[1]
                 assert before == pytest.approx(0.75, abs=0.05)  # of a sample, with 'kmeans'
                 assert (mean_loss > 0.5).all()
         # the batch in between had 8192 pixels of the class, this one 2048, all of the other part
         expected = 0.99 * 8192 * before / (0.99 * 8192 + 0.01 * 2048)
-        assert loss.clustering.table().share[1].max().item() == pytest.approx(expected, abs=1e-3)
+        assert loss.weighting.table().share[1].max().item() == pytest.approx(expected, abs=1e-3)
 
 
 def test_subclasses_that_the_config_has_no_more_end():
@@ -206,8 +206,8 @@ def test_subclasses_that_the_config_has_no_more_end():
     fewer = make_loss(num_subclasses=[1, 2, 3, 3, 3])
     fewer.load_state_dict(loss.state_dict())
     train(fewer, range(3, 9))
-    assert (fewer.clustering.pixels > 0).sum(1).tolist()[:2] == [1, 2]
-    assert fewer.clustering.table().weight[0, 0] == 1
+    assert (fewer.weighting.pixels > 0).sum(1).tolist()[:2] == [1, 2]
+    assert fewer.weighting.table().weight[0, 0] == 1
 
 
 def test_pixel_weights_of_the_head_count_too():
@@ -217,12 +217,12 @@ def test_pixel_weights_of_the_head_count_too():
     keep = torch.rand(target.shape, device=DEVICE) < 0.5
     state = copy.deepcopy(loss.state_dict())
     weighted = loss(logits, target, weight=keep.double(), features=features)
-    counts = loss.clustering.pixels.clone()
+    counts = loss.weighting.pixels.clone()
     loss.load_state_dict(state)
     plain = loss.eval()(logits, target.where(keep, 255), features=features)
     assert weighted.item() == pytest.approx(plain.item(), rel=1e-9)
     loss.train()(logits, target, features=features)
-    torch.testing.assert_close(loss.clustering.pixels, counts)  # never weighted
+    torch.testing.assert_close(loss.weighting.pixels, counts)  # never weighted
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -278,7 +278,7 @@ def test_features_not_finite_at_the_very_start(rule):
     logits, target, features = batch(0)
     with pytest.raises(RuntimeError, match='training iteration 1 '):
         loss(logits, target, features=torch.full_like(features, float('nan')))
-    assert loss.clustering.iteration == 0
+    assert loss.weighting.iteration == 0
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -294,10 +294,10 @@ def test_a_class_that_never_occurs_and_one_of_a_single_cell(rule):
         features[:, :, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
         value = loss(logits, target, features=features)
         assert value.isfinite()
-    state = loss.clustering
+    state = loss.weighting
     assert not state.pixels[[3, 4, 6]].any()
     torch.testing.assert_close(state.centroid[5, 0].cpu(), torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
-    _, _, weight = state.table()
+    weight = state.table().weight
     assert weight[5, 0] == pytest.approx(1, abs=0.01)  # hardly moved by subclasses that attract nothing
     assert all(x.isfinite() for x in loss.logged.values())
 
@@ -312,14 +312,14 @@ def test_constant_features(rule):
         value = loss(logits, target, features=features).item()
         assert value == pytest.approx(plain(logits, target, features=features).item(), rel=1e-3)
     torch.testing.assert_close(
-        loss.clustering.centroid[:, 0], torch.full_like(loss.clustering.centroid[:, 0], 1 / 3)
+        loss.weighting.centroid[:, 0], torch.full_like(loss.weighting.centroid[:, 0], 1 / 3)
     )
 
 
 def test_a_subclass_that_dies_moves_to_the_hardest_cell():
     loss = make_loss(num_subclasses=2, momentum=0.2)
     train(loss, range(2))
-    state = loss.clustering
+    state = loss.weighting
     state.centroid[:, 1] = 1000.0  # where nothing is near
     for i in range(2, 60):
         logits, target, features = batch(i)
@@ -369,13 +369,13 @@ def test_it_finds_the_parts_of_a_mixture(rule):
                 for x in (logits, features)
             )
             loss(logits, torch.tensor(target, device=DEVICE), features=features)
-        share, mean_loss, weight, _ = loss.clustering.table().numpy()
+        share, mean_loss, weight, _ = loss.weighting.table().numpy()
         for c in range(3):
             order = np.argsort(-share[c])
             np.testing.assert_allclose(share[c][order], true_share, atol=0.03, err_msg=f'{seed} {c}')
             np.testing.assert_allclose(mean_loss[c][order], true_loss, rtol=0.15, err_msg=f'{seed} {c}')
             assert (np.diff(weight[c][order]) > 0).all()
-            away = np.linalg.norm(loss.clustering.centroid[c].cpu().numpy()[order] - middle[c], axis=1)
+            away = np.linalg.norm(loss.weighting.centroid[c].cpu().numpy()[order] - middle[c], axis=1)
             assert (away < 0.6).all()  # of about 5 between them
 
 
@@ -471,7 +471,7 @@ def test_numbers_by_class_name(tmp_path):
         loss(logits, target, features=features)
     hub.update_info('dataset_meta', dict(classes=tuple('abcde')))
     train(loss, range(4))
-    assert (loss.clustering.pixels > 0).sum(1).tolist() == [1, 4, 1, 1, 2]
+    assert (loss.weighting.pixels > 0).sum(1).tolist() == [1, 4, 1, 1, 2]
 
 
 def test_a_list_of_another_length_is_named():
@@ -527,12 +527,12 @@ def test_heads_say_how_many_classes_and_channels_there_are(type, options):
         cfg.update(in_channels=[8] * 4, in_index=[0, 1, 2, 3])
     head = MODELS.build(cfg)
     loss = head.loss_decode[1]
-    assert loss.clustering.centroid.shape == (5, 3, 16)
+    assert loss.weighting.centroid.shape == (5, 3, 16)
     maps, samples = head_batch()
     previous = [torch.sin(maps[2][:, :5])] if 'OCRHead' in options.values() else []
     for _ in range(2):
         losses = head.loss(maps, *previous, samples, None)
-    assert loss.clustering.iteration == 2
+    assert loss.weighting.iteration == 2
     assert {'loss_combined', 'loss_subclass', 'subclass_smallest_share', 'subclass_weight_ratio'} <= set(
         losses
     )
@@ -555,7 +555,7 @@ def test_a_head_of_one_channel_has_two_classes():
     for sample in samples:
         sample.gt_sem_seg.data %= 2
     assert head.loss(maps, samples, None)['loss_subclass'].isfinite()
-    assert head.loss_decode.clustering.centroid.shape == (2, 3, 16)
+    assert head.loss_decode.weighting.centroid.shape == (2, 3, 16)
 
 
 def test_a_head_without_features_is_told_which_have_them():

@@ -23,7 +23,7 @@ def state_after(rule, images):
         target[2:][target[2:] == 2] = 255  # a class that the first rank alone has
         logits, target, features = logits[images], target[images], features[images]
         loss(logits, target, features=features)
-        moved += (loss.clustering.table().share < 0.0011).sum().item()
+        moved += (loss.weighting.table().share < 0.0011).sum().item()
     values = {name: value.cpu().numpy() for name, value in loss.state_dict().items()}
     return values, {name: value.item() for name, value in loss.logged.items()}, moved
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedLoss
 from mmseg_imbalance.ops import soft_stats
 from mmseg_imbalance.terms import INDICES, CrossEntropy, Overlap, pass_options
 
@@ -62,3 +62,14 @@ def test_a_stranger_s_term_is_weighed_and_logged_beside_ours(make_batch):
 def test_a_factor_out_of_range_is_named(factor, match):
     with pytest.raises(ValueError, match=match):
         WeightedLoss({'ce': (CrossEntropy(), factor)})
+
+
+@pytest.mark.parametrize('terms', [{}, {'loss_ce': (CrossEntropy(), 1.0)}])
+def test_terms_that_would_spoil_the_total_are_refused(terms):
+    with pytest.raises(ValueError, match="no name of a term contains 'loss'"):
+        WeightedLoss(terms)
+
+
+def test_terms_are_no_option_of_a_registered_loss():
+    with pytest.raises(TypeError, match=r'CombinedWeightedLoss has no option terms=\{\}'):
+        CombinedWeightedLoss(terms={})

@@ -8,12 +8,12 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
-# importing it registers the package, and where MMEngine finds the framework's configs for mmseg:: bases
+# importing it registers the package, and where MMEngine finds MMSegmentation's configs for mmseg:: bases
 from mmseg_imbalance.compat import adapt_to_cpu
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The framework's options of training and testing."""
+    """MMSegmentation's options of training and testing."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder of logs and results; default work_dirs/CONFIG')

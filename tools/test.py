@@ -1,4 +1,4 @@
-"""Test a segmentor, as the framework's tools/test.py does, on GPUs or CPU."""
+"""Test a segmentor, as MMSegmentation's tools/test.py does, on GPUs or CPU."""
 
 import argparse
 from pathlib import Path
@@ -48,7 +48,7 @@ def main(argv=None):
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), hook]
     if args.tta:
         if missing := [name for name in ('tta_model', 'tta_pipeline') if cfg.get(name) is None]:
-            options.error(f"--tta needs {' and '.join(missing)} in the config, as the framework's have them")
+            options.error(f"--tta needs {' and '.join(missing)} in the config, as MMSegmentation's have them")
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model

@@ -1,4 +1,4 @@
-"""Train a segmentor, as the framework's tools/train.py does, on GPUs or CPU."""
+"""Train a segmentor, as MMSegmentation's tools/train.py does, on GPUs or CPU."""
 
 from launch import build_runner, parser, read_config
 

@@ -34,4 +34,4 @@ class BuildPy(build_py):
 
 def _files(names: tuple[str, ...]) -> list[Path]:
     found = [path for name in names for path in (Path(name), *Path(name).rglob('*')) if path.is_file()]
-    return sorted(path for path in found if not {'__pycache__', '_build'} & {*path.parts})
+    return sorted(path for path in found if not {'__pycache__', '_build', 'generated'} & {*path.parts})

@@ -69,7 +69,7 @@ def ce_and_pooled_dice(logits, target, weight):
 
 
 def over_all_pixels(logits, target, weight):
-    """The framework's cross-entropy: ignored pixels count in the mean."""
+    """MMSegmentation's cross-entropy: ignored pixels count in the mean."""
     return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction='none').mean()
 
 

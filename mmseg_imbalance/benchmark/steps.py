@@ -91,7 +91,7 @@ class FormulaLoss(nn.Module):
 
 
 def step_case(name, args):
-    """Training steps of a config: as the framework has it, with our loss, with our head and loss."""
+    """Training steps of a config: as MMSegmentation has it, with our loss, with our head and loss."""
     theirs, ours = (Config.fromfile(configs() / path) for path in STEPS[name])
     mixed = deepcopy(theirs)
     for head in ('decode_head', 'auxiliary_head'):

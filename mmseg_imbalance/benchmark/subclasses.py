@@ -18,7 +18,7 @@ CHANNELS, SUBCLASSES = 512, 3  # of the features that are clustered
 
 def cluster_weight(loss, features, target):
     """What the state of a loss makes of each pixel, from the distances of all cells to all centroids."""
-    state = loss.clustering
+    state = loss.weighting
     cells = features.double().movedim(1, 3).flatten(1, 2)  # (B, h w, D)
     away = torch.cdist(cells, state.centroid.double().flatten(0, 1)).unflatten(2, state.pixels.shape)
     nearest = away.argmin(3).mT.unflatten(2, features.shape[2:])  # (B, C, h, w)
@@ -75,7 +75,7 @@ def subclass_case(shape, classes, scale, args):
         call = partial(loss, features=features)
         for _ in range(2):  # centroids, then weights
             call(logits, target)
-        loss.clustering.update_freq = 100
+        loss.weighting.update_freq = 100
         return SubclassTrial(call, partial(cluster_weight, loss, features, target), logits, target, weight)
 
     def similar():

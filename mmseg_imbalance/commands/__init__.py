@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--version', action='version', version=f'mmseg-imbalance {__version__}')
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of those below')
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     args = parser.parse_args(argv)
     try:
         module = import_module(f'mmseg_imbalance.commands.{args.command.replace("-", "_")}')

@@ -22,8 +22,9 @@ gradient of each row are first compared with its formula in plain PyTorch in
 double: a row that is off gets no speed, and if it is one of this package's the
 exit status is 1. Memory is the peak of what is allocated beyond the inputs,
 the gradient of the logits included; of a training step, beyond the model and
-the optimizer's state. On CUDA, bandwidth is the least that full-size logits
-make forward and backward move, as a share of what a large copy reaches.
+the optimizer's state. On CUDA with full-size logits, bandwidth is the bytes
+that forward and backward have to move at least, per second, over the bytes per
+second of a large copy.
 
 What is not installed is skipped; pip install 'mmseg-imbalance[benchmark]'
 brings the other libraries."""

@@ -10,12 +10,13 @@ from mmseg_imbalance.commands.options import command_parser, need_mmsegmentation
 DESCRIPTION = """\
 Compare trained models class by class. Give the work dirs of training, several
 seeds of a config if you have them: runs whose configs differ in the seed alone
-are one row, mean and standard deviation. Of each work dir the newest test is
-taken, below it in a folder of its own too, else the last validation. A
-difference to the baseline is "within noise" if the 95 % interval over seeds or
-over images holds 0. Over images needs ImbalanceIoUMetric, which leaves
-image_scores.npz. What cannot be compared is listed with the reason. IoU is in
-per cent, training time in minutes, memory in GB."""
+are one row, mean and standard deviation. The result of a work dir is its
+newest test, which may lie in a folder below it; without a test, it is the last
+validation. A difference to the baseline is "within noise" if the 95 % interval
+over seeds or over images holds 0. The interval over images needs
+ImbalanceIoUMetric, which leaves image_scores.npz. What cannot be compared is
+listed with the reason. IoU is in per cent, training time in minutes, memory in
+GB."""
 EXAMPLE = """\
 work_dirs/plain-0 work_dirs/plain-1 work_dirs/balanced-0 work_dirs/balanced-1 --out comparison"""
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     from mmseg_imbalance.shipped import configs, is_checkout
 
     if args.metafile and not is_checkout():
-        options.error('--metafile writes into configs/ of a checkout of mmseg-imbalance, and this is none')
+        options.error('--metafile writes into configs/ of a checkout; this is an installed package')
     work_dirs = [*args.work_dirs] if args.baseline is None else [args.baseline, *args.work_dirs]
     try:
         comparison = compare(work_dirs, args.baseline)

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     from mmseg_imbalance.shipped import configs, is_checkout
 
     if args.configs is None and not is_checkout():
-        options.error('give the folder of the configs; only in a checkout of mmseg-imbalance it is known')
+        options.error('give the folder of the configs; only in a checkout it can be left out')
     for metafile in sorted((args.configs or configs()).glob('[!_]*/metafile.yaml')):
         print(write_page(metafile.parent))
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import runpy
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +25,21 @@ def command_parser(name: str, description: str, example: str) -> argparse.Argume
 def need_mmsegmentation() -> None:
     """Raise ImportError, which says what to install, where MMSegmentation is absent."""
     import mmseg_imbalance.registry  # noqa: F401
+
+
+def run_tool(name: str, argv: list[str] | None) -> int:
+    """Run tools/NAME.py of the checkout or of the installed package in this process.
+
+    Raises:
+        ImportError: MMSegmentation is not installed.
+    """
+    need_mmsegmentation()
+    from mmseg_imbalance.shipped import tools
+
+    sys.argv = [f'mmseg-imbalance {name}', *(sys.argv[1:] if argv is None else argv)]
+    sys.path.insert(0, str(tools()))  # of what the scripts share
+    runpy.run_path(str(tools() / f'{name}.py'), run_name='__main__')
+    return 0
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:

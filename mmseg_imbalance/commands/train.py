@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from mmseg_imbalance.commands.options import need_mmsegmentation
-from mmseg_imbalance.shipped import tools
+from mmseg_imbalance.commands.options import run_tool
 
 
 def main(argv: list[str] | None = None) -> int:
-    need_mmsegmentation()
-    arguments = sys.argv[1:] if argv is None else argv
-    return subprocess.run([sys.executable, tools() / 'train.py', *arguments]).returncode
+    return run_tool('train', argv)

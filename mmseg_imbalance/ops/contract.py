@@ -74,7 +74,8 @@ class Options:
 
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor:
     """Which pixels of a label count, bool of its shape; None: all of them."""
-    if ignore_index is None:
+    limits = torch.iinfo(target.dtype)  # beyond them a comparison would wrap around
+    if ignore_index is None or not limits.min <= ignore_index <= limits.max:
         return torch.ones_like(target, dtype=torch.bool)
     return target != ignore_index
 

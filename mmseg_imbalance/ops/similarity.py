@@ -40,7 +40,8 @@ def similarity_weight(
 
     Args:
         logits: (B, C, h, w); resized to the label bilinearly, with ``align_corners``, where they are smaller.
-        target: (B, H, W) class indices or ``ignore_index``; None: no label is ignored.
+        target: (B, H, W) class indices or ``ignore_index``.
+        ignore_index: the label of pixels that do not count; None: all count.
         threshold: above 0. Above 1 nothing is similar and every weight is 1.
         paper_exact: as the public code has it: ignored pixels are a class of their own and enter the mean,
             and each image gets the mean of the weights of all images of the batch. By default ignored pixels

@@ -79,7 +79,7 @@ def soft_stats(
         valid = valid_pixels(target, ignore_index)
         _check_range('target', target, valid, logits.shape[1], also)
         if pixel_weight is not None:
-            _check_weight(pixel_weight)
+            _check_weight(pixel_weight, valid)
         if group is not None:
             _check_range('group', group, valid, num_groups, ' wherever target is valid')
     options = Options(
@@ -162,14 +162,17 @@ def _check_shapes(
         )
 
 
-def _check_weight(weight: Tensor) -> None:
+def _check_weight(weight: Tensor, valid: Tensor) -> None:
     least, most = weight.detach().aminmax()  # of NaN, both are
-    if not (least >= 0 and most < torch.inf):
-        wrong = weight[~((weight >= 0) & (weight < torch.inf))]
-        found = wrong.unique().tolist()
+    if least >= 0 and most < torch.inf:
+        return
+    # what is not finite spoils the sums under ignored pixels too
+    wrong = weight.detach()[(~weight.isfinite()) | ((weight < 0) & valid)]
+    if wrong.numel():
+        found = list(dict.fromkeys(map(str, wrong.unique().tolist())))
         raise ValueError(
-            f'pixel_weight holds {found[:10]}{" and more" if len(found) > 10 else ""} on {wrong.numel()} '
-            'pixels; allowed are finite numbers, at least 0'
+            f'pixel_weight holds {", ".join(found[:10])}{" and more" if len(found) > 10 else ""} on '
+            f'{wrong.numel()} pixels; allowed are finite numbers, at least 0'
         )
 
 

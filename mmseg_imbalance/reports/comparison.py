@@ -142,14 +142,14 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
     for number, (label, members) in enumerate(groups.items()):
         estimates = {}
         for key, found in values[label].items():
-            there = _finite(found)
-            mean = float(np.mean(there)) if there else math.nan
-            std = float(np.std(there, ddof=1)) if len(there) > 1 else None
+            known = _finite(found)
+            mean = float(np.mean(known)) if known else math.nan
+            std = float(np.std(known, ddof=1)) if len(known) > 1 else None
             estimates[key] = Estimate(found, mean, std)
             if number > 0:
                 reference = _finite(base[key])
                 difference = mean - float(np.mean(reference)) if reference else math.nan
-                noise = _seed_noise(reference, there)
+                noise = _seed_noise(reference, known)
                 estimates[key] = Estimate(found, mean, std, difference, noise, intervals.get((label, key)))
         estimated.append(Group(label, full_names[label], members, estimates))
     return Comparison(classes, shares, parts, [*means, *more], estimated, left_out, notes)
@@ -164,7 +164,7 @@ def _mean_iou(run: Run, names: list[str]) -> float:
 def _grouped(runs: list[Run], first: Run, left_out: list[tuple[str, str]]) -> dict[str, list[Run]]:
     """Runs by label of their config, the baseline's first; what two of one name differ in is in the label.
 
-    A model that is there twice, as its training and as its test, is taken once.
+    A model that was given twice, by its training and by its test, is taken once.
     """
     found: list[tuple[dict, list[Run]]] = []
     for run in sorted(runs, key=lambda run: run is not first):

@@ -14,7 +14,7 @@ from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.reports.comparison import Comparison, Group
 from mmseg_imbalance.reports.work_dirs import Run, settings
 
-DATASETS = dict(ade20k='ADE20K', camvid='CamVid', cityscapes='Cityscapes')  # as the framework writes them
+DATASETS = dict(ade20k='ADE20K', camvid='CamVid', cityscapes='Cityscapes')  # as MMSegmentation writes them
 SUMMARIES = ('mIoU', 'mIoU.head', 'mIoU.body', 'mIoU.tail', 'mIoU_C_q5', 'aAcc')  # of the first table
 
 
@@ -75,7 +75,7 @@ def _metafile(family: Path) -> dict:
 
 
 def _entry(group: Group, comparison: Comparison, config: Path) -> dict:
-    """A model of the framework's metafile; numbers are means over the runs, in per cent."""
+    """A model of an OpenMMLab metafile; numbers are means over the runs, in per cent."""
     run = group.runs[0]
     keys = {key: key for key in comparison.summaries} | {f'IoU.{name}': name for name in comparison.classes}
     estimates = {key: group.estimates[name] for key, name in keys.items()}
