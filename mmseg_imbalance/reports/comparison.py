@@ -132,7 +132,7 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
     values = {  # of each config, quantity and run
         label: {
             **{name: [run.iou.get(name, math.nan) for run in members] for name in classes},
-            **{key: [_mean_iou(run, of) for run in members] for key, of in means.items()},
+            **{key: [_mean_iou(run, names) for run in members] for key, names in means.items()},
             **{key: [run.metrics[key] for run in members] for key in more},
         }
         for label, members in groups.items()
@@ -180,13 +180,13 @@ def _grouped(runs: list[Run], first: Run, left_out: list[tuple[str, str]]) -> di
         else:
             left_out.append((str(run.work_dir), f'it is of the same model as {same.work_dir}'))
     labels: dict[str, list[Run]] = {}
-    for said, members in found:
+    for settings, members in found:
         label = members[0].name
         namesakes = [known for known, others in found if others[0].name == label]
         if len(namesakes) > 1:
             keys = {key for known in namesakes for key in known}
             differing = sorted(k for k in keys if len({repr(known.get(k)) for known in namesakes}) > 1)
-            label += ' [' + ', '.join(f'{key}={said.get(key)}' for key in differing[:3])
+            label += ' [' + ', '.join(f'{key}={settings.get(key)}' for key in differing[:3])
             label += f', {len(differing) - 3} more]' if len(differing) > 3 else ']'
         while label in labels:
             label += "'"

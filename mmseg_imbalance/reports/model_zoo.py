@@ -129,17 +129,19 @@ def _page(family: Path) -> Iterator[str]:
         'the classes by training pixels.\n'
     )
     for dataset in dict.fromkeys(model['Results']['Dataset'] for model in models):
-        of = [model for model in models if model['Results']['Dataset'] == dataset]
+        listed = [model for model in models if model['Results']['Dataset'] == dataset]
         yield f'## {dataset}\n'
-        used = {key for model in of for key in model['Results']['Metrics']}
+        used = {key for model in listed for key in model['Results']['Metrics']}
         shown = [key for key in (*SUMMARIES, 'mIoU(ms+flip)') if key in used]
         yield from _rows(
             ['config', 'iterations', *shown, 'memory (GB)', 'measured'],
-            ([_link(m), *_about(m, shown)] for m in of),
+            ([_link(m), *_about(m, shown)] for m in listed),
         )
-        classes = list(dict.fromkeys(key for m in of for key in m['Results']['Metrics'] if key[:4] == 'IoU.'))
+        classes = list(
+            dict.fromkeys(key for m in listed for key in m['Results']['Metrics'] if key[:4] == 'IoU.')
+        )
         if classes:
-            measured = [m for m in of if classes[0] in m['Results']['Metrics']]
+            measured = [m for m in listed if classes[0] in m['Results']['Metrics']]
             yield from _rows(
                 ['IoU', *(key.removeprefix('IoU.') for key in classes)],
                 ([_link(m), *(_number(m, key) for key in classes)] for m in measured),

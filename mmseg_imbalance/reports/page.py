@@ -265,8 +265,8 @@ def plot_images(comparison: Comparison) -> Figure:
         for run in group.runs:
             held = run.scores['label'] > 0
             iou = np.where(held, run.scores['intersect'] / np.maximum(run.scores['union'], 1), 0)
-            of = iou.sum(1)[held.any(1)] / held.sum(1)[held.any(1)]
-            curves.append(np.interp(np.linspace(0, 1, 200), np.linspace(0, 1, len(of)), np.sort(of)))
+            each = iou.sum(1)[held.any(1)] / held.sum(1)[held.any(1)]
+            curves.append(np.interp(np.linspace(0, 1, 200), np.linspace(0, 1, len(each)), np.sort(each)))
         x = np.linspace(0, 100, 200)
         axes.plot(
             x, 100 * np.mean(curves, 0), color=COLOURS[number % len(COLOURS)], label=_plain(group.label)
