@@ -142,7 +142,7 @@ def test_subclasses_ends_with_one_clear_error(subclassified, scenes, tmp_path):
     config, checkpoint = subclassified
     other = tmp_path / 'other.pth'
     state = torch.load(checkpoint, weights_only=False)['state_dict']
-    torch.save(dict(state_dict={k: v for k, v in state.items() if 'clustering' not in k}), other)
+    torch.save(dict(state_dict={k: v for k, v in state.items() if 'weighting' not in k}), other)
     for arguments, message in [
         ([checkpoint, BALANCED], 'no head of EncoderDecoder has a subclassified loss'),
         (
