@@ -74,6 +74,22 @@ def user_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope='session')
+def nothing_is_left():
+    """Tests write into their temporary folders alone: neither into the checkout nor into the user's cache."""
+    by_tools = ('.', '__pycache__', '_build', 'build', 'dist', 'generated')  # of pytest, pip and Sphinx
+
+    def files():
+        for root in (REPOSITORY, Path.home() / '.cache' / 'mmseg_imbalance'):
+            for path, folders, names in os.walk(root):
+                folders[:] = [f for f in folders if not f.startswith(by_tools) and not f.endswith('egg-info')]
+                yield from (os.path.join(path, name) for name in names)
+
+    before = set(files())
+    yield
+    assert not set(files()) - before
+
+
 @pytest.fixture(scope='session')
 def scenes(tmp_path_factory):
     """A small generated data set in the Cityscapes layout: 6 train and 2 val images of 128x64."""
