@@ -12,10 +12,21 @@ from mmseg.registry import RUNNERS
 from mmseg_imbalance.compat import adapt_to_cpu
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """MMSegmentation's options of training and testing."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+def config_file(text: str) -> str:
+    """The path of a config, which exists."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f'{text} is no file')
+    return text
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """MMSegmentation's options of training and testing; ``example`` is a command line without the command."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f'example:\n  %(prog)s {example}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('config', type=config_file, help='config file')
     parser.add_argument('--work-dir', help='folder of logs and results; default work_dirs/CONFIG')
     parser.add_argument(
         '--cfg-options',

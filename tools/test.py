@@ -1,4 +1,7 @@
-"""Test a segmentor, as MMSegmentation's tools/test.py does, on GPUs or CPU."""
+"""Test a segmentor on GPUs or CPU, with the options of MMSegmentation's own script and two more.
+
+The metrics are printed, and written as JSON into a folder of the work dir.
+"""
 
 import argparse
 from pathlib import Path
@@ -14,7 +17,7 @@ def pixels(text):
 
 
 def main(argv=None):
-    options = parser(__doc__)
+    options = parser(__doc__, 'CONFIG work_dirs/run/iter_2000.pth --work-dir work_dirs/run/test')
     options.add_argument('checkpoint', help='checkpoint file')
     options.add_argument('--out', help='folder for predicted label maps')
     options.add_argument('--show', action='store_true', help='show predictions in a window')

@@ -1,10 +1,13 @@
-"""Train a segmentor, as MMSegmentation's tools/train.py does, on GPUs or CPU."""
+"""Train a segmentor on GPUs or CPU, with the options of MMSegmentation's own script.
+
+The log, the checkpoints and what the hooks write go into the work dir.
+"""
 
 from launch import build_runner, parser, read_config
 
 
 def main(argv=None):
-    options = parser(__doc__)
+    options = parser(__doc__, 'CONFIG --work-dir work_dirs/run --cfg-options randomness.seed=0')
     options.add_argument('--resume', action='store_true', help='from the latest checkpoint in the work_dir')
     options.add_argument('--amp', action='store_true', help='mixed precision, float16 or on CPU bfloat16')
     args = options.parse_args(argv)

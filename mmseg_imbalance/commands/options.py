@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,9 +36,13 @@ def run_tool(name: str, argv: list[str] | None) -> int:
     need_mmsegmentation()
     from mmseg_imbalance.shipped import tools
 
-    sys.argv = [f'mmseg-imbalance {name}', *(sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
+    sys.argv = [f'mmseg-imbalance {name}', *argv]  # its name in usage and errors
     sys.path.insert(0, str(tools()))  # of what the scripts share
-    runpy.run_path(str(tools() / f'{name}.py'), run_name='__main__')
+    spec = spec_from_file_location(f'mmseg_imbalance_{name}', tools() / f'{name}.py')
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(argv)
     return 0
 
 
