@@ -11,6 +11,8 @@ import pytest
 from conftest import REPOSITORY
 from ranks import free_port
 
+from mmseg_imbalance.commands import main
+
 pytestmark = pytest.mark.slow
 
 PLAIN = 'configs/segformer/segformer_mit-b0-small_1xb8-2k_longtail-cityscapes-256x128.py'
@@ -143,6 +145,12 @@ train_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """)
     output = succeed(
         sys.executable,
@@ -226,9 +234,11 @@ tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transfo
     as_if_removed(augmented, predict('ranks', *options, command=ranks))
 
 
-def test_an_area_to_remove_is_a_positive_number_of_pixels():
+def test_an_area_to_remove_is_a_positive_number_of_pixels(capsys):
     for area in ('0', '2.5'):
-        code, output = run(sys.executable, 'tools/test.py', PLAIN, 'none.pth', f'--remove-small={area}')
-        assert code == 2
+        with pytest.raises(SystemExit) as end:
+            main(['test', PLAIN, 'none.pth', f'--remove-small={area}'])
+        assert end.value.code == 2
+        output = capsys.readouterr().err
         assert f'must be a whole number of pixels, at least 1, got {area!r}' in output
         assert 'Traceback' not in output
