@@ -435,6 +435,7 @@ def test_half_precision_gradients_are_added_up_in_single():
     np.testing.assert_allclose(watcher.sums[3], 300.0**2 * 200**2, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_picture_shows_every_class_of_every_loss_also_where_nothing_is_known(tmp_path):
     nothing = np.full(19, np.nan)
     some = np.r_[np.geomspace(0.5, 1e-4, 18), 0]

@@ -266,6 +266,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('type', [*NAMED, 'FCNHead', 'UPerHead', 'DAHead'])
 @pytest.mark.parametrize('loss', [COMBINED, [CE, DICE], dict(type=ShiftedLoss)])
 def test_training_makes_no_tensor_of_label_size(type, loss, monkeypatch):

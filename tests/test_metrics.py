@@ -225,6 +225,7 @@ def test_no_global_random_number_is_drawn():
     assert (np.random.random(), torch.rand(()).item()) == expected  # noqa: NPY002
 
 
+@pytest.mark.slow
 def test_the_interval_is_that_of_resampled_images():
     labels, predictions = scenes_of(12)
     metrics = imbalance(labels, predictions)

@@ -195,6 +195,7 @@ def test_triton_has_the_gradient_of_each_field_alone(make_batch, field, gamma):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('field', DIFFERENTIABLE)
 @pytest.mark.parametrize('backend', ['eager', 'strips'])
 def test_each_field_alone_passes_gradcheck(make_batch, backend, field):
