@@ -1,12 +1,18 @@
 """The parts of a loss in the log of a run, with MMSegmentation's heads and with ours."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.models.decode_heads import SegformerHead
 from mmseg.models.utils import resize
+from ranks import on_ranks
+
+from mmseg_imbalance.compat import adapt_to_cpu
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 PARTS = {'decode.combined_ce', 'decode.combined_dice'}
@@ -68,6 +74,30 @@ def test_a_feature_head_that_computes_its_losses_itself_logs_through_the_hook(sm
     cfg.model.decode_head.update(type='FeatureHead', base=OwnLossHead)
     record = logged(cfg)[2]
     assert record.keys() >= PARTS
+
+
+def keys_on_a_rank(text):
+    """What a rank of a training run has in its log, and the last value of each part."""
+    cfg = Config.fromstring(text, '.py')
+    cfg.launcher = 'pytorch'
+    rank = str(dist.get_rank())
+    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE='2')
+    adapt_to_cpu(cfg)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    scalars = runner.message_hub.log_scalars
+    return sorted(key for key in scalars if key.startswith('train/')), scalars[
+        'train/decode.combined_ce'
+    ].current()
+
+
+def test_two_ranks_have_the_same_keys(small_config):
+    cfg = small_config(BALANCED)
+    cfg.model.decode_head.type = 'SegformerHead'
+    (keys, value), (other_keys, other_value) = on_ranks(2, keys_on_a_rank, cfg.pretty_text)
+    assert keys == other_keys
+    assert {f'train/{key}' for key in PARTS} <= set(keys)
+    assert value != other_value  # each of its own images, as all parts of a log are
 
 
 def test_losses_of_one_name_add_their_parts(small_config, tmp_path):

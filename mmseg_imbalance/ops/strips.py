@@ -4,9 +4,9 @@ Each thread takes some rows of an image and walks them in strips that fit the ca
 first resizes the columns of the source rows that it needs, (C, k, w) to (C, k, W), block by block of a banded
 matrix; a strip takes its rows from there, and the gradient goes back through the transposed matrices.
 
-Rows, not operations, are what the CPU's threads share: a strip is dozens of short operations, and if each
-were split among the threads, all would wait for the slowest dozens of times, which costs a multiple where
-other processes, data loaders among them, want the same cores.
+Each CPU thread takes rows of its own. Splitting every operation among the threads would be slower: a strip is
+dozens of short operations, and after each of them all threads would wait for the slowest one. That costs a
+multiple where other processes, such as data loaders, want the same cores.
 
 Backward, with p recomputed and the gradients gN, gI, gP, gL of nll, intersection, prediction, log_prob, for a
 pixel of label y and weight m:
