@@ -42,6 +42,13 @@ def test_the_scripts_of_old_names_are_the_commands(name):
     assert 'usage: mmseg-imbalance ' in succeed(sys.executable, f'tools/{name}.py', '--help')
 
 
+def test_a_chart_of_an_unknown_format_is_refused_before_the_counting(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(['class-weights', 'any.py', '--plot', 'x.foo'])
+    assert end.value.code == 2
+    assert "'x.foo' does not end with .png, .svg or .pdf" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('setting', ['data_root', 'a.b=1'])
 def test_settings_of_a_config_are_key_and_value(setting, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:

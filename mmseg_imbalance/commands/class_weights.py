@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.commands.options import add_cfg_options, command_parser, read_config
@@ -22,13 +23,20 @@ CONFIG
 CONFIG --scheme effective_num --out class_weights.json --plot classes.png"""
 
 
+def _chart(text: str) -> str:
+    """The path of a chart in a format that can be written."""
+    if Path(text).suffix not in ('.png', '.svg', '.pdf'):
+        raise argparse.ArgumentTypeError(f'{text!r} does not end with .png, .svg or .pdf')
+    return text
+
+
 def _options() -> argparse.ArgumentParser:
     options = command_parser('class-weights', DESCRIPTION, EXAMPLE)
     add = options.add_argument
     add('config', metavar='CONFIG', help='config file, as for training')
     add('--scheme', choices=SCHEMES, default='sqrt_inv_freq', help='of --out and --plot; default %(default)s')
     add('--out', metavar='FILE', help='JSON file to write')
-    add('--plot', metavar='FILE', help='chart to write: .png, .svg or .pdf')
+    add('--plot', type=_chart, metavar='FILE', help='chart to write: .png, .svg or .pdf')
     add('--max-images', type=int, metavar='N', help='count a random sample of N images; default: all')
     add('--workers', type=int, default=2, metavar='N', help='worker processes; default %(default)s')
     add(

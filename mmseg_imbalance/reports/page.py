@@ -205,7 +205,9 @@ def plot_classes(comparison: Comparison) -> Figure:
     axes = figure.subplots()
     rows = np.arange(len(classes))
     means = np.array([[group.estimates[c].mean for group in comparison.groups] for c in classes])
-    axes.hlines(rows, np.nanmin(means, 1), np.nanmax(means, 1), color='0.8', linewidth=2, zorder=1)
+    known = np.isfinite(means).any(1)  # a class may be in no run's result
+    ends = np.nanmin(means[known], 1), np.nanmax(means[known], 1)
+    axes.hlines(rows[known], *ends, color='0.8', linewidth=2, zorder=1)
     for number, group in enumerate(comparison.groups):
         colour = COLOURS[number % len(COLOURS)]
         axes.scatter(
