@@ -185,13 +185,14 @@ class WeightedLoss(nn.Module):
             stats = stats.sum_images(across_ranks=True)  # once, for all terms
         parts = [term.parts(stats, class_weight) for term in self.terms.values()]  # (C,) each
         factors, offset = self.factors.values(), 0.0
-        logged = dict(zip(self.terms, (part.detach().sum() for part in parts), strict=True))
+        if len(parts) > 1:  # of a single term the log has the loss itself
+            sums = (part.detach().sum() for part in parts)
+            self.logged = self._named(dict(zip(self.terms, sums, strict=True)))
         if self.balance == 'uncertainty':
             s = self.log_variance.to(parts[0])
             factors, offset = torch.exp(-s).unbind(), s.sum() / 2  # the offset belongs to no class
-            logged |= {f'{name}_log_variance': x for name, x in zip(self.terms, s.detach(), strict=True)}
-        if len(parts) > 1:
-            self.logged = self._named(logged)
+            names = [f'{name}_log_variance' for name in self.terms]
+            self.logged |= self._named(dict(zip(names, s.detach(), strict=True)))
         weighed = sum(factor * part for factor, part in zip(factors, parts, strict=True))
         return weighed, weighed.sum() + offset
 
