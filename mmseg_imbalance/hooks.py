@@ -19,6 +19,7 @@ from torch import nn
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
@@ -81,10 +82,8 @@ class ClassWeightHook(LoggedPartsHook):
             return
         record = self._of_checkpoint(runner)
         if record is None:
-            heads = {name.rpartition('loss_decode')[0].rstrip('.') for name in waiting}
             frequency = training_frequency(
                 runner,
-                heads=[model.get_submodule(head) for head in heads],
                 max_images=self.max_images,
                 num_workers=self.num_workers,
                 cache_dir=self.cache_dir,
@@ -190,7 +189,7 @@ class LogitAdjustmentHook(Hook):
                 )
         frequency = training_frequency(
             runner.cfg,  # a runner that tests has no data set of training
-            heads=[head],
+            heads=decode_heads(runner.model),
             max_images=self.max_images,
             num_workers=self.num_workers,
             cache_dir=self.cache_dir,
