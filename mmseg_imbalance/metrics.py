@@ -62,7 +62,10 @@ class ClassIoUMetric(IoUMetric):
         parameters = inspect.signature(IoUMetric.__init__).parameters.values()
         known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != 'self']
         if unknown := sorted(set(kwargs) - set(known)):
-            raise TypeError(f'{type(self).__name__} has no option {unknown}; those of IoUMetric are {known}')
+            raise TypeError(
+                f'{type(self).__name__} has no option {unknown}; those of IoUMetric are {known}. What a '
+                'config inherits from its base goes away with dict(_delete_=True, ...)'
+            )
         super().__init__(ignore_index, *args, **kwargs)
         names = [self.metrics] if isinstance(self.metrics, str) else self.metrics
         if wrong := [name for name in names if name not in KEYS]:

@@ -6,6 +6,8 @@ MMEngine looks at them for the first time after the first validation.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -57,14 +59,25 @@ def keys_in_config(config: Mapping[str, Any]) -> set[str]:
 def check_monitored_keys(runner: Any) -> None:
     """Before training, see to it that every key that is watched will be there and is read rightly.
 
+    MMEngine's log shows the mean of the latest evaluations for keys with 'loss' or 'time' in their names, as
+    that of a class may have; those of the metrics are shown as they are.
+
     Raises:
-        ValueError: no metric of the validation gives such a key, or the lower value is taken for the better.
+        ValueError: no metric of the validation gives such a key, two give the same ones, or the lower value
+            is taken for the better.
     """
     evaluator = getattr(runner.val_loop, 'evaluator', None)
     metrics = list(getattr(evaluator, 'metrics', ()))
     if not metrics:
         return
     keys = {number: _keys_of(metric) for number, metric in enumerate(metrics)}
+    names = [name for known in keys.values() for name in known or ()]
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise ValueError(
+            f'two metrics in val_evaluator give the same keys, such as {twice[0]!r}. Give them prefixes: '
+            "dict(type='ImbalanceIoUMetric', prefix='NAME')"
+        )
+    _log_as_they_are(runner.log_processor, names)
     for key, rule, watcher in _watched(runner):
         owner = next((number for number, known in keys.items() if key in (known or ())), None)
         if owner is not None:
@@ -76,13 +89,19 @@ def check_monitored_keys(runner: Any) -> None:
             if hasattr(metrics[owner], 'expect'):
                 metrics[owner].expect(key)
         elif None not in keys.values():
-            names = [name for known in keys.values() for name in known or ()]
             near = get_close_matches(key, names, 6, 0.5) or names[:20]
             raise ValueError(
                 f'{watcher} names {key!r}, which no evaluation of this run will give: it has no such class, '
                 f'group, prefix or option. There are {near}, among {len(names)}; IoU.NAME is of '
                 'ClassIoUMetric and ImbalanceIoUMetric'
             )
+
+
+def _log_as_they_are(log_processor: Any, keys: Sequence[str]) -> None:
+    smoothed = log_processor.mean_pattern
+    if chosen := [re.escape(key) for key in keys if smoothed.search(key)]:
+        others = rf'^(?!(val/)?({"|".join(chosen)})$).*({smoothed.pattern})'
+        log_processor.mean_pattern = re.compile(others)
 
 
 def _watched(runner: Any) -> Iterator[Monitored]:

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import METRICS, DefaultScope
 from mmengine.runner import Runner
@@ -11,12 +12,13 @@ from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 from PIL import Image
 from scipy import ndimage
+from scripted import config, run, write_images
 from sklearn.metrics import confusion_matrix, jaccard_score, precision_score, recall_score
 from test_hooks import recoloured
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.datasets import CamVidDataset
-from mmseg_imbalance.scores import bootstrap_counts, load_image_scores
+from mmseg_imbalance.scores import bootstrap_counts, class_areas, load_image_scores
 
 CLASSES = ('road', 'car', 'pole', 'sign', 'never')
 GROUPS = dict(head=['road'], body=['car', 'never'], tail=['pole', 'sign'])
@@ -134,21 +136,132 @@ def test_what_has_no_value_is_nan_and_a_group_without_classes_has_no_keys():
         (dict(tail='car'), TypeError, "'car'"),
         (dict(middle=['car']), ValueError, 'middle'),
         (dict(head=['car'], tail=['pole', 'car']), ValueError, r"\['car'\] are named twice"),
-        (dict(head=['lorry']), ValueError, r"\['lorry'\], but the data set has \['road', 'car'"),
+        (dict(tail=[3]), TypeError, r'\[3\]'),
+        (dict(tail=None), TypeError, 'None'),
+        (['car'], TypeError, r"\['car'\]"),
     ],
 )
-def test_wrong_groups_are_named(groups, error, message):
-    labels, predictions = scenes_of(1)
+def test_wrong_groups_are_refused_when_the_metric_is_built(groups, error, message):
     with pytest.raises(error, match=message):
-        imbalance(labels, predictions, groups=groups)
+        METRICS.build(dict(type='ImbalanceIoUMetric', groups=groups))
+
+
+def test_groups_of_unknown_classes_are_refused_as_soon_as_the_data_set_is_known(tmp_path):
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric', groups=dict(head=['lorry'])))
+    with pytest.raises(ValueError, match=r"\['lorry'\], but the data set has \['road', 'car'"):
+        metric.dataset_meta = dict(classes=CLASSES)
+    data = write_images(tmp_path / 'data', np.zeros((2, 6, 8)))
+    runner = run(config(data, val_evaluator=dict(groups=dict(head=['lorry'])), custom_hooks=[]), 'lorry')
+    with pytest.raises(ValueError, match=r"\['lorry'\], but the data set has \['road', 'pole'"):
+        runner.train()
+    assert runner.iter == 0
 
 
 @pytest.mark.parametrize(
-    'option', [dict(quantiles=[0]), dict(quantiles=[101]), dict(object_areas=(9, 4)), dict(bootstrap=-1)]
+    'option',
+    [
+        dict(quantiles=[0]),
+        dict(quantiles=[101]),
+        dict(object_areas=(9, 4)),
+        dict(bootstrap=-1),
+        dict(bootstrap=0.5),
+        dict(iou_metrics=['mIou']),
+    ],
 )
 def test_options_out_of_range_are_named(option):
     with pytest.raises(ValueError, match=f'{next(iter(option))}.*got'):
         METRICS.build(dict(type='ImbalanceIoUMetric', **option))
+
+
+def test_options_that_mmsegmentations_metric_would_swallow_are_named():
+    with pytest.raises(TypeError, match=r"ImbalanceIoUMetric has no option \['group'\]; .*'nan_to_num'"):
+        METRICS.build(dict(type='ImbalanceIoUMetric', group='thirds'))
+
+
+def test_labels_that_are_neither_classes_nor_ignored_are_named_once(logger, tmp_path):
+    labels, predictions = scenes_of(3)
+    labels[1, :3] = 77
+    imbalance(labels, predictions, names=['a.png', 'b.png', 'c.png'])
+    log = (tmp_path / 'run.log').read_text()
+    assert log.count('labels of b.png are neither one of the 5 classes nor the ignored label 255') == 1
+    assert '77' in log
+    assert 'labels of a.png' not in log
+
+
+def counted_by_numpy(prediction, label, classes, ignored):
+    valid = label != ignored
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (label[valid], prediction[valid]), 1)
+    right, pred, truth = np.diag(matrix), matrix.sum(0), matrix.sum(1)
+    return right, pred + truth - right, pred, truth
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.int32])
+def test_pixels_are_those_of_mmsegmentation_and_numpy(dtype):
+    labels, predictions = scenes_of(1)
+    arguments = torch.tensor(predictions[0], dtype=dtype), torch.tensor(labels[0]).to(dtype), 5, 255
+    ours, theirs = class_areas(*arguments), IoUMetric.intersect_and_union(*arguments)
+    expected = counted_by_numpy(predictions[0], labels[0], 5, 255)
+    for mine, other, numbers in zip(ours, theirs, expected, strict=True):
+        assert mine.dtype == torch.int64
+        assert mine.tolist() == other.tolist() == numbers.tolist()
+
+
+@pytest.mark.slow
+def test_more_pixels_than_float32_can_count_are_counted_exactly():
+    # 2^24 right pixels and a twentieth of them missed
+    labels = np.zeros((1, 1050 * 2**14 // 1000 + 1, 1024), np.uint8)
+    predictions = labels.copy()
+    right = 2**14
+    predictions[:, right:] = 1
+    iou = 100 * right / labels.shape[1]
+    metrics = evaluate(labels, predictions, ('road', 'car'))
+    assert iou == pytest.approx(95.24, abs=0.01)
+    assert metrics['IoU.road'] == metrics['aAcc'] == round(iou, 2)
+    assert metrics['mIoU'] == round(iou / 2, 2)
+    assert evaluate(labels, predictions, ('road', 'car'), 'mmseg.IoUMetric')['aAcc'] == 100  # of histc
+
+
+def test_sums_over_many_images_are_exact(tmp_path):
+    names = ('road', 'car')
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric', groups=dict(tail=['car']), object_areas=None))
+    metric.dataset_meta = dict(classes=names)
+    huge = 2**40
+    for right in (huge, 1, 1, 1):  # the last ones vanish in float32
+        pred = torch.tensor([right, 3 if right == 1 else 0])
+        truth = torch.tensor([right, 4 if right == 1 else 0])
+        rows = torch.stack([pred.clone(), truth.clone(), pred, truth], 1)
+        metric.results.append((f'{len(metric.results)}', rows))
+    metrics = metric.evaluate(4)
+    assert metrics['IoU.car'] == metrics['mIoU.tail'] == 75
+    assert metrics['mIoU'] == 87.5
+
+
+def evaluator(logger, prefixes):
+    made = Evaluator([dict(type='ImbalanceIoUMetric', groups=GROUPS, prefix=name) for name in prefixes])
+    made.dataset_meta = dict(classes=CLASSES)
+    return made
+
+
+@pytest.mark.parametrize(
+    ('prefixes', 'files'),
+    [
+        ([None], ['image_scores.npz']),
+        (['val'], ['image_scores.npz']),
+        ([None, 'tta'], ['image_scores.npz', 'image_scores_tta.npz']),
+        (['a/b', 'a b', 'a_b'], ['image_scores.npz', 'image_scores_a_b.npz', 'image_scores_a_b_3.npz']),
+    ],
+)
+def test_metrics_of_one_evaluator_write_files_of_their_own(logger, tmp_path, prefixes, files):
+    labels, predictions = scenes_of(2)
+    for _ in range(2):  # evaluators one after the other, as of validation and test, write the same files
+        both = evaluator(logger, prefixes)
+        for number, metric in enumerate(both.metrics):
+            metric.process({}, samples(labels, np.full_like(predictions, number)))
+        both.evaluate(2)
+    assert sorted(path.name for path in tmp_path.glob('*.npz')) == sorted(files)
+    for number, file in enumerate(files):
+        assert np.flatnonzero(load_image_scores(tmp_path / file)['pred'].sum(0)).tolist() == [number]
 
 
 def test_an_image_without_labels_is_left_out():
