@@ -198,8 +198,8 @@ def plot_class_balance(
     """
     with fonts_for([*classes, *reports]):
         figure = _balance_figure(classes, reports)
-        _save(figure, path, dpi=110)
         figure.canvas.draw()
+        _save(figure, path, dpi=110)
         return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 

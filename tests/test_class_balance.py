@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from PIL import Image
 from ranks import on_ranks
@@ -57,7 +58,11 @@ class Watched:
             hooks=[],
             iter=0,
             work_dir=work_dir,
-            train_dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=CLASSES))),
+            train_dataloader=SimpleNamespace(
+                dataset=SimpleNamespace(metainfo=dict(classes=CLASSES)), sampler=None
+            ),
+            val_loop=None,
+            message_hub=MessageHub.get_instance('class balance'),
             logger=SimpleNamespace(warning=self.warnings.append),
             visualizer=SimpleNamespace(
                 add_scalars=lambda scalars, step: self.records.append((step, scalars)),
