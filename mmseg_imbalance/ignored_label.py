@@ -131,19 +131,14 @@ def label_of_evaluation(config: Any) -> int:
     It is that of the data set evaluated if this says one, else that of training.
 
     Args:
-        config: of the run; None: not known.
+        config: of the run; an empty one: not known.
     """
     from mmengine.logging import MessageHub
 
-    if config is None:
-        return UNSAID
-    hub = MessageHub.get_current_instance()
-    evaluated = config.get(f'{hub.get_info("loop_stage")}_dataloader') or {}
+    stage = MessageHub.get_current_instance().get_info('loop_stage')
+    evaluated, training = (config.get(f'{name}_dataloader') or {} for name in (stage, 'train'))
     label = ignored_label(evaluated.get('dataset'))
     if label == UNSAID:
-        label = hub.get_info('ignored_label', UNSAID)  # left there by follow_ignored_label
-    if label == UNSAID:
-        training = config.get('train_dataloader') or {}
         label = ignored_label(training.get('dataset'), decode_heads(config.get('model')))
     return label
 
@@ -195,7 +190,6 @@ def follow_ignored_label(runner: Any) -> None:
     dataset = runner.train_dataloader.dataset
     model = _unwrapped(runner.model)
     label = ignored_label(dataset, decode_heads(model))
-    runner.message_hub.update_info('ignored_label', label, resumed=False)
     if changed := give_ignored_label(model, label):
         runner.logger.info(f'the label that is no class is {label}; it is set in {", ".join(changed)}')
     if label != UNSAID:
@@ -206,7 +200,7 @@ def follow_ignored_label(runner: Any) -> None:
                 f'{", ".join(filling)} may fill labels with 255, but the label that is no class is {label}. '
                 f'Give seg_pad_val={label}, or pad_val=dict(img=0, seg={label}), to these transforms'
             )
-    _check_sampler(runner.train_dataloader.sampler, label)
+    _check_sampler(getattr(runner.train_dataloader, 'sampler', None), label)
     if getattr(runner.val_loop, 'evaluator', None) is not None:
         _check_metrics(runner, label)
 
@@ -249,11 +243,13 @@ def _check_sampler(sampler: Any, label: int) -> None:
 
 
 def _check_metrics(runner: Any, label: int) -> None:
-    """One of this package follows by itself unless it is told a label; MMSegmentation's does not."""
+    """One of this package follows unless it is told a label; MMSegmentation's cannot."""
     evaluated = ignored_label(runner.val_loop.dataloader.dataset)
     expected = label if evaluated == UNSAID else evaluated
     for metric in runner.val_loop.evaluator.metrics:
         own = getattr(metric, 'ignore_index', None)
+        if own is None and hasattr(metric, 'expect'):
+            metric.ignore_index = expected
         if own in (None, expected):
             continue
         message = (

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 from mmseg_imbalance.registry import METRICS
@@ -29,6 +30,7 @@ from mmseg_imbalance.scores import (
     AREAS,
     GROUPS,
     SIZES,
+    check_groups,
     class_areas,
     class_groups,
     fine_grained_iou,
@@ -79,7 +81,7 @@ class ClassIoUMetric(IoUMetric):
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         if self.ignore_index is None:
-            self.ignore_index = label_of_evaluation(current_config())
+            self.ignore_index = label_of_evaluation(_config_of_run())
         done = len(self.results)
         super().process(data_batch, data_samples)
         for (*_, area), sample in zip(self.results[done:], data_samples, strict=False):
@@ -105,7 +107,7 @@ class ClassIoUMetric(IoUMetric):
     def evaluate(self, size: int) -> dict[str, float]:
         metrics = super().evaluate(size)
         if self.watched is None:
-            self.watched = keys_in_config(current_config() or {})
+            self.watched = keys_in_config(_config_of_run())
         undefined = [key for key in sorted(self.watched) if math.isnan(metrics.get(key, 0))]
         if new := [key for key in undefined if key not in self.named]:
             self.named.update(new)
@@ -176,7 +178,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     ) -> None:
         super().__init__(*args, **kwargs)
         if groups != 'thirds':
-            _check_groups(groups)
+            check_groups(groups)
         if wrong := [q for q in quantiles if not 0 < q <= 100]:
             raise ValueError(f'quantiles are per cent above 0 and up to 100, got {wrong}')
         if object_areas is not None and not (
@@ -201,7 +203,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         # a runner tells it before the first iteration
         ClassIoUMetric.dataset_meta.fset(self, meta)
         if self.groups != 'thirds' and (meta or {}).get('classes'):
-            _check_groups(self.groups, meta['classes'])
+            check_groups(self.groups, meta['classes'])
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         classes = self.dataset_meta['classes']
@@ -369,20 +371,6 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             logger.warning(f'the scores of the images are not saved, {file} cannot be written: {error}')
 
 
-def _check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
-    kinds = 'thirds, or lists of class names: dict(head=[...], body=[...], tail=[...])'
-    lists = isinstance(groups, Mapping) and all(isinstance(g, list | tuple) for g in groups.values())
-    if not lists or not all(isinstance(name, str) for members in groups.values() for name in members):
-        raise TypeError(f'groups must be {kinds}; got {groups!r}')
-    if wrong := sorted(set(groups) - set(GROUPS)):
-        raise ValueError(f'groups must be {kinds}; got {wrong}')
-    names = [name for members in groups.values() for name in members]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f'a class can be in one of the groups only, but {twice} are named twice')
-    if classes is not None and (unknown := sorted(set(names) - set(classes))):
-        raise ValueError(f'groups has the classes {unknown}, but the data set has {list(classes)}')
-
-
 def _table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:
     """A row for all classes, for each group and for each object size; ``sizes``: how many classes it has."""
 
@@ -405,3 +393,17 @@ def _table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:
 
 def _per_cent(share: float) -> float:
     return round(100 * float(share), 2)
+
+
+def _config_of_run() -> Mapping[str, Any]:
+    """The config of the runner; an empty one where there is none, or none that is text."""
+    try:
+        return current_config() or {}
+    except Exception as error:  # whatever it is, it is no reason to lose a training at its first validation
+        print_log(
+            f'the config of the run cannot be read ({type(error).__name__}: {error}), so metrics take '
+            'ignore_index=255 unless they are told another',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return {}

@@ -36,6 +36,21 @@ def class_groups(pixels: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(GROUPS, np.split(order, cuts), strict=True))
 
 
+def check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
+    """Raise a TypeError or ValueError unless these are lists of class names by group, of these classes."""
+    kinds = 'thirds, or lists of class names: dict(head=[...], body=[...], tail=[...])'
+    lists = isinstance(groups, Mapping) and all(isinstance(g, list | tuple) for g in groups.values())
+    if not lists or not all(isinstance(name, str) for members in groups.values() for name in members):
+        raise TypeError(f'groups must be {kinds}; got {groups!r}')
+    if wrong := sorted(set(groups) - set(GROUPS)):
+        raise ValueError(f'groups must be {kinds}; got {wrong}')
+    names = [name for members in groups.values() for name in members]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'a class can be in one of the groups only, but {twice} are named twice')
+    if classes is not None and (unknown := sorted(set(names) - set(classes))):
+        raise ValueError(f'groups has the classes {unknown}, but the data set has {list(classes)}')
+
+
 def class_areas(
     pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

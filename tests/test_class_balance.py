@@ -11,7 +11,6 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from PIL import Image
 from ranks import on_ranks
@@ -62,7 +61,6 @@ class Watched:
                 dataset=SimpleNamespace(metainfo=dict(classes=CLASSES)), sampler=None
             ),
             val_loop=None,
-            message_hub=MessageHub.get_instance('class balance'),
             logger=SimpleNamespace(warning=self.warnings.append),
             visualizer=SimpleNamespace(
                 add_scalars=lambda scalars, step: self.records.append((step, scalars)),

@@ -1,19 +1,19 @@
 """One label is no class: data sets, heads, losses, sampler and metric agree, or training does not begin."""
 
-from mmseg_imbalance.registry import DATASETS, HOOKS, MODELS
+from mmseg_imbalance.registry import DATASETS, HOOKS, METRICS, MODELS
 
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import ConcatDataset, RepeatDataset
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmseg.datasets import BaseSegDataset
 from mmseg.models.decode_heads import DDRHead
 from ranks import on_ranks
 from scripted import HEAD, config, log_of, run, write_images
 
 from mmseg_imbalance.heads import FeatureHead
-from mmseg_imbalance.ignored_label import give_ignored_label, ignored_label, label_of_evaluation
+from mmseg_imbalance.ignored_label import give_ignored_label, ignored_label
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 
 VOID = 254
@@ -98,8 +98,20 @@ def test_a_metric_finds_the_label_without_a_hook_too(void_data, tmp_path, type, 
 
 
 def test_a_metric_alone_takes_the_frameworks_default():
-    assert label_of_evaluation(None) == 255
-    assert MessageHub.get_current_instance().get_info('cfg') is None
+    metric = METRICS.build(dict(type='ClassIoUMetric'))
+    metric.dataset_meta = dict(classes=('road', 'pole', 'sky'))
+    label = torch.tensor(labels_with(255)[:1])
+    predicted = torch.tensor(blind(labels_with(255), 255)[0][:1])
+    metric.process({}, [dict(pred_sem_seg=dict(data=predicted), gt_sem_seg=dict(data=label))])
+    assert metric.evaluate(1)['mIoU'] == 100
+
+
+def test_a_config_that_is_no_text_costs_a_warning_alone(tmp_path):
+    MMLogger.get_instance(tmp_path.name, log_file=str(tmp_path / 'run.log'))
+    MessageHub.get_instance(tmp_path.name).update_info('cfg', 'model = <an object>')
+    test_a_metric_alone_takes_the_frameworks_default()
+    assert 'the config of the run cannot be read (' in (tmp_path / 'run.log').read_text()
+    MMLogger._instance_dict.pop(tmp_path.name)
 
 
 def test_a_head_that_ignores_a_class_is_ordinary(tmp_path):
