@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
 from mmseg.datasets import BaseSegDataset
 from mmseg.models.decode_heads import DDRHead
 from ranks import on_ranks
@@ -15,6 +16,7 @@ from scripted import HEAD, config, log_of, run, write_images
 from mmseg_imbalance.heads import FeatureHead
 from mmseg_imbalance.ignored_label import give_ignored_label, ignored_label
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
+from mmseg_imbalance.reports.subclass_page import load
 
 VOID = 254
 EVALUATOR = dict(type='ImbalanceIoUMetric', bootstrap=0)
@@ -255,6 +257,16 @@ def test_losses_of_their_own_mind_and_nested_heads_follow_but_edges_do_not():
         'decode_head.loss_decode.1.ignore_label',
     ]
     assert stdc.ignore_index == 255
+
+
+def test_the_page_of_subclasses_leaves_out_the_same_pixels(void_data, tmp_path):
+    head = dict(HEAD, type='FeatureHead', base='FCNHead', loss_decode=dict(type='SubclassifiedLoss'))
+    cfg = config(void_data, **OF_TRAINING)
+    cfg.model.decode_head = head
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'model.pth')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model, *_ = load(cfg, 'CONFIG', str(tmp_path / 'model.pth'))
+    assert model.decode_head.ignore_index == VOID
 
 
 def agree_on_ranks(folder):
