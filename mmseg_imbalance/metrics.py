@@ -25,7 +25,7 @@ from rich.table import Table
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.ignored_label import current_config, label_of_evaluation
-from mmseg_imbalance.monitored import KEYS, framework_keys, keys_in_config
+from mmseg_imbalance.monitored import KEYS, framework_keys, keys_in_config, with_prefix
 from mmseg_imbalance.scores import (
     AREAS,
     GROUPS,
@@ -108,12 +108,15 @@ class ClassIoUMetric(IoUMetric):
         metrics = super().evaluate(size)
         if self.watched is None:
             self.watched = keys_in_config(_config_of_run())
-        undefined = [key for key in sorted(self.watched) if math.isnan(metrics.get(key, 0))]
-        if new := [key for key in undefined if key not in self.named]:
+        undefined = {key for key in self.watched if math.isnan(metrics.get(key, 0))}
+        missing = self.watched - metrics.keys()
+        if missing and not self.format_only:  # of groups that are not known
+            undefined |= missing & set(with_prefix(self.prefix, self.expected_keys()))
+        if new := sorted(undefined - self.named):
             self.named.update(new)
             print_log(
-                f'{type(self).__name__}: {new} have no value here, as the labels and predictions of this '
-                'evaluation hold no pixel to compute them of. They are watched, so they count as 0',
+                f'{type(self).__name__}: {new} have no value at this evaluation, so whoever watches them '
+                'gets 0. Labels and predictions hold no pixel to compute them of, or the groups are not known',
                 logger='current',
                 level=logging.WARNING,
             )

@@ -39,6 +39,11 @@ def framework_keys(iou_metrics: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(key for kind in kinds for key in KEYS.get(kind, ())))
 
 
+def with_prefix(prefix: str | None, keys: Iterable[str]) -> list[str]:
+    """The keys as an evaluator gives those of a metric."""
+    return [f'{prefix}/{key}' if prefix else key for key in keys]
+
+
 def keys_in_config(config: Mapping[str, Any]) -> set[str]:
     """The keys that the hooks and schedules of a config watch."""
     schedules = config.get('param_scheduler') or []
@@ -130,4 +135,4 @@ def _keys_of(metric: Any) -> Iterable[str] | None:
         keys = metric.expected_keys()
     else:
         return None
-    return [f'{metric.prefix}/{key}' if metric.prefix else key for key in keys]
+    return with_prefix(metric.prefix, keys)

@@ -29,7 +29,7 @@ def seeing(poles):
     return predictions.tolist()
 
 
-def watched(data, name, script, hook='best', **options):
+def watched(data, name, script, **options):
     """The runner of a finished training in which somebody watches a key."""
     cfg = config(data, len(script), **options)
     cfg.model.script = script
@@ -47,7 +47,7 @@ def test_save_best_on_a_class_that_comes_and_goes(data, tmp_path):
     runner = watched(data, tmp_path.name, script, **with_best('IoU.pole'))
     assert runner.iter == 3
     assert [path.name for path in Path(runner.work_dir).glob('best_*')] == ['best_IoU.pole_iter_1.pth']
-    assert log_of(runner).count("['IoU.pole'] have no value here") == 1
+    assert log_of(runner).count("['IoU.pole'] have no value at this") == 1
 
 
 def test_save_best_takes_the_best_of_the_evaluations_that_have_a_value(tmp_path):
@@ -156,6 +156,18 @@ def test_groups_whose_training_pixels_cannot_be_counted_are_refused_where_they_a
     with pytest.raises(ValueError, match=message):
         run(config(data, **with_best('mIoU.tail'), **options), f'{tmp_path.name}-1').train()
     run(config(data, **with_best('mIoU'), **options), f'{tmp_path.name}-2').train()
+
+
+def test_without_a_hook_a_group_that_cannot_be_counted_does_not_end_the_training(data, tmp_path):
+    options = {
+        'train_dataloader.dataset.metainfo': dict(classes=('road', 'pole', 'tree')),
+        'custom_hooks': [],
+    }
+    evaluator = {'val_evaluator.prefix': 'v'}
+    runner = watched(data, tmp_path.name, [seeing(0)] * 2, **with_best('v/mIoU.tail'), **options, **evaluator)
+    assert runner.iter == 2
+    log = log_of(runner)
+    assert log.count('ImbalanceIoUMetric cannot count') == log.count("['v/mIoU.tail'] have no value") == 1
 
 
 def test_a_lower_value_is_never_the_better_one(data, tmp_path):
