@@ -116,7 +116,7 @@ class ClassIoUMetric(IoUMetric):
             self.named.update(new)
             print_log(
                 f'{type(self).__name__}: {new} have no value at this evaluation, so whoever watches them '
-                'gets 0. Labels and predictions hold no pixel to compute them of, or the groups are not known',
+                'gets 0. Labels and predictions hold no pixel to compute them of, or no groups are known',
                 logger='current',
                 level=logging.WARNING,
             )
