@@ -191,7 +191,12 @@ def follow_ignored_label(runner: Any) -> None:
     model = _unwrapped(runner.model)
     label = ignored_label(dataset, decode_heads(model))
     if changed := give_ignored_label(model, label):
-        runner.logger.info(f'the label that is no class is {label}; it is set in {", ".join(changed)}')
+        message = f'the label that is no class is {label}; it is set in {", ".join(changed)}'
+        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
+        if label < len(classes):
+            runner.logger.warning(f'{message}. So {classes[label]!r} is not trained')
+        else:
+            runner.logger.info(message)
     if label != UNSAID:
         ignored_label(dataset, _heads(model))  # auxiliary heads say nothing, but they may not say another
         filling = sorted({_name(step) for step in _transforms(dataset) if _fills_with_255(step)})

@@ -116,6 +116,15 @@ def test_a_config_that_is_no_text_costs_a_warning_alone(tmp_path):
     MMLogger._instance_dict.pop(tmp_path.name)
 
 
+def test_a_data_set_that_ignores_a_class_is_followed_and_the_class_named(tmp_path):
+    data = write_images(tmp_path / 'data', labels_with(0))
+    runner = trained(data, tmp_path.name, 0, **{'train_dataloader.dataset.ignore_index': 0})
+    assert runner.model.decode_head.ignore_index == 0
+    lines = [line for line in log_of(runner).splitlines() if "So 'road' is not trained" in line]
+    assert len(lines) == 1
+    assert 'WARNING' in lines[0]
+
+
 def test_a_head_that_ignores_a_class_is_ordinary(tmp_path):
     data = write_images(tmp_path / 'data', labels_with(0))
     said = {'model.decode_head.ignore_index': 0, 'val_evaluator.groups': dict(tail=['pole'])}
