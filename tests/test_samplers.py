@@ -13,6 +13,7 @@ import pytest
 from mmcv.transforms.utils import cache_random_params
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset, pseudo_collate
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.registry import DATA_SAMPLERS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
@@ -71,12 +72,14 @@ def make(root, **options):
 
 
 def make_sampler(root, dataset=None, **options):
-    options = dict(temperature=0.3, min_pixels=9, seed=0, num_workers=0) | options
+    options = dict(temperature=0.3, uniform=0, min_pixels=9, seed=0, num_workers=0) | options
     return RareClassSampler(make(root) if dataset is None else dataset, **options)
 
 
 def draw(sampler, number):
-    return [(int(i), i.class_index) for i in itertools.islice(sampler, number)]
+    """As many draws as wanted, from one epoch after another."""
+    epochs = itertools.chain.from_iterable(itertools.repeat(sampler))
+    return [(int(i), i.class_index) for i in itertools.islice(epochs, number)]
 
 
 def pixels_of(dataset, classes=5):
@@ -149,12 +152,44 @@ def test_the_stream_depends_on_the_seed_alone(root, monkeypatch):
     assert stream == draw(make_sampler(root), 700)
 
 
-def test_it_is_endless_and_as_long_as_the_data_set(root):
+def test_an_epoch_is_as_long_as_the_data_set_and_the_next_one_goes_on(root):
+    stream = draw(make_sampler(root), 120)
     sampler = make_sampler(root)
     assert len(sampler) == 24
-    first = draw(sampler, 30)
-    sampler.set_epoch(3)
-    assert first + draw(sampler, 30) == draw(make_sampler(root), 60)  # a new iterator goes on
+    assert len(list(sampler)) == 24
+    assert [(int(i), i.class_index) for i in sampler] == stream[24:48]
+    sampler.set_epoch(4)
+    assert [(int(i), i.class_index) for i in sampler] == stream[96:]
+    sampler.set_epoch(1)  # a resumed run says where it is
+    assert [(int(i), i.class_index) for i in sampler] == stream[24:48]
+
+
+TRAIN_CFG = {
+    "dict(max_epochs=3, type='EpochBasedTrainLoop')": 24,
+    'dict(by_epoch=True, max_epochs=3)': 24,
+    "dict(max_iters=3, type='IterBasedTrainLoop', val_interval=2)": 1000,
+    'dict(by_epoch=False, max_iters=3)': 1000,
+    "dict(\n    max_iters=3,\n    type='mmengine.runner.loops.IterBasedTrainLoop',\n)": 1000,
+    'dict()': 24,
+    None: 24,
+}
+
+
+@pytest.mark.parametrize('train_cfg', TRAIN_CFG)
+@pytest.mark.parametrize('before', [0, 5])
+def test_only_a_run_of_iterations_has_no_end(root, train_cfg, before):
+    text = (
+        f'model = dict(train_cfg=dict(max_iters=1))\ntrain_cfg = {train_cfg}\nval_cfg = dict(max_iters=1)\n'
+    )
+    hub = MessageHub.get_instance('run')
+    hub.update_info('cfg', text if train_cfg else '')
+    sampler = make_sampler(root)
+    indices = iter(sampler)
+    first = [next(indices) for _ in range(before)]  # upstream's loader draws before the run starts
+    sampler.set_epoch(0)
+    got = first + list(itertools.islice(indices, 1000 - before))
+    assert len(got) == TRAIN_CFG[train_cfg]
+    assert [(int(i), i.class_index) for i in got] == draw(make_sampler(root), len(got))
 
 
 @pytest.mark.parametrize('skipped', [0, 1, 5, 255, 256, 1000])
@@ -252,7 +287,7 @@ def test_one_table_tells_what_is_drawn(root, logged):
     (table,) = logged[20]
     row = next(line for line in table.splitlines() if 'bike' in line)
     assert f'{sampler.probability[4]:.3%}' in row
-    assert f' {len(sampler.images[4])} ' in row
+    assert f' {(pixels_of(make(root))[:, 4] >= 9).sum()} ' in row
     assert all(name in table for name in CLASSES)
 
 
@@ -301,8 +336,11 @@ def test_the_image_at_an_index_holds_enough_of_the_class(root, case):
     pixels = pixels_of(dataset, len(sampler.probability))
     found = (pixels >= 9).any(0)
     assert found.sum() > 2
-    for c, images in enumerate(sampler.images):
-        assert images.tolist() == np.flatnonzero(pixels[:, c] >= 9).tolist()
+    drawn = draw(sampler, 3000)
+    paths = [dataset[index]['seg_map_path'] for index in range(len(dataset))]
+    for c in np.flatnonzero(found):
+        enough = {paths[index] for index in np.flatnonzero(pixels[:, c] >= 9)}
+        assert {paths[index] for index, k in drawn if k == c} <= enough
     for index, c in draw(sampler, 300):
         assert (dataset[index]['gt_seg_map'] == c).sum() >= 9
 
