@@ -254,10 +254,11 @@ def _ignored_labels(dataset: Any) -> set[int]:
 def _trains_by_iterations() -> bool:
     """Whether the config of the runner that trains counts iterations, as IterBasedTrainLoop does.
 
-    MMEngine tells a sampler nothing of the loop; a runner keeps the text of its config in the message hub.
+    MMEngine tells a sampler nothing of the loop. A runner keeps the text of its config in the message hub; it
+    is searched, not run, because objects in a config make text that is no Python.
     """
     text = MessageHub.get_current_instance().get_info('cfg') or ''
-    train_cfg = re.search(r'^train_cfg = .*?(?=^\w|\Z)', text, re.MULTILINE | re.DOTALL)
+    train_cfg = re.search(r'^train_cfg *= *.*?(?=^\w|\Z)', text, re.MULTILINE | re.DOTALL)
     return train_cfg is not None and 'max_iters' in train_cfg[0]
 
 
