@@ -318,24 +318,37 @@ def test_without_a_pixel_of_any_class_nothing_can_be_drawn(root, tmp_path):
 # Ignored labels
 
 
-def test_it_counts_without_the_ignored_label_and_tells_it(root):
-    assert make_sampler(root).ignore_index == 255
-    for own, given in ((7, 255), (255, 255)):
-        sampler = make_sampler(root, make(root, ignore_index=own), ignore_index=given)
-        assert sampler.ignore_index == 255
-        assert sampler.probability == pytest.approx(formula(pixels_of(make(root)), 0.3, 9))
-    with pytest.raises(ValueError, match='255 -> 255'):  # out of range where another label is ignored
-        make_sampler(root, ignore_index=7)
-
-
-def test_labels_ignored_by_some_of_the_data_sets_are_all_told(root, tmp_path):
+def test_it_counts_without_the_ignored_label_and_tells_it(root, tmp_path):
     for kind in ('img', 'ann'):
         shutil.copytree(root / kind, tmp_path / kind)
     for path in (tmp_path / 'ann').iterdir():
         labels = np.asarray(Image.open(path))
         Image.fromarray(np.where(labels == 255, 7, labels).astype(np.uint8)).save(path)
-    both = ConcatDataset([make(tmp_path, ignore_index=7), make(root)])
-    assert make_sampler(root, MultiImageMixDataset(both, [])).ignore_index == (7, 255)
+    for dataset, given in ((make(tmp_path), 7), (make(tmp_path, ignore_index=7), None)):
+        sampler = make_sampler(None, dataset, ignore_index=given)
+        assert sampler.ignore_index == 7
+        assert sampler.probability == pytest.approx(formula(pixels_of(make(root)), 0.3, 9))
+    assert make_sampler(root).ignore_index == 255
+    assert make_sampler(root, ignore_index=255).ignore_index == 255
+    with pytest.raises(ValueError, match='255 -> 255'):  # out of range where another label is ignored
+        make_sampler(root, ignore_index=7)
+
+
+def test_labels_ignored_by_some_of_the_data_sets_are_all_told(tmp_path):
+    lesions(tmp_path, 4, 2)  # holds none of them
+    both = ConcatDataset([make(tmp_path, LesionDataset, ignore_index=label) for label in (255, 7)])
+    assert make_sampler(None, MultiImageMixDataset(both, [])).ignore_index == (7, 255)
+
+
+def test_class_balanced_dataset_is_refused_with_what_to_use(tmp_path):
+    lesions(tmp_path, 4, 2)
+
+    class Plain(LesionDataset):
+        get_cat_ids = BaseSegDataset.get_cat_ids  # as all data sets of MMSegmentation
+
+    dataset = ClassBalancedDataset(make(tmp_path, Plain), oversample_thr=0.5, lazy_init=True)
+    with pytest.raises(ValueError, match=r"get_cat_ids.*sampler=dict\(type='RareClassSampler'\)"):
+        make_sampler(None, dataset)
 
 
 # Ranks
@@ -344,16 +357,21 @@ def test_labels_ignored_by_some_of_the_data_sets_are_all_told(root, tmp_path):
 def drawn_on_a_rank(root):
     fresh, skipping, seedless = (make_sampler(root, seed=seed) for seed in (0, 0, None))
     skipping.skip(11)
-    return draw(fresh, 3000), draw(skipping, 50), (seedless.seed, draw(seedless, 50))
+    odd = make_sampler(root, make(root, indices=5), uniform=0.3)
+    odd.set_epoch(2)
+    epoch = [(int(i), i.class_index) for i in odd]
+    return draw(fresh, 3000), draw(skipping, 50), epoch, (seedless.seed, draw(seedless, 50))
 
 
 @pytest.mark.slow
 def test_two_ranks_are_one_stream_and_never_in_lockstep(root):
     ranks = on_ranks(2, drawn_on_a_rank, root)
-    fresh, skipping, ((seed, _), (other, _)) = zip(*ranks, strict=True)
+    fresh, skipping, epoch, ((seed, _), (other, _)) = zip(*ranks, strict=True)
     stream = draw(make_sampler(root), 6000)
     assert [one for pair in zip(*fresh, strict=True) for one in pair] == stream
     assert [one for pair in zip(*skipping, strict=True) for one in pair] == stream[22:122]
+    five = draw(make_sampler(root, make(root, indices=5), uniform=0.3), 18)
+    assert [one for pair in zip(*epoch, strict=True) for one in pair] == five[12:]  # 3 of 5 for each rank
     assert seed == other  # nobody gave one, and they agree
     pixels = pixels_of(make(root))
     shares = formula(pixels, 0.3, 9)
