@@ -72,14 +72,14 @@ class RareClassSampler(Sampler):
     Args:
         dataset: of MMSegmentation, also a wrapped one; a repeated image is as many images.
         temperature: T > 0; the lower, the more draws go to the rarest classes.
-        uniform: share of the draws that take any image, at least 0 and below 1.
         min_pixels: at least 1, of an annotation as it is on disk; None: for each class the lower quartile of
             its pixels over the images that hold it, at most 3000: at least three of four are drawn.
         seed: the same on all ranks; None: one that they agree on.
-        ignore_index: the label that is no class; None: each data set's own.
         cache_dir: folder of the counts; None: $MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``. A
             sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
         num_workers: processes of each rank that count; None: as :func:`training_frequency` has it.
+        uniform: share of the draws that take any image, at least 0 and below 1.
+        ignore_index: the label that is no class; None: each data set's own.
 
     Raises:
         ValueError: a number out of range, or no image holds `min_pixels` of any class.
@@ -92,18 +92,18 @@ class RareClassSampler(Sampler):
         self,
         dataset: Any,
         temperature: float = 0.01,
-        uniform: float = 0.25,
         min_pixels: int | None = None,
         seed: int | None = None,
-        ignore_index: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         num_workers: int | None = None,
+        uniform: float = 0.25,
+        ignore_index: int | None = None,
     ) -> None:
-        if not 0 < temperature < np.inf:
-            raise ValueError(f'temperature={temperature}, allowed are finite numbers above 0, as 0.01.')
-        if not 0 <= uniform < 1:
+        if not isinstance(temperature, int | float) or not 0 < temperature < np.inf:
+            raise ValueError(f'temperature={temperature!r}, allowed are finite numbers above 0, as 0.01.')
+        if not isinstance(uniform, int | float) or not 0 <= uniform < 1:
             raise ValueError(
-                f'uniform={uniform}, allowed are numbers from 0 to below 1, as 0.25; for all images alike '
+                f'uniform={uniform!r}, allowed are numbers from 0 to below 1, as 0.25; for all images alike '
                 "take MMEngine's InfiniteSampler."
             )
         if min_pixels is not None:
@@ -132,7 +132,9 @@ class RareClassSampler(Sampler):
             raise ValueError(f'RareClassSampler cannot draw: {remedy}')
         self.probability = class_probability(frequency.share, temperature, found)
         # Copies of an image are alike: the first stands for all, and is as likely as they are together.
-        _, first, repeats = np.unique(dataset_rows(dataset), return_index=True, return_counts=True)
+        index_rows = dataset_rows(dataset)
+        first, repeats = np.empty(len(held), dtype=np.int64), np.bincount(index_rows)
+        first[index_rows[::-1]] = np.arange(len(index_rows))[::-1]  # the last one written stays
         choices = np.column_stack([held, np.ones(len(held), dtype=bool)])  # the last column: any image
         columns, rows = np.nonzero(choices.T)  # by column
         self.images, self.repeats = first[rows], repeats[rows]

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from mmcv.transforms import BaseTransform
 from mmcv.transforms.utils import cache_random_params
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset, pseudo_collate
@@ -280,10 +282,31 @@ def test_a_warning_tells_how_many_images_will_practically_never_be_drawn(tmp_pat
     assert 30 not in logged
 
 
-@pytest.mark.parametrize('value', [-0.1, 1, 1.5, math.nan])
+@pytest.mark.parametrize('value', [-0.1, 1, 1.5, math.nan, '0.2', None])
 def test_a_uniform_share_out_of_range_is_refused(root, value):
-    with pytest.raises(ValueError, match=f'uniform={value}, allowed are numbers from 0 to below 1'):
+    with pytest.raises(ValueError, match=f'uniform={value!r}, allowed are numbers from 0 to below 1'):
         make_sampler(root, uniform=value)
+
+
+def test_the_script_of_the_docs_tells_it_for_a_config(tmp_path, capsys, monkeypatch):
+    lesions(tmp_path, 40, 2)
+    dataset = dict(
+        type='BaseSegDataset',
+        metainfo=LesionDataset.METAINFO,
+        data_root=str(tmp_path),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        pipeline=[dict(type='LoadAnnotations')],
+    )
+    (tmp_path / 'config.py').write_text(f'train_dataloader = dict(dataset={dataset})')
+    page = (REPOSITORY / 'docs' / 'sampling.md').read_text(encoding='utf-8')
+    script = re.search(r'# draws.py\n(.*?)```', page, re.S)[1].replace(
+        'per_image', 'num_workers=0, per_image'
+    )
+    monkeypatch.setattr('sys.argv', ['draws.py', str(tmp_path / 'config.py')])
+    exec(script, {})
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0] == 'uniform=0: never drawn in 100 epochs 95.0%, effective images 5%'
+    assert lines[2] == 'uniform=0.25: never drawn in 100 epochs 0.0%, effective images 9%'
 
 
 # Enough pixels
@@ -414,9 +437,9 @@ def test_no_class_that_can_be_drawn_is_an_error(root):
         make_sampler(root, min_pixels=769)
 
 
-@pytest.mark.parametrize('value', [0, -0.01, math.inf, math.nan])
+@pytest.mark.parametrize('value', [0, -0.01, math.inf, math.nan, '0.01', None])
 def test_a_temperature_out_of_range_is_refused(root, value):
-    with pytest.raises(ValueError, match=f'temperature={value}, allowed are finite numbers above 0'):
+    with pytest.raises(ValueError, match=f'temperature={value!r}, allowed are finite numbers above 0'):
         make_sampler(root, temperature=value)
 
 
