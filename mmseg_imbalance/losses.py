@@ -21,6 +21,7 @@ from mmseg_imbalance.options import (
 )
 from mmseg_imbalance.terms import CrossEntropy, Overlap, Term, pass_options
 
+Watcher = Callable[[Tensor, Tensor, SoftStats, Tensor], None]
 INDEX_OPTIONS = [name for name in Overlap.OPTIONS if name not in ('alpha', 'beta')]
 
 
@@ -108,8 +109,8 @@ class WeightedLoss(nn.Module):
         self.correct: Tensor | None = None
         # scalars for the log beside the loss, without 'loss' in their names, so that none is added to it
         self.logged: dict[str, Tensor] = {}
-        # shown each batch while training; ClassBalanceHook puts it here
-        self.watcher: Callable[[Tensor, SoftStats, Tensor], None] | None = None
+        # shown (pred, target, stats, parts) of each batch while training; hooks put them here
+        self.watchers: list[Watcher] = []
 
     def __getitem__(self, index: object) -> None:
         raise TypeError(
@@ -148,14 +149,14 @@ class WeightedLoss(nn.Module):
         logits, target, weight = _as_images(pred, target, weight)
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
-        watcher = self.watcher if self.training else None
+        watchers = self.watchers if self.training else []
         stats = soft_stats(
             logits,
             target,
             ignore_index=ignore_index,
             align_corners=align_corners,
             logit_bias=self.class_weight.logit_bias(logits, self.logit_adjustment),
-            with_recall=watcher is not None,
+            with_recall=bool(watchers),
             backend=self.backend,
             **self.pass_options,
             **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
@@ -163,8 +164,8 @@ class WeightedLoss(nn.Module):
         self.correct = None if self.changes_logits else stats.correct
         parts, value = self.combine(stats, self.class_weight.for_logits(logits))
         self.learn(stats)
-        if watcher is not None:
-            watcher(pred, stats, parts.detach())
+        for watcher in watchers:
+            watcher(pred, target, stats, parts.detach())
         return self.loss_weight * value
 
     def weigh_pixels(
