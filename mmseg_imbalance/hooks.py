@@ -19,6 +19,7 @@ from torch import nn
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
@@ -68,6 +69,7 @@ class ClassWeightHook(LoggedPartsHook):
     def before_train(self, runner) -> None:
         # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
         super().before_train(runner)
+        self.label_check = LabelCheck(runner)
         model = unwrapped(runner.model)
         ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
         auto = [name for name, loss in ours.items() if loss.class_weight.waiting]
@@ -102,6 +104,15 @@ class ClassWeightHook(LoggedPartsHook):
                 loss.class_weight.set_pixels(record.pixels)
         if auto:
             runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(auto)}')
+
+    def after_train_iter(
+        self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        self.label_check.after_iteration(runner)
+
+    def after_train(self, runner) -> None:
+        self.label_check.remove()
 
     def _of_checkpoint(self, runner) -> WeightRecord | None:
         """The record of a resumed run, unless it is of other classes or other options."""

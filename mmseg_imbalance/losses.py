@@ -88,7 +88,11 @@ class WeightedLoss(nn.Module):
         self.logit_adjustment = logit_adjustment
         self.logit_variation = logit_variation
         self.class_weight = ClassWeight(
-            class_weight, logit_adjustment > 0 or logit_variation > 0, type(self).__name__
+            class_weight,
+            logit_adjustment > 0 or logit_variation > 0,
+            type(self).__name__,
+            # an overlap is a ratio, in which the scale of the weights cancels out
+            mean_of_1=any(getattr(term, 'divide_by', None) == 'pixels' for term, _ in terms.values()),
         )
         self.loss_weight = loss_weight
         self.backend = backend
@@ -230,8 +234,8 @@ class WeightedCrossEntropyLoss(WeightedLoss):
 
     Args:
         class_weight: see :class:`WeightedLoss`.
-        **options: focal_gamma and label_smoothing of :class:`~mmseg_imbalance.terms.CrossEntropy`; those of
-            :class:`WeightedLoss`.
+        **options: focal_gamma, label_smoothing and divide_by of
+            :class:`~mmseg_imbalance.terms.CrossEntropy`; those of :class:`WeightedLoss`.
     """
 
     term_options = CrossEntropy.OPTIONS
@@ -250,17 +254,18 @@ class WeightedFocalLoss(WeightedLoss):
     Args:
         class_weight: here also known as the per-class alpha.
         gamma: >= 0; 0 is cross-entropy.
-        **options: label_smoothing; those of :class:`WeightedLoss`.
+        **options: label_smoothing and divide_by of :class:`~mmseg_imbalance.terms.CrossEntropy`; those of
+            :class:`WeightedLoss`.
 
     Source: Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 5, there of two classes.
     """
 
-    term_options = ('label_smoothing',)
+    term_options = ('label_smoothing', 'divide_by')
 
     def __init__(self, class_weight: ClassWeightSpec = None, *, gamma: float = 2.0, **options: Any) -> None:
         check_at_least_0(gamma=gamma)
-        term = CrossEntropy(gamma, options.pop('label_smoothing', 0.0))
-        super().__init__({'focal': (term, 1.0)}, class_weight, **options)
+        own = {name: options.pop(name) for name in self.term_options if name in options}
+        super().__init__({'focal': (CrossEntropy(gamma, **own), 1.0)}, class_weight, **options)
 
 
 @MODELS.register_module()
@@ -340,7 +345,7 @@ class CombinedWeightedLoss(WeightedLoss):
     Args:
         ce_weight, dice_weight: >= 0, factors on the first and the second term, whichever they are.
         region: 'dice', 'jaccard', 'tversky' or 'generalized_dice'.
-        **options: focal_gamma and label_smoothing of :class:`WeightedCrossEntropyLoss`; those of
+        **options: focal_gamma, label_smoothing and divide_by of :class:`WeightedCrossEntropyLoss`; those of
             :class:`WeightedTverskyLoss` and :class:`WeightedDiceLoss` for the second term; those of
             :class:`WeightedLoss`. With sync_region, cross-entropy is a ratio of sums over all ranks as well.
     """
