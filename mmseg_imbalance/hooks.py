@@ -19,6 +19,7 @@ from torch import nn
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.heads import check_heads
 from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
@@ -69,6 +70,7 @@ class ClassWeightHook(LoggedPartsHook):
     def before_train(self, runner) -> None:
         # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
         super().before_train(runner)
+        check_heads(unwrapped(runner.model))
         self.label_check = LabelCheck(runner)
         model = unwrapped(runner.model)
         ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}

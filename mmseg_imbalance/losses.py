@@ -149,7 +149,7 @@ class WeightedLoss(nn.Module):
             align_corners: of the resize where (h, w) != (H, W).
             features: (B, D, h', w') what entered the head's classifier, where the loss ``needs_features``.
         """
-        refuse_other_reductions(type(self).__name__, avg_factor, reduction_override)
+        refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
         logits, target, weight = _as_images(pred, target, weight)
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)

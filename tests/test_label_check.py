@@ -512,6 +512,12 @@ def train_on_ranks(text, root):
     runner.train()
 
 
+def test_what_a_head_cannot_do_with_its_losses_is_refused_before_training(tmp_path):
+    write_data(tmp_path, [half()] * 4)
+    with pytest.raises(TypeError, match=r'decode_head: FCNHead calls its losses .* but BoundaryLoss takes'):
+        train(small_run(tmp_path, loss=[AUTO, dict(type='BoundaryLoss')]))
+
+
 @pytest.mark.slow
 def test_a_label_that_one_rank_receives_ends_both_with_the_same_error(tmp_path):
     # the transform finds a label on the image of one rank alone, in the second iteration

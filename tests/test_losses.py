@@ -1,3 +1,5 @@
+import functools
+import json
 import math
 
 import oracle
@@ -432,6 +434,118 @@ def test_options_of_one_loss_are_not_those_of_another():
             loss(**option)
     with pytest.raises(ValueError, match='two terms or more'):
         WeightedDiceLoss(balance='uncertainty')
+
+
+def by_pixels(loss, **options):
+    """A loss that divides by the number of pixels; the weights given do not have mean 1 over PIXELS."""
+    options |= dict(divide_by='pixels')
+    made = loss(class_weight=WEIGHT, **options)
+    made.class_weight.set_pixels(PIXELS)
+    return made
+
+
+BY_PIXELS = [
+    WeightedCrossEntropyLoss,
+    WeightedFocalLoss,
+    functools.partial(WeightedCrossEntropyLoss, label_smoothing=0.1, focal_gamma=1.5),
+    functools.partial(CombinedWeightedLoss, region='tversky', absent_classes='ignore'),
+    functools.partial(CombinedWeightedLoss, balance='uncertainty', logit_adjustment=1.0),
+]
+
+
+def equally_valid(make_batch):
+    """Four images of as many valid pixels, but of other classes."""
+    logits, target = make_batch(batch=4)
+    target[target == 255] = 0
+    target[:, :3] = 255
+    target[1][target[1] == 1] = 2
+    target[2, 3:9] = 0
+    return logits, target
+
+
+@pytest.mark.parametrize('loss', BY_PIXELS)
+def test_divided_by_pixels_four_batches_of_one_have_the_gradient_of_one_batch_of_four(make_batch, loss):
+    logits, target = equally_valid(make_batch)
+    one, four = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    whole = by_pixels(loss)(one, target)
+    whole.backward()
+    values = [by_pixels(loss)(four[i : i + 1], target[i : i + 1]) / 4 for i in range(4)]
+    sum(values).backward()
+    torch.testing.assert_close(sum(values), whole, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(four.grad, one.grad, rtol=1e-12, atol=1e-16)
+    weights = loss(class_weight=WEIGHT)
+    if weights.class_weight.needs_pixels:
+        weights.class_weight.set_pixels(PIXELS)
+    pytorch = [weights(four[i : i + 1], target[i : i + 1]) / 4 for i in range(4)]
+    assert abs(sum(pytorch) - weights(one, target)) > 1e-3  # what it is for
+
+
+def test_divided_by_pixels_is_a_mean_over_valid_pixels_of_weights_with_mean_1(make_batch):
+    logits, target = make_batch()
+    share = torch.tensor(PIXELS, dtype=torch.float64) / sum(PIXELS)
+    weight = torch.tensor(WEIGHT, dtype=torch.float64)
+    weight = weight / (share @ weight)
+    nll = F.cross_entropy(logits, target, weight, ignore_index=255, reduction='none')
+    expected = nll.sum() / (target != 255).sum()
+    torch.testing.assert_close(
+        by_pixels(WeightedCrossEntropyLoss)(logits, target), expected, rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        WeightedCrossEntropyLoss(divide_by='pixels')(logits, target),
+        WeightedCrossEntropyLoss()(logits, target),
+    )
+    # a pixel of weight k is k pixels
+    half = torch.full(target.shape, 0.5)
+    torch.testing.assert_close(
+        by_pixels(WeightedCrossEntropyLoss)(logits, target, weight=half), expected, rtol=1e-6, atol=0
+    )
+
+
+def test_divided_by_pixels_the_overlap_beside_it_stays_as_it_is(make_batch):
+    batch = make_batch()
+    plain, scaled = CombinedWeightedLoss(class_weight=WEIGHT), by_pixels(CombinedWeightedLoss)
+    plain(*batch), scaled(*batch)
+    torch.testing.assert_close(
+        scaled.logged['combined_dice'], plain.logged['combined_dice'], rtol=1e-6, atol=0
+    )
+
+
+def test_divided_by_pixels_it_says_what_is_missing_or_impossible(make_batch, tmp_path):
+    batch = make_batch()
+    with pytest.raises(RuntimeError, match='divide_by of WeightedFocalLoss have no class frequency yet'):
+        WeightedFocalLoss(WEIGHT, divide_by='pixels')(*batch)
+    loss = WeightedCrossEntropyLoss([0, 0, 0, 1, 0], divide_by='pixels')
+    loss.class_weight.set_pixels(PIXELS)
+    with pytest.raises(ValueError, match=r'is 0 for every class that has a pixel .*9000000'):
+        loss(*batch)
+    loss.class_weight.set_pixels([1, 2])
+    with pytest.raises(ValueError, match='frequency is that of 2 classes, but the head predicts 5'):
+        loss(*batch)
+    with pytest.raises(ValueError, match=r"divide_by must be one of \('weights', 'pixels'\), got 'pixel'"):
+        CombinedWeightedLoss(divide_by='pixel')
+    with pytest.raises(
+        ValueError, match="divides by all pixels, ignored ones too; it takes no divide_by='pix"
+    ):
+        SimilaritySubclassifiedLoss(paper_exact=True, divide_by='pixels')
+
+
+def test_divided_by_pixels_a_file_brings_its_own_pixels_and_later_weights_are_scaled_anew(
+    make_batch, tmp_path
+):
+    batch = make_batch()
+    path = tmp_path / 'weights.json'
+    path.write_text(json.dumps(dict(classes=list('abcde'), weights=WEIGHT, pixels=PIXELS)))
+    of_file = WeightedCrossEntropyLoss(str(path), divide_by='pixels')
+    assert not of_file.class_weight.needs_pixels
+    given = by_pixels(WeightedCrossEntropyLoss)
+    torch.testing.assert_close(of_file(*batch), given(*batch))
+    before = given(*batch)
+    given.class_weight.set_weights([2 * w for w in WEIGHT])
+    torch.testing.assert_close(given(*batch), before)
+    path.write_text(json.dumps(dict(classes=list('abcde'), weights=WEIGHT)))
+    assert WeightedCrossEntropyLoss(str(path), divide_by='pixels').class_weight.needs_pixels
+    assert WeightedCrossEntropyLoss('auto', divide_by='pixels').class_weight.needs_pixels
+    assert not WeightedCrossEntropyLoss(divide_by='pixels').class_weight.needs_pixels
 
 
 # in MMSegmentation's heads

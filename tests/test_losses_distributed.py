@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmseg_imbalance.losses import (
     CombinedWeightedLoss,
     GeneralizedDiceLoss,
+    WeightedCrossEntropyLoss,
     WeightedDiceLoss,
     WeightedTverskyLoss,
 )
@@ -85,3 +86,37 @@ def summed():
 
 def test_the_gradient_of_the_sum_over_ranks_is_summed_too():
     assert on_ranks(2, summed) == [([3.0] * 3, [3.0, 6.0, 9.0])] * 2
+
+
+def step_by_pixels(images):
+    """(value, gradient) of losses that divide by the number of pixels, without a sum over ranks."""
+    x, target = batch()
+    target[target == 255] = 1
+    target[:, :2] = 255  # every image has as many valid pixels
+    target[0, 2:] = 0
+    x, target = x[images], target[images]
+    results = {}
+    for name, kind in (('cross-entropy', WeightedCrossEntropyLoss), ('focal and Dice', CombinedWeightedLoss)):
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 5, 3, padding=1).double()
+        if dist.is_initialized():
+            model = DistributedDataParallel(model)
+        loss = kind(class_weight=WEIGHT, divide_by='pixels', focal_gamma=1.0)
+        loss.class_weight.set_pixels([50, 4, 30, 20, 1])
+        value = loss(model(x), target)
+        value.backward()
+        results[name] = value.item(), next(model.parameters()).grad.numpy()
+    return results
+
+
+def share_by_pixels():
+    return step_by_pixels(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+
+
+def test_divided_by_pixels_the_gradient_of_two_ranks_is_that_of_one_without_a_sum_over_ranks():
+    alone = step_by_pixels(slice(None))
+    ranks = on_ranks(2, share_by_pixels)
+    for name, (value, gradient) in alone.items():
+        assert np.mean([rank[name][0] for rank in ranks]) == pytest.approx(value, rel=1e-12), name
+        for rank in ranks:
+            np.testing.assert_allclose(rank[name][1], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
