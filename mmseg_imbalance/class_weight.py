@@ -212,7 +212,7 @@ class ClassWeight:
         """Use these weights, one number >= 0 per class, from the next call on."""
         weights = weights.tolist() if hasattr(weights, 'tolist') else list(weights)
         check_weights(weights, f'class_weight={weights}')
-        self.values = torch.tensor(weights, dtype=torch.float32)
+        self.values = _single(weights)
         self._by_name = self._file_classes = self._scaled = None
 
     def set_pixels(self, pixels: Sequence[float] | Tensor | np.ndarray) -> None:
@@ -220,7 +220,7 @@ class ClassWeight:
         pixels = pixels.tolist() if hasattr(pixels, 'tolist') else list(pixels)
         check_weights(pixels, f'class pixels {pixels}')
         self._pixels, self._scaled = pixels, None
-        self._log_prior = torch.from_numpy(log_prior(pixels)).float()
+        self._log_prior = _single(log_prior(pixels).tolist())
 
     def for_logits(self, logits: Tensor) -> Tensor | None:
         """(C,) weights on the device of the logits (B, C, ...); None: all 1.
@@ -256,21 +256,21 @@ class ClassWeight:
             )
         if self.mean_of_1:
             if self._scaled is None:
-                self._scaled = self._with_mean_of_1(self.values.cpu())
-            self._scaled = self._scaled.to(logits.device)  # itself where it is there
+                self._scaled = _single(self._with_mean_of_1(self.values.tolist()))
+            self._scaled = _on(logits.device, self._scaled)
             return self._scaled
-        self.values = self.values.to(logits.device)
+        self.values = _on(logits.device, self.values)
         return self.values
 
-    def _with_mean_of_1(self, weights: Tensor) -> Tensor:
-        pixels = np.array(self._known_pixels(len(weights)))
-        mean = float(weights.double().numpy() @ (pixels / pixels.sum()))
+    def _with_mean_of_1(self, weights: list[float]) -> list[float]:
+        pixels = self._known_pixels(len(weights))
+        mean = sum(w * n for w, n in zip(weights, pixels, strict=True)) / sum(pixels)
         if mean == 0:
             raise ValueError(
-                f'class_weight={weights.tolist()} is 0 for every class that has a pixel in the training '
-                f'data, {pixels.tolist()}, so its mean over the pixels cannot be 1; give one of them a weight'
+                f'class_weight={weights} is 0 for every class that has a pixel in the training '
+                f'data, {pixels}, so its mean over the pixels cannot be 1; give one of them a weight'
             )
-        return (weights.double() / mean).float()
+        return [w / mean for w in weights]
 
     def logit_bias(self, logits: Tensor, tau: float) -> Tensor | None:
         """(C,) tau ln f_c, f_c the share of each class in the training pixels; None where tau is 0.
@@ -294,7 +294,7 @@ class ClassWeight:
 
     def _prior(self, logits: Tensor) -> Tensor:
         self._known_pixels(logits.shape[1])
-        self._log_prior = self._log_prior.to(logits.device)  # type: ignore[union-attr]
+        self._log_prior = _on(logits.device, self._log_prior)
         return self._log_prior
 
     def _known_pixels(self, num_classes: int) -> list[float]:
@@ -311,6 +311,20 @@ class ClassWeight:
                 f'{num_classes}'
             )
         return self._pixels
+
+
+# Training may follow a first call in inference mode, whose tensors no backward takes.
+
+
+def _single(numbers: Sequence[float]) -> Tensor:
+    """Not by way of a double tensor, which some devices do not have."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _on(device: torch.device, x: Any) -> Tensor:
+    with torch.inference_mode(False):
+        return x.to(device)  # itself where it lies there
 
 
 def class_names() -> list[str] | None:

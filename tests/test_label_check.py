@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from ranks import on_ranks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from mmseg_imbalance.class_weight import WeightRecord
@@ -204,6 +205,19 @@ def test_weights_of_pixels_do_not_change_what_was_received_and_points_are_told_a
     assert sums[0] == sums[1]
     assert sums[0][:-1] == sums[2][:-1]
     assert (sums[0][-1], sums[2][-1]) == (0, 2)
+
+
+def test_nothing_waits_for_the_device_while_labels_are_added_up(make_batch):
+    class NoScalars(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    logits, target = make_batch()
+    counter, stats = LabelCounter(), soft_stats(logits, target, with_recall=True)
+    with NoScalars():
+        counter(logits, target, stats, logits[0, :, 0, 0])
+        counter(logits, target, stats, logits[0, :, 0, 0])
 
 
 def test_what_draws_each_image_alike():
