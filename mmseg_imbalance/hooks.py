@@ -36,8 +36,10 @@ class ClassWeightHook(LoggedPartsHook):
     Losses with ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are
     counted once and the counts cached, so another scheme or run costs nothing. Logs a table and writes
     ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes the weights from
-    its checkpoint, unless the options below have changed. The parts of a combined loss go into the log too
-    where the head is MMSegmentation's own, see :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
+    its checkpoint, unless the options below have changed. In the first iterations it holds the labels that
+    arrive against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. The parts of a combined
+    loss go into the log too where the head is MMSegmentation's own, see
+    :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
 
     Args:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.

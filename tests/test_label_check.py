@@ -62,10 +62,7 @@ def test_a_label_that_never_occurs_and_yet_arrives_is_an_error_with_both_numbers
     for part in (
         "class 'stain', label 2, was counted with 0 pixels in 0 of 100 images",
         'arrived with 7 pixels in 2 of 800 images',
-        'weighs 0',
-        'transform',
-        'mmseg-imbalance cache --clear',
-        'order of the classes',
+        'its weight is 0',
     ):
         assert part in found.message
 
@@ -102,11 +99,11 @@ def test_what_was_counted_arrives_no_finding():
 
 def test_a_large_class_that_does_not_arrive_is_a_warning_once_its_absence_is_no_chance():
     counted = record([7000, 3000])
-    assert compare(received([100, 0], num_images=60), counted) == []
+    assert compare(received([100, 0], num_images=40), counted) == []
     (found,) = compare(received([100, 0], num_images=100), counted)
     assert kinds([found]) == [('warning', 'another share', 1)]
     assert 'counted with 3,000 pixels in 100 of 100 images' in found.message
-    assert '0 of the pixels of an image, 0.3 expected' in found.message
+    assert 'a share of 0, where 0.3 was to be expected' in found.message
 
 
 @pytest.mark.parametrize('at_random', [True, False])
@@ -375,7 +372,7 @@ ARRIVES = r"loss_decode[.\w]*: class 'crack', label 1, was counted with 0 pixels
 )
 def test_labels_changed_after_loading_end_the_run_with_the_class_and_the_numbers(tmp_path, loss):
     write_data(tmp_path, [half(below=2)] * 4)
-    with pytest.raises(ValueError, match='cannot be what was counted.*' + ARRIVES) as error:
+    with pytest.raises(ValueError, match='(?s)cannot be what was counted.*' + ARRIVES) as error:
         train(small_run(tmp_path, [dict(type='Binarise')], loss))
     assert (
         ', label 1, was counted with 0 pixels in 0 of 4 images, but arrived with 256 pixels in 2 of 2 images'
@@ -459,7 +456,7 @@ def test_a_list_with_a_0_trains_with_a_note_in_the_log(tmp_path, given):
     loss = dict(type='WeightedCrossEntropyLoss', class_weight=given)
     log = log_of(train(small_run(tmp_path, loss=loss)))
     assert log.count("class 'bg' weighs 0 by the class_weight given, and arrived with 256 of 512 pixels") == 1
-    assert 'is not what was counted' not in log
+    assert 'hardly what was counted' not in log
 
 
 @pytest.mark.parametrize('sampler', [None, dict(type='RareClassSampler', min_pixels=1, num_workers=0)])
@@ -469,9 +466,11 @@ def test_swapped_classes_are_warned_of_once(tmp_path, sampler):
     cfg.model.auxiliary_head = dict(FCN, num_classes=2, loss_decode=AUTO)
     log = log_of(train(cfg))
     assert (
-        log.count("what was counted: decode_head.loss_decode: class 'bg', label 0, was counted with 960") == 1
+        log.count("what was counted.\ndecode_head.loss_decode: class 'bg', label 0, was counted with 960")
+        == 1
     )
-    assert log.count('what arrives in training is not what was counted') == 1
+    assert log.count('what arrives in training is hardly what was counted') == 1
+    assert 'order of the classes' in log
 
 
 def test_a_large_class_that_a_transform_removes_is_warned_of(tmp_path):
@@ -498,7 +497,7 @@ def test_ordinary_runs_are_left_alone_after_the_first_iterations_and_when_they_e
     cfg.custom_hooks.append(dict(type='WatchersAreCounted'))
     runner = train(cfg)
     assert runner.watchers == [1] * 99 + [0] * 3
-    assert 'is not what was counted' not in log_of(runner)
+    assert 'hardly what was counted' not in log_of(runner)
     runner = train(small_run(tmp_path, [crop], iterations=3, experiment_name='short'))
     assert runner.model.decode_head.loss_decode.watchers == []
 
