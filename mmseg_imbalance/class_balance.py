@@ -110,7 +110,7 @@ class ClassBalanceHook(LoggedPartsHook):
             )
         self.watchers = {name: ClassWatcher() for name in self.losses}
         for name, loss in self.losses.items():
-            loss.watchers.append(self.watchers[name])
+            loss.watch(self.watchers[name])
         self.metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
         self.reports: dict[str, list[ClassBalance]] = {name: [] for name in self.losses}
 
@@ -154,8 +154,8 @@ class ClassBalanceHook(LoggedPartsHook):
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     def after_train(self, runner) -> None:
-        for name, loss in self.losses.items():
-            loss.watchers.remove(self.watchers[name])
+        for loss in self.losses.values():
+            loss.unwatch(ClassWatcher)
         reports = {name: history for name, history in self.reports.items() if history}
         if reports and is_main_process():
             number = max(len(history[0].recall) for history in reports.values())

@@ -35,7 +35,7 @@ CAUSES = (
     'Usual causes: a transform after the one that loads changes labels; labels, or the code that loads them, '
     'were changed after they were counted (mmseg-imbalance cache --clear removes counts that are kept); '
     'another reduce_zero_label, label_map or order of the classes; the head ignores another label than was '
-    'counted; crops or padding that leave a class out.'
+    'counted; crops or padding that leave a class out, or favour it.'
 )
 
 
@@ -71,7 +71,7 @@ class LabelCounter:
             return
         count = stats.class_count.long()  # (B, C)
         valid = count.sum(1, keepdim=True)
-        by_class = [count, count > 0, count * PARTS // valid.clamp_min(1)]
+        by_class = [count, count > 0, (PARTS * (count / valid.clamp_min(1))).long()]
         ones = torch.ones_like(valid)
         by_image = [target[0].numel() - valid, ones, valid > 0, ones * (pred.ndim == 3)]
         sums = torch.cat([x.sum(0) for x in (*by_class, *by_image)])
@@ -149,8 +149,7 @@ def compare(received: Received, record: WeightRecord, *, at_random: bool = True)
 
 
 def _came(received: Received, record: WeightRecord, label: int) -> str:
-    counted = record.pixels[label] if record.pixels else 0
-    images = record.images[label] if record.images else 0
+    counted, images = (record.pixels or [])[label], (record.images or [])[label]
     sample = '' if record.num_images == record.dataset_images else f', a sample of {record.dataset_images:,}'
     return (
         f'class {record.classes[label]!r}, label {label}, was counted with {counted:,} pixels in '
@@ -200,10 +199,7 @@ class LabelCheck:
         }
         self.counters = {name: LabelCounter() for name in self.losses}
         for name, loss in self.losses.items():
-            earlier = [
-                w for w in loss.watchers if isinstance(w, LabelCounter)
-            ]  # of a run that was broken off
-            loss.watchers[:] = [w for w in loss.watchers if w not in earlier] + [self.counters[name]]
+            loss.watch(self.counters[name])
         self.at_random = drawn_at_random(runner.train_dataloader)
         self.iteration = 0
         self.told: set[tuple[str, int | None]] = set()
@@ -224,9 +220,8 @@ class LabelCheck:
 
     def remove(self) -> None:
         """Leave the losses alone."""
-        for name, counter in self.counters.items():
-            if counter in self.losses[name].watchers:
-                self.losses[name].watchers.remove(counter)
+        for loss in self.losses.values():
+            loss.unwatch(LabelCounter)
         self.counters = {}
 
     def compare(self, runner: Any) -> None:

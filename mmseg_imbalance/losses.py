@@ -113,7 +113,7 @@ class WeightedLoss(nn.Module):
         self.correct: Tensor | None = None
         # scalars for the log beside the loss, without 'loss' in their names, so that none is added to it
         self.logged: dict[str, Tensor] = {}
-        # shown (pred, target, stats, parts) of each batch while training; hooks put them here
+        # shown (pred, target, stats, parts) of each batch while training; see watch
         self.watchers: list[Watcher] = []
 
     def __getitem__(self, index: object) -> None:
@@ -200,6 +200,14 @@ class WeightedLoss(nn.Module):
             self.logged |= self._named(dict(zip(names, s.detach(), strict=True)))
         weighed = sum(factor * part for factor, part in zip(factors, parts, strict=True))
         return weighed, weighed.sum() + offset
+
+    def watch(self, watcher: Watcher) -> None:
+        """Show it every batch while training, in place of an earlier one of its class."""
+        self.unwatch(type(watcher))
+        self.watchers.append(watcher)
+
+    def unwatch(self, kind: type) -> None:
+        self.watchers = [watcher for watcher in self.watchers if type(watcher) is not kind]
 
     def learn(self, stats: SoftStats) -> None:
         """Called with the sums of each batch; for losses that have a state."""

@@ -196,7 +196,7 @@ def test_weights_of_pixels_do_not_change_what_was_received_and_points_are_told_a
     ):
         loss = CombinedWeightedLoss(class_weight=[1.0] * 5)
         counter = LabelCounter()
-        loss.watchers.append(counter)
+        loss.watch(counter)
         loss(**arguments)
         sums.append(counter.sums.tolist())
     assert sums[0] == sums[1]

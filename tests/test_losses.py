@@ -662,8 +662,8 @@ def test_outside_of_the_one_pass_a_loss_makes_no_double_tensor(make_batch, name,
     leaf = logits.requires_grad_()
     features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     loss = made(name)
-    loss.watchers.append(LabelCounter())
-    loss.watchers.append(ClassWatcher())
+    loss.watch(LabelCounter())
+    loss.watch(ClassWatcher())
     weigh, learn = loss.weigh_pixels, loss.learn
 
     def outside(function):

@@ -51,7 +51,7 @@ class StepTrial:
                 if watched:
                     watcher = ClassWatcher()
                     watcher.with_gradient = True
-                    module.watchers.append(watcher)
+                    module.watch(watcher)
                     self.watchers.append(watcher)
             if formula and hasattr(module, 'loss_decode'):
                 module.loss_decode = FormulaLoss(formula, weight, module.loss_decode.loss_weight)
