@@ -502,6 +502,31 @@ def test_ordinary_runs_are_left_alone_after_the_first_iterations_and_when_they_e
     assert runner.model.decode_head.loss_decode.watchers == []
 
 
+def test_ordinary_long_tails_that_a_sampler_draws_on_purpose_are_left_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = [half(rows=rng.integers(1, 3)) for _ in range(40)]
+    for label in labels[:2]:
+        label[3:5, 3:5] = 2  # 8 of 10,240 pixels
+    write_data(tmp_path, labels)
+    crop = dict(type='RareClassCrop', crop_size=(8, 8), min_pixels=2)
+    sampler = dict(type='RareClassSampler', min_pixels=1, num_workers=0)
+    runner = train(small_run(tmp_path, [crop], iterations=100, sampler=sampler))
+    assert 'hardly what was counted' not in log_of(runner)
+
+
+def test_four_accumulated_batches_of_one_train_as_one_batch_of_four(tmp_path):
+    write_data(tmp_path, [half(rows=4), half(below=2, rows=1), half(rows=12), half(below=2, rows=8)])
+    parameters = {}
+    for batch, accumulated in ((4, 1), (1, 4)):
+        loss = dict(type='WeightedCrossEntropyLoss', class_weight='auto', divide_by='pixels')
+        cfg = small_run(tmp_path, loss=loss, iterations=accumulated, experiment_name=f'batches of {batch}')
+        cfg.train_dataloader.update(batch_size=batch, sampler=dict(type='DefaultSampler', shuffle=False))
+        cfg.optim_wrapper.update(accumulative_counts=accumulated, optimizer=dict(type='SGD', lr=1.0))
+        runner = train(cfg)
+        parameters[batch] = torch.cat([p.detach().flatten() for p in runner.model.parameters()])
+    torch.testing.assert_close(parameters[1], parameters[4], rtol=1e-5, atol=1e-6)
+
+
 @HOOKS.register_module()
 class WatchersAreCounted(Hook):
     priority = 'VERY_LOW'
