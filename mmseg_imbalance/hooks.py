@@ -116,6 +116,7 @@ class ClassWeightHook(LoggedPartsHook):
         self.label_check.after_iteration(runner)
 
     def after_train(self, runner) -> None:
+        super().after_train(runner)
         self.label_check.remove()
 
     def _of_checkpoint(self, runner) -> WeightRecord | None:

@@ -117,7 +117,7 @@ def compare(received: Received, record: WeightRecord, *, at_random: bool = True)
     for c in np.flatnonzero((pixels == 0) & (received.pixels > 0)):
         if complete or weights[c] == 0:
             severity = 'error' if complete and weights[c] == 0 else 'warning'
-            message = f'{_came(received, record, c)}; its weight is {weights[c]:g}'
+            message = f'{_came(received, record, c)}; the weight of these counts is {weights[c]:g}'
             found.append(Finding(severity, 'never counted', int(c), message))
     found += _given_zeros(received, record, (weights > 0) | (pixels == 0))
     if received.of_points:

@@ -62,7 +62,7 @@ def test_a_label_that_never_occurs_and_yet_arrives_is_an_error_with_both_numbers
     for part in (
         "class 'stain', label 2, was counted with 0 pixels in 0 of 100 images",
         'arrived with 7 pixels in 2 of 800 images',
-        'its weight is 0',
+        'the weight of these counts is 0',
     ):
         assert part in found.message
 
