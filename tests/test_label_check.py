@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.label_check import LabelCounter, Received, compare, drawn_at_random
-from mmseg_imbalance.losses import CombinedWeightedLoss
+from mmseg_imbalance.label_check import LabelCheck, LabelCounter, Received, compare, drawn_at_random
+from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss
 from mmseg_imbalance.ops import soft_stats
 
 CLASSES = ['bg', 'crack', 'stain']
@@ -235,6 +235,36 @@ def test_what_draws_each_image_alike():
     assert not drawn_at_random(SimpleNamespace(dataset=data))
     batches = torch.utils.data.BatchSampler(InfiniteSampler(data), 2, False)
     assert drawn_at_random(DataLoader(data, batch_sampler=batches))
+
+
+@pytest.mark.parametrize('agree', [False, True])
+def test_what_one_loss_of_a_head_is_given_on_purpose_is_no_warning(agree):
+    """As PIDHead gives its last loss boundaries alone."""
+    losses = nn.ModuleList([WeightedCrossEntropyLoss('auto'), WeightedCrossEntropyLoss('auto')])
+    for loss in losses:
+        loss.class_weight.set_weights([1.0, 1.0])
+    model = nn.Module()
+    model.decode_head = nn.Module()
+    model.decode_head.loss_decode = losses
+    said = []
+    runner = SimpleNamespace(
+        model=model,
+        train_dataloader=DataLoader([0, 1], shuffle=True),
+        message_hub=SimpleNamespace(get_info=lambda key: record([500, 500]).to_dict()),
+        logger=SimpleNamespace(warning=said.append),
+    )
+    check = LabelCheck(runner)
+    logits, target = torch.zeros(4, 2, 6, 6), torch.arange(144).view(4, 6, 6) % 2
+    boundary = torch.full_like(target, 255)
+    boundary[:, 0, :2] = target[:, 0, :2]
+    for _ in range(100):
+        losses[0](logits, boundary if agree else target)
+        losses[1](logits, boundary)
+        check.after_iteration(runner)
+    assert len(said) == agree
+    if agree:
+        assert 'decode_head.loss_decode.0: 94.44% of the pixels that arrive, in 32 images' in said[0]
+    assert not losses[0].watchers + losses[1].watchers
 
 
 # whole runs
