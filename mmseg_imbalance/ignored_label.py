@@ -243,7 +243,7 @@ def _check_sampler(sampler: Any, label: int) -> None:
     if said != {label}:
         raise ValueError(
             f'{type(sampler).__name__} has counted the classes with ignore_index={counted}, but training '
-            f'ignores {label}. Give ignore_index={label} to the data set in train_dataloader'
+            f'ignores {label}. Give ignore_index={label} to it or to the data set in train_dataloader'
         )
 
 
