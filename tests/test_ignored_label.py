@@ -203,6 +203,32 @@ def test_a_sampler_that_has_counted_another_label_is_named(void_data, tmp_path, 
         runner.train()
 
 
+RARE = dict(type='RareClassSampler', num_workers=0)
+
+
+@pytest.mark.parametrize(
+    ('said', 'sampler', 'wrong'),
+    [
+        ({'model.decode_head.ignore_index': 0}, RARE, True),
+        ({'model.decode_head.ignore_index': 0}, dict(RARE, ignore_index=0), False),
+        ({'train_dataloader.dataset.ignore_index': 0}, RARE, False),
+        ({'train_dataloader.dataset.ignore_index': 0}, dict(RARE, ignore_index=255), True),
+        ({}, RARE, False),
+    ],
+)
+def test_rare_class_sampling_leaves_out_the_same_pixels_or_says_so(tmp_path, said, sampler, wrong):
+    data = write_images(tmp_path / 'data', labels_with(0))
+    cfg = config(data, **said, **{'val_evaluator.groups': dict(tail=['pole'])})
+    cfg.train_dataloader.sampler = sampler
+    runner = run(cfg, tmp_path.name)
+    if wrong:
+        with pytest.raises(ValueError, match=r'RareClassSampler has counted .* but training ignores 0'):
+            runner.train()
+    else:
+        runner.train()
+        assert (runner.train_dataloader.sampler.probability[0] == 0) == bool(said)
+
+
 def test_transforms_that_fill_labels_with_255_are_named(void_data, tmp_path):
     cfg = config(void_data, **OF_DATA)
     steps = [
