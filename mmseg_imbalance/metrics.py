@@ -8,10 +8,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from mmseg_imbalance.registry import METRICS
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.ignored_label import current_config, label_of_evaluation
+from mmseg_imbalance.ignored_label import UNSAID, current_config, label_of_evaluation
 from mmseg_imbalance.monitored import KEYS, framework_keys, keys_in_config, with_prefix
 from mmseg_imbalance.scores import (
     AREAS,
@@ -40,6 +40,8 @@ from mmseg_imbalance.scores import (
     save_image_scores,
 )
 from mmseg_imbalance.tables import table_text
+
+T = TypeVar('T')
 
 
 @METRICS.register_module()
@@ -81,7 +83,7 @@ class ClassIoUMetric(IoUMetric):
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         if self.ignore_index is None:
-            self.ignore_index = label_of_evaluation(_config_of_run())
+            self.ignore_index = _ask_config(label_of_evaluation, UNSAID, 'the ignored label')
         done = len(self.results)
         super().process(data_batch, data_samples)
         for (*_, area), sample in zip(self.results[done:], data_samples, strict=False):
@@ -107,7 +109,7 @@ class ClassIoUMetric(IoUMetric):
     def evaluate(self, size: int) -> dict[str, float]:
         metrics = super().evaluate(size)
         if self.watched is None:
-            self.watched = keys_in_config(_config_of_run())
+            self.watched = _ask_config(keys_in_config, set(), 'which keys are watched')
         undefined = {key for key in self.watched if math.isnan(metrics.get(key, 0))}
         missing = self.watched - metrics.keys()
         if missing and not self.format_only:  # of groups that are not known
@@ -337,7 +339,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
 
     def _file_name(self) -> str:
         """Another one for each metric of an evaluator, which gives one object to all of them."""
-        siblings = [metric for metric in self._alive if metric.dataset_meta is self.dataset_meta]
+        siblings = [m for m in {*self._alive, self} if m.dataset_meta is self.dataset_meta]
         siblings.sort(key=lambda metric: metric.number)
         names: list[str] = []
         for metric in siblings:
@@ -398,15 +400,18 @@ def _per_cent(share: float) -> float:
     return round(100 * float(share), 2)
 
 
-def _config_of_run() -> Mapping[str, Any]:
-    """The config of the runner; an empty one where there is none, or none that is text."""
+def _ask_config(question: Callable[[Mapping[str, Any]], T], otherwise: T, what: str) -> T:
+    """The answer of the runner's config; another one, and a warning, where it has none.
+
+    A training should not end at its first validation for it.
+    """
     try:
-        return current_config() or {}
-    except Exception as error:  # whatever it is, it is no reason to lose a training at its first validation
+        return question(current_config() or {})
+    except Exception as error:  # no text that can be read again, or data sets and heads that disagree
         print_log(
-            f'the config of the run cannot be read ({type(error).__name__}: {error}), so metrics take '
-            'ignore_index=255 unless they are told another',
+            f'the config of the run does not tell {what} ({type(error).__name__}: {error}); the metric takes '
+            f'{otherwise}',
             logger='current',
             level=logging.WARNING,
         )
-        return {}
+        return otherwise

@@ -114,6 +114,7 @@ def config(folder, evaluations=1, classes=CLASSES, **options):
 def run(cfg, name):
     """The runner before it has started; MMEngine's instances are global by name."""
     cfg.experiment_name = cfg.visualizer.name = name
+    cfg.work_dir = str(Path(cfg.work_dir, name))  # two runs of a second would share their logs
     return Runner.from_cfg(cfg)
 
 

@@ -108,11 +108,20 @@ def test_a_metric_alone_takes_the_frameworks_default():
     assert metric.evaluate(1)['mIoU'] == 100
 
 
-def test_a_config_that_is_no_text_costs_a_warning_alone(tmp_path):
+@pytest.mark.parametrize(
+    'text',
+    [
+        'model = <an object>',
+        'model = dict(decode_head=[dict(type="A", ignore_index=8), dict(type="B", ignore_index=9)])',
+    ],
+)
+def test_a_config_that_cannot_tell_costs_a_warning_alone(tmp_path, text):
     MMLogger.get_instance(tmp_path.name, log_file=str(tmp_path / 'run.log'))
-    MessageHub.get_instance(tmp_path.name).update_info('cfg', 'model = <an object>')
+    MessageHub.get_instance(tmp_path.name).update_info('cfg', text)
     test_a_metric_alone_takes_the_frameworks_default()
-    assert 'the config of the run cannot be read (' in (tmp_path / 'run.log').read_text()
+    log = (tmp_path / 'run.log').read_text()
+    assert 'does not tell the ignored label' in log
+    assert 'the metric takes 255' in log
     MMLogger._instance_dict.pop(tmp_path.name)
 
 
