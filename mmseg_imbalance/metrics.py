@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from mmengine.logging import MMLogger, print_log
 from mmseg.evaluation import IoUMetric
-from rich.table import Table
 
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
@@ -39,7 +38,7 @@ from mmseg_imbalance.scores import (
     ratio,
     save_image_scores,
 )
-from mmseg_imbalance.tables import table_text
+from mmseg_imbalance.tables import group_table, table_text
 
 T = TypeVar('T')
 
@@ -306,7 +305,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             of_size = {size: [f'Recall.{size}.{c}' for c in self.dataset_meta['classes']] for size in SIZES}
             sizes |= {size: sum(map(math.isfinite, map(scores.get, keys))) for size, keys in of_size.items()}
         logger = MMLogger.get_current_instance()
-        logger.info('\n' + table_text(_table(metrics, sizes)))
+        logger.info('\n' + table_text(group_table(metrics, sizes)))
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
         self._save(logger, [name for name, _ in named], areas, groups)
         return metrics
@@ -374,26 +373,6 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             )
         except OSError as error:
             logger.warning(f'the scores of the images are not saved, {file} cannot be written: {error}')
-
-
-def _table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:
-    """A row for all classes, for each group and for each object size; ``sizes``: how many classes it has."""
-
-    def shown(key: str) -> str:
-        return f'{metrics[key]:.2f}' if math.isfinite(metrics.get(key, math.nan)) else '-'
-
-    table = Table()
-    table.add_column('')
-    for column in ('classes', 'mIoU', '95 % interval', 'mPrecision', 'mRecall'):
-        table.add_column(column, justify='right')
-    for name, number in sizes.items():
-        suffix = '' if name == 'all' else f'.{name}'
-        interval = '-'
-        if shown(f'mIoU{suffix}.low') != '-':
-            interval = ' to '.join(shown(f'mIoU{suffix}.{end}') for end in ('low', 'high'))
-        numbers = [shown(f'{key}{suffix}') for key in ('mIoU', 'mPrecision', 'mRecall')]
-        table.add_row(name, str(number), numbers[0], interval, *numbers[1:])
-    return table
 
 
 def _per_cent(share: float) -> float:
