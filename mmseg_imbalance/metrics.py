@@ -73,10 +73,8 @@ class ClassIoUMetric(IoUMetric):
         names = [self.metrics] if isinstance(self.metrics, str) else self.metrics
         if wrong := [name for name in names if name not in KEYS]:
             raise ValueError(f'iou_metrics are of {list(KEYS)}, got {wrong}')
-        self.watched: set[str] | None = (
-            None  # keys that somebody watches, with the prefix; None: not looked for
-        )
-        self.named: set[str] = set()  # what a warning has told already
+        self.watched: set[str] | None = None  # keys, with the prefix; None: nobody has told yet
+        self.named: set[str] = set()  # of what a warning has told already
 
     intersect_and_union = staticmethod(class_areas)
 

@@ -1,4 +1,4 @@
-"""Tables, as text, of class frequencies, class weights, subclasses and scores; names and colours of classes."""
+"""Tables, as text, of class frequencies, weights, subclasses and scores; names and colours of classes."""
 
 from __future__ import annotations
 
