@@ -219,7 +219,8 @@ class ClassWeight:
                 f'{self.values.tolist()}, but the head predicts {logits.shape[1]} classes'
             )
         if self.values.device != logits.device:
-            self.values = self.values.to(logits.device)
+            with torch.inference_mode(False):  # for training may follow
+                self.values = self.values.to(logits.device)
         return self.values
 
     def logit_bias(self, logits: Tensor, tau: float) -> Tensor | None:
@@ -256,7 +257,8 @@ class ClassWeight:
                 f'{logits.shape[1]}'
             )
         if self._log_prior.device != logits.device:
-            self._log_prior = self._log_prior.to(logits.device)
+            with torch.inference_mode(False):  # for training may follow
+                self._log_prior = self._log_prior.to(logits.device)
         return self._log_prior
 
 

@@ -151,3 +151,14 @@ def test_what_is_still_to_be_filled():
     assert auto.for_logits(logits).tolist() == [1.0, 2.0]
     assert prior.for_logits(logits) is None
     torch.testing.assert_close(prior.logit_bias(logits, 2.0), 2 * torch.tensor([0.75, 0.25]).log())
+
+
+def test_what_a_call_in_inference_mode_moves_can_be_trained_with():
+    weight = ClassWeight([1.0, 2.0, 3.0], True, 'loss')
+    weight.set_pixels([10, 20, 30])
+    with torch.inference_mode():
+        logits = torch.empty(1, 3, 2, 2, device='meta')
+        moved = weight.for_logits(logits), weight.logit_bias(logits, 2.0)
+    assert all(x.device.type == 'meta' for x in moved)
+    assert not weight.values.is_inference()
+    assert not weight.logit_bias(logits, 2.0).is_inference()
