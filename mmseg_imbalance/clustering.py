@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_imbalance.kmeans import kmeans, lloyd
+from mmseg_imbalance.kmeans import draw_uniform, kmeans, like, lloyd
 from mmseg_imbalance.ops import SoftStats, gather_from_ranks, rank_and_number, sum_over_ranks
 from mmseg_imbalance.options import check_choice
 from mmseg_imbalance.subclass_state import SubclassState
@@ -302,10 +302,10 @@ class SubclassClustering(SubclassState):
         for image in range(images):
             # an image draws the same whichever rank holds it
             seed = iteration * 1_000_003 + rank_and_number()[0] * images + image
-            drawn.append(
-                torch.rand(cells, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            )
-        return torch.stack(drawn).log().to(by_cell)[:, None] / by_cell.sum(2)  # -inf where it has no pixels
+            drawn.append(draw_uniform((cells,), torch.Generator().manual_seed(seed)))
+        with np.errstate(divide='ignore'):
+            keys = like(np.log(drawn), by_cell)[:, None]
+        return keys / by_cell.sum(2)  # -inf where it has no pixels
 
     def _choose(self, features: Tensor, keys: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The cells of each class with the largest keys over all ranks, (C, n, D), and which are any."""
