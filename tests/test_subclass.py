@@ -755,6 +755,66 @@ def test_an_averaged_model_keeps_the_state():
         assert torch.equal(average.module.state_dict()[name], value), name
 
 
+# nothing to learn from
+
+
+def emptied(target, kind):
+    """Labels without a pixel that counts, in all images or in the first, or of a class of weight 0 alone."""
+    if kind == 'weight 0':
+        return target.where(target == 255, 0)
+    target = target.clone()
+    target[: len(target) if kind == 'void' else 1] = 255
+    return target
+
+
+NO_PIXELS = ['void', 'first void', 'weight 0']
+AUTOCAST = [None, torch.bfloat16, torch.float16]
+
+
+def value_and_gradient(loss, logits, target, autocast, **options):
+    logits = logits.clone().requires_grad_()
+    with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+        value = loss(logits.to(autocast or logits.dtype), target, **options)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('kind', NO_PIXELS)
+@pytest.mark.parametrize('autocast', AUTOCAST)
+@pytest.mark.parametrize('before', [0, 3])
+def test_batches_without_a_pixel_that_counts_are_finite(rule, kind, autocast, before):
+    loss = make_loss(
+        num_subclasses=3, update=rule, update_freq=100 if kind == 'void' else 2, class_weight=[0, 1, 1, 2, 1],
+        warmup_iters=0, ramp_iters=1, momentum=0.3, dtype=torch.float32,
+    )  # fmt: skip
+    train(loss, range(before), dtype=torch.float32)
+    state = copy.deepcopy(loss.state_dict())
+    for i in range(before, before + 3):
+        logits, target, features = batch(i, dtype=torch.float32)
+        target = emptied(target, kind)
+        value, gradient = value_and_gradient(loss, logits, target, autocast, features=features)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+        assert (value == 0) == (kind != 'first void')
+        assert all(x.isfinite() for x in loss.logged.values())
+    for name, kept in loss.state_dict().items():
+        assert kept.isfinite().all()
+        if kind == 'void' and 'iteration' not in name:
+            assert torch.equal(kept, state[name]), name
+
+
+@pytest.mark.parametrize('options', [dict(), dict(label_smoothing=0.1), dict(paper_exact=True)])
+@pytest.mark.parametrize('kind', NO_PIXELS)
+@pytest.mark.parametrize('autocast', AUTOCAST)
+def test_similarity_without_a_pixel_that_counts_is_finite(options, kind, autocast):
+    loss = SimilaritySubclassifiedLoss([0, 1, 1, 2, 1], **options)
+    logits, target, _ = batch(1, dtype=torch.float32)
+    value, gradient = value_and_gradient(loss, logits, emptied(target, kind), autocast)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
 # where there is no double
 
 
