@@ -1,14 +1,18 @@
 """The state of the subclasses in checkpoints, averaged copies, half precision and inference mode."""
 
 import copy
+import json
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
-from test_subclass import RULES, batch, make_loss, train
+from mmseg.models.decode_heads import SegformerHead
+from test_subclass import RULES, batch, make_loss, train, without_chance
 from torch import nn
 
 from mmseg_imbalance.subclass import SubclassifiedLoss
@@ -271,3 +275,75 @@ def test_nothing_is_warned_of_where_the_state_fits():
         for loss in (make_loss(num_subclasses=3), late_loss(num_subclasses=3)):
             loss.load_state_dict(state)
             train(loss, range(4, 6))
+
+
+# in a run
+
+
+class LateHead(SegformerHead):
+    """A head whose classifier has a name of its own, so that nobody knows its channels when it is built."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.classifier = self.conv_seg
+        del self.conv_seg
+
+    def cls_seg(self, features):
+        return self.classifier(features)
+
+
+CONFIG = 'segformer/segformer_mit-b0-small-subclass3_1xb8-2k_camvid-240x180'
+
+
+def run(small_config, tmp_path, name, late=False, channels=None, average=None, **changes):
+    """The runner, and the losses that it logged by iteration."""
+    cfg = without_chance(small_config(CONFIG, **changes))
+    cfg.work_dir = str(tmp_path / name)
+    cfg.experiment_name = cfg.visualizer.name = f'{tmp_path.name}-{name}'
+    head = cfg.model.decode_head
+    head.loss_decode[1].update(update_freq=2, warmup_iters=1, ramp_iters=3, momentum=0.3)
+    if late:
+        head.update(type='FeatureHead', base=LateHead, init_cfg=None)
+    if channels:
+        head.channels = channels
+    if average:
+        cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.1, **average))
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    lines = Path(runner._log_dir, 'vis_data', 'scalars.json').read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if 'loss' in record]
+    return runner, {record['iter']: record['loss'] for record in records}
+
+
+def clusters(checkpoint):
+    return {name: value for name, value in checkpoint.items() if '.weighting.' in name}
+
+
+@pytest.mark.parametrize('late', [False, True])
+@pytest.mark.parametrize('average', [dict(), dict(update_buffers=True), dict(begin_iter=4)])
+def test_a_run_with_averages_resumes_with_its_subclasses(small_config, tmp_path, late, average):
+    options = dict(late=late, average=average)
+    first, losses = run(small_config, tmp_path, 'first', **options)
+    path = str(tmp_path / 'first' / 'iter_3.pth')
+    resumed, again = run(small_config, tmp_path, 'resumed', resume=True, load_from=path, **options)
+    assert again == {i: losses[i] for i in (4, 5, 6)}
+    expected = clusters(first.model.state_dict())
+    assert len(expected) == 5
+    assert expected['decode_head.loss_decode.1.weighting.iteration'] == 6
+    for folder in ('first', 'resumed'):  # the averaged model is what a checkpoint hands on
+        saved = torch.load(tmp_path / folder / 'iter_6.pth', weights_only=False)['state_dict']
+        assert clusters(saved).keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(saved[name], value), name
+    for name, value in clusters(resumed.model.state_dict()).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize('average', [None, dict(update_buffers=True)])
+def test_fine_tuning_with_other_channels_begins_with_the_warm_up(small_config, tmp_path, average):
+    run(small_config, tmp_path, 'first', average=average)
+    path = str(tmp_path / 'first' / 'iter_3.pth')
+    with pytest.warns(UserWarning, match=rf'^decode_head\.loss_decode\.1\.weighting {NOTHING}'):
+        runner, losses = run(small_config, tmp_path, 'tuned', average=average, channels=32, load_from=path)
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert runner.model.decode_head.loss_decode[1].weighting.iteration == 6
