@@ -248,7 +248,7 @@ def test_a_head_that_ignores_another_label_is_counted_so(small_config):
     assert len(filled(runner)['decode_head.loss_decode']) == 11
 
 
-def train_on_ranks(cfg_text, root):
+def runner_on_rank(cfg_text, root=None):
     from mmengine.config import Config
 
     from mmseg_imbalance.compat import adapt_to_cpu
@@ -262,7 +262,11 @@ def train_on_ranks(cfg_text, root):
     if root:
         Path(root, 'annotations', 'train', '1.png').write_bytes(b'no image')
     dist.barrier()
-    runner = Runner.from_cfg(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def train_on_ranks(cfg_text, root):
+    runner = runner_on_rank(cfg_text, root)
     runner.train()
     losses = {n: m for n, m in runner.model.named_modules() if isinstance(m, WeightedLoss)}
     weights = {n: loss.class_weight.values.tolist() for n, loss in losses.items()}
@@ -473,3 +477,52 @@ def test_two_ranks_draw_once_and_do_not_hang(small_config, tmp_path):
     # each rank validates one of the two images, and the main one shows its own
     names = [path.name for path in Path(cfg.work_dir).rglob('vis_image/*.png')]
     assert names == ['decode_head.1_subclass_0_2.png']
+
+
+def communicating_on_ranks(cfg_text):
+    """Train on ranks where each forward of the backbone waits for the other ranks, as SyncBN may."""
+    runner = runner_on_rank(cfg_text)
+    calls = []
+
+    def meet(module, args, out):
+        calls.append(1)
+        dist.all_reduce(torch.zeros(1))
+
+    runner.model.module.backbone.register_forward_hook(meet)
+    runner.train()
+    return len(calls), log_of(runner) if dist.get_rank() == 0 else ''
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'num_images', 'forwards'), [(1, 4, 4), (2, 4, 3), (2, 1, 2), (2, 0, 1)]
+)
+def test_ranks_that_meet_in_each_forward_do_not_hang(
+    small_config, tmp_path, batch_size, num_images, forwards
+):
+    cfg = subclassified(small_config, experiment_name=f'{tmp_path.name}-ranks')
+    cfg.custom_hooks[-1].num_images = num_images
+    cfg.val_dataloader.update(batch_size=batch_size)
+    # three images on two ranks: with two in a batch, the batches of the ranks are not of one size
+    cfg.val_dataloader.dataset.update(data_prefix=cfg.train_dataloader.dataset.data_prefix, indices=3)
+    cfg.val_dataloader.sampler.round_up = batch_size == 1
+    (calls, _), (other_calls, _) = on_ranks(2, communicating_on_ranks, cfg.pretty_text, timeout=60)
+    assert calls == other_calls == 2 + forwards
+    names = sorted(path.name for path in Path(cfg.work_dir).rglob('vis_image/*.png'))
+    assert names == [f'decode_head.1_subclass_{i}_2.png' for i in (0, 2)[:num_images]]
+
+
+def sharded_on_ranks(cfg_text):
+    runner = runner_on_rank(cfg_text)
+    runner.train()
+    return runner.iter, log_of(runner) if dist.get_rank() == 0 else ''
+
+
+def test_a_sharded_model_is_trained_without_pictures(small_config, tmp_path):
+    cfg = subclassified(small_config, experiment_name=f'{tmp_path.name}-ranks')
+    cfg.model_wrapper_cfg = dict(type='MMFullyShardedDataParallel', use_orig_params=True)
+    (iterations, log), (others, _) = on_ranks(2, sharded_on_ranks, cfg.pretty_text, timeout=60)
+    assert iterations == others == 2
+    assert (
+        log.count('SubclassVisualizationHook shows nothing: with MMFullyShardedDataParallel each rank') == 1
+    )
+    assert not list(Path(cfg.work_dir).rglob('vis_image/*.png'))
