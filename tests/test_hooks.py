@@ -1,25 +1,28 @@
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 from PIL import Image
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
-from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
+from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.weighting import class_weights, log_prior
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
@@ -511,18 +514,45 @@ def test_ranks_that_meet_in_each_forward_do_not_hang(
     assert names == [f'decode_head.1_subclass_{i}_2.png' for i in (0, 2)[:num_images]]
 
 
-def sharded_on_ranks(cfg_text):
-    runner = runner_on_rank(cfg_text)
-    runner.train()
-    return runner.iter, log_of(runner) if dist.get_rank() == 0 else ''
+class Shards(nn.Module):
+    """A wrapper that is not of the kind that leaves each rank all parameters, as those of DeepSpeed."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
 
 
-def test_a_sharded_model_is_trained_without_pictures(small_config, tmp_path):
-    cfg = subclassified(small_config, experiment_name=f'{tmp_path.name}-ranks')
-    cfg.model_wrapper_cfg = dict(type='MMFullyShardedDataParallel', use_orig_params=True)
-    (iterations, log), (others, _) = on_ranks(2, sharded_on_ranks, cfg.pretty_text, timeout=60)
-    assert iterations == others == 2
-    assert (
-        log.count('SubclassVisualizationHook shows nothing: with MMFullyShardedDataParallel each rank') == 1
+def test_a_sharded_model_is_left_alone_with_one_warning(monkeypatch, caplog):
+    model = nn.Module()
+    model.decode_head = nn.Module()
+    model.decode_head.loss_decode = SimilaritySubclassifiedLoss()
+    assert sharding_of(model) is None
+    assert sharding_of(nn.DataParallel(model)) is None
+    monkeypatch.setitem(MODEL_WRAPPERS.module_dict, 'Shards', Shards)
+    inner = nn.Module()
+    inner.decode_head = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # it asks for a GPU
+    nn.Module.__init__(inner.decode_head)
+    assert sharding_of(inner) == 'FullyShardedDataParallel'
+    runner = SimpleNamespace(model=Shards(model), logger=logging.getLogger('sharded'))
+    hook = SubclassVisualizationHook()
+    for step in (hook.before_run, hook.before_val_epoch):
+        step(runner)
+    hook.after_val_iter(runner, 0, dict(inputs=[None]))
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert 'shows nothing: with Shards each rank holds a part of the parameters' in caplog.text
+
+
+def distributed_tensor_on_ranks():
+    from torch.distributed._tensor import Shard, distribute_tensor
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    model[1].weight = nn.Parameter(
+        distribute_tensor(model[1].weight, init_device_mesh('cpu', (2,)), [Shard(0)])
     )
-    assert not list(Path(cfg.work_dir).rglob('vis_image/*.png'))
+    return sharding_of(model)
+
+
+@pytest.mark.slow
+def test_distributed_tensors_are_sharded():
+    assert on_ranks(2, distributed_tensor_on_ranks) == ['DTensor'] * 2
