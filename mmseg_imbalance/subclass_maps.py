@@ -72,8 +72,10 @@ def sharding_of(model: object) -> str | None:
 
 
 def subclasses(loss: Subclassified) -> SubclassTable | None:
-    """The subclasses of a loss as arrays; None of a SimilaritySubclassifiedLoss, which has none."""
-    return loss.weighting.table().numpy() if isinstance(loss, SubclassifiedLoss) else None
+    """The subclasses of a loss as arrays; None if it has none: not yet, or a SimilaritySubclassifiedLoss."""
+    if not isinstance(loss, SubclassifiedLoss) or loss.weighting.centroid is None:
+        return None
+    return loss.weighting.table().numpy()
 
 
 @torch.no_grad()

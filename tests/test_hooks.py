@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 from PIL import Image
 from ranks import on_ranks
+from test_subclass_state import LateHead
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -395,6 +396,16 @@ def test_subclasses_by_class_name_are_shown_without_training(small_config):
     runner = Runner.from_cfg(cfg)
     runner.val()
     assert 'subclasses of decode_head.1, 0 iterations' in log_of(runner)
+
+
+def test_a_head_whose_channels_are_not_known_yet_is_shown_without_training(small_config):
+    cfg = subclassified(small_config)
+    cfg.model.decode_head.update(type='FeatureHead', base=LateHead, init_cfg=None)
+    runner = Runner.from_cfg(cfg)
+    assert subclasses(runner.model.decode_head.loss_decode[1]) is None
+    runner.val()
+    assert 'subclasses of' not in log_of(runner)
+    assert len(pictures(runner)) == 2
 
 
 def test_a_number_of_images_below_0_is_refused():
