@@ -20,7 +20,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from test_heads import Largest
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from mmseg_imbalance import kmeans as kmeans_module
 from mmseg_imbalance.kmeans import draw_uniform, kmeans
@@ -773,7 +773,7 @@ AUTOCAST = [None, torch.bfloat16, torch.float16]
 
 def value_and_gradient(loss, logits, target, autocast, **options):
     logits = logits.clone().requires_grad_()
-    with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast is not None):
         value = loss(logits.to(autocast or logits.dtype), target, **options)
     value.backward()
     return value.detach(), logits.grad
@@ -823,7 +823,7 @@ class NoDouble(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs, out)):
+        for x in tree_flatten((args, kwargs, out))[0]:
             if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
                 raise TypeError(f'{function} of float64')
         return out
