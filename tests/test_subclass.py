@@ -768,7 +768,7 @@ def emptied(target, kind):
 
 
 NO_PIXELS = ['void', 'first void', 'weight 0']
-AUTOCAST = [None, torch.bfloat16, torch.float16]
+AUTOCAST = [None, torch.bfloat16, torch.float16]  # of the logits
 
 
 def value_and_gradient(loss, logits, target, autocast, **options):
