@@ -178,7 +178,8 @@ class ClassWeight:
         """Use these weights, one number >= 0 per class, from the next call on."""
         weights = weights.tolist() if hasattr(weights, 'tolist') else list(weights)
         check_weights(weights, f'class_weight={weights}')
-        self.values = torch.tensor(weights, dtype=torch.float32)
+        with torch.inference_mode(False):  # names are looked up in the first call, and training may follow
+            self.values = torch.tensor(weights, dtype=torch.float32)
         self._by_name = self._file_classes = None
 
     def set_pixels(self, pixels: Sequence[float] | Tensor | np.ndarray) -> None:

@@ -81,7 +81,7 @@ def adapt_to_cpu(cfg: Config) -> None:
     wrapper.setdefault('type', 'MMDistributedDataParallel')
     kind = MODEL_WRAPPERS.get(wrapper['type']) if isinstance(wrapper['type'], str) else wrapper['type']
     if isinstance(kind, type) and issubclass(kind, DistributedDataParallel):
-        wrapper.setdefault('device_ids', None)
+        wrapper['device_ids'] = None
     cfg.model_wrapper_cfg = wrapper
     cfg.sync_bn = None
     _without_sync_bn(cfg.model)

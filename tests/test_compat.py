@@ -107,7 +107,7 @@ def test_ranks_on_a_cpu_are_wrapped_as_mmengine_does_on_gpus():
     for options in (
         dict(find_unused_parameters=True),
         dict(find_unused_parameters=True, model_wrapper_cfg=None),
-        dict(model_wrapper_cfg=dict(find_unused_parameters=True, broadcast_buffers=False)),
+        dict(model_wrapper_cfg=dict(find_unused_parameters=True, broadcast_buffers=False, device_ids=[0])),
     ):
         ranks = on_ranks(2, wrapped_on_a_rank, options)
         assert ranks == [(name, True, False, 2.0 * rank, 'BN') for rank in range(2)], options
