@@ -175,7 +175,7 @@ class SubclassState(nn.Module):
         warnings.warn(
             f'{prefix.rstrip(".") or type(self).__name__} takes nothing of the subclasses in the checkpoint: '
             f'{reason}. They are found anew, warm-up included; no other weight depends on them',
-            stacklevel=2,
+            stacklevel=3,  # who loads it
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubclassState:

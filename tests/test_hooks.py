@@ -554,13 +554,13 @@ def test_a_sharded_model_is_left_alone_with_one_warning(monkeypatch, caplog):
 
 
 def distributed_tensor_on_ranks():
-    from torch.distributed._tensor import Shard, distribute_tensor
-    from torch.distributed.device_mesh import init_device_mesh
-
+    try:
+        from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+    except ImportError:  # PyTorch before 2.5
+        from torch.distributed._tensor import DeviceMesh, Shard, distribute_tensor
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
-    model[1].weight = nn.Parameter(
-        distribute_tensor(model[1].weight, init_device_mesh('cpu', (2,)), [Shard(0)])
-    )
+    weight = distribute_tensor(model[1].weight, DeviceMesh('cpu', [0, 1]), [Shard(0)])
+    model[1].weight = nn.Parameter(weight)
     return sharding_of(model)
 
 
