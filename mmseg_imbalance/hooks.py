@@ -24,7 +24,7 @@ from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
-from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
+from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, subclass_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior
 
@@ -248,7 +248,8 @@ class SubclassVisualizationHook(Hook):
 
     A picture shows the image, the truth, the subclass of every pixel and its weight. It goes to the backends
     of the visualizer: files, TensorBoard, WandB. The model sees the whole image, also where it is tested on
-    sliding windows. Neither the model nor the training is changed.
+    sliding windows. Neither the model nor the training is changed. All ranks run it, since a module such as
+    SyncBN may wait for the others. Where the parameters are sharded, one warning takes the place of pictures.
 
     Args:
         num_images: at least 0; the first images of the validation loop on the main rank are drawn.
@@ -261,10 +262,18 @@ class SubclassVisualizationHook(Hook):
         self.drawn = 0
 
     def before_run(self, runner) -> None:
+        self.losses = {}
+        sharding = sharding_of(runner.model)
+        if sharding is not None:
+            runner.logger.warning(
+                f'SubclassVisualizationHook shows nothing: with {sharding} each rank holds a part of the '
+                'parameters, and heads cannot be run on their own. mmseg-imbalance subclasses shows them '
+                'from a checkpoint of the whole model'
+            )
+            return
         try:
             self.losses = find_subclassified(unwrapped(runner.model))
         except ValueError as error:
-            self.losses = {}
             runner.logger.warning(f'SubclassVisualizationHook has nothing to show: {error}')
 
     def before_val_epoch(self, runner) -> None:
@@ -283,15 +292,19 @@ class SubclassVisualizationHook(Hook):
                 runner.logger.info(f'subclasses of {name}, {runner.iter} iterations:\n{table}')
 
     def after_val_iter(self, runner, batch_idx: int, data_batch: dict, outputs: object = None) -> None:
-        if not self.losses or not is_main_process():
+        if not self.losses:
             return
-        model = unwrapped(runner.model)
-        for index in range(min(len(data_batch['inputs']), self.num_images - self.drawn)):
+        model, images = unwrapped(runner.model), len(data_batch['inputs'])
+        # as often on all ranks, also where the last batch is not as long on all of them
+        number = min(runner.val_dataloader.batch_size or images, self.num_images - self.drawn)
+        for index in range(number):
             with autocast(enabled=getattr(runner.val_loop, 'fp16', False)):
-                maps = subclass_maps(model, self.losses, data_batch, index)
-            image = Path(data_batch['data_samples'][index].get('img_path', str(self.drawn))).stem
+                maps = subclass_maps(model, self.losses, data_batch, min(index, images - 1))
+            self.drawn += 1
+            if index >= images or not is_main_process():
+                continue
+            image = Path(data_batch['data_samples'][index].get('img_path', str(self.drawn - 1))).stem
             for name, seen in maps.items():
                 state = subclasses(self.losses[name].loss)
                 picture = draw_subclasses(seen, self.classes, self.palette, state)
                 runner.visualizer.add_image(f'{name}_subclass_{image}', picture, step=runner.iter)
-            self.drawn += 1

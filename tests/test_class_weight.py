@@ -164,3 +164,26 @@ def test_what_is_still_to_be_filled():
     assert auto.for_logits(logits).tolist() == [1.0, 2.0]
     assert prior.for_logits(logits) is None
     torch.testing.assert_close(prior.logit_bias(logits, 2.0), 2 * torch.tensor([0.75, 0.25]).log())
+
+
+def test_names_that_a_call_in_inference_mode_looks_up_can_be_trained_with():
+    hub = MessageHub.get_instance('inference')
+    hub.update_info('dataset_meta', dict(classes=('a', 'b', 'c')))
+    loss = WeightedCrossEntropyLoss(class_weight=dict(b=3.0))
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    with torch.inference_mode():
+        loss(logits, target)
+    logits.requires_grad_()
+    loss(logits, target).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_what_a_call_in_inference_mode_moves_can_be_trained_with():
+    weight = ClassWeight([1.0, 2.0, 3.0], True, 'loss')
+    weight.set_pixels([10, 20, 30])
+    with torch.inference_mode():
+        logits = torch.empty(1, 3, 2, 2, device='meta')
+        moved = weight.for_logits(logits), weight.logit_bias(logits, 2.0)
+    assert all(x.device.type == 'meta' for x in moved)
+    assert not weight.values.is_inference()
+    assert not weight.logit_bias(logits, 2.0).is_inference()

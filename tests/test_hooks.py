@@ -1,25 +1,29 @@
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 from PIL import Image
 from ranks import on_ranks
+from test_subclass_state import LateHead
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
-from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
+from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.weighting import class_weights, log_prior
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
@@ -248,7 +252,7 @@ def test_a_head_that_ignores_another_label_is_counted_so(small_config):
     assert len(filled(runner)['decode_head.loss_decode']) == 11
 
 
-def train_on_ranks(cfg_text, root):
+def runner_on_rank(cfg_text, root=None):
     from mmengine.config import Config
 
     from mmseg_imbalance.compat import adapt_to_cpu
@@ -262,7 +266,11 @@ def train_on_ranks(cfg_text, root):
     if root:
         Path(root, 'annotations', 'train', '1.png').write_bytes(b'no image')
     dist.barrier()
-    runner = Runner.from_cfg(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def train_on_ranks(cfg_text, root):
+    runner = runner_on_rank(cfg_text, root)
     runner.train()
     losses = {n: m for n, m in runner.model.named_modules() if isinstance(m, WeightedLoss)}
     weights = {n: loss.class_weight.values.tolist() for n, loss in losses.items()}
@@ -390,6 +398,16 @@ def test_subclasses_by_class_name_are_shown_without_training(small_config):
     assert 'subclasses of decode_head.1, 0 iterations' in log_of(runner)
 
 
+def test_a_head_whose_channels_are_not_known_yet_is_shown_without_training(small_config):
+    cfg = subclassified(small_config)
+    cfg.model.decode_head.update(type='FeatureHead', base=LateHead, init_cfg=None)
+    runner = Runner.from_cfg(cfg)
+    assert subclasses(runner.model.decode_head.loss_decode[1]) is None
+    runner.val()
+    assert 'subclasses of' not in log_of(runner)
+    assert len(pictures(runner)) == 2
+
+
 def test_a_number_of_images_below_0_is_refused():
     with pytest.raises(ValueError, match='num_images must be at least 0, got -1'):
         SubclassVisualizationHook(-1)
@@ -473,3 +491,79 @@ def test_two_ranks_draw_once_and_do_not_hang(small_config, tmp_path):
     # each rank validates one of the two images, and the main one shows its own
     names = [path.name for path in Path(cfg.work_dir).rglob('vis_image/*.png')]
     assert names == ['decode_head.1_subclass_0_2.png']
+
+
+def communicating_on_ranks(cfg_text):
+    """Train on ranks where each forward of the backbone waits for the other ranks, as SyncBN may."""
+    runner = runner_on_rank(cfg_text)
+    calls = []
+
+    def meet(module, args, out):
+        calls.append(1)
+        dist.all_reduce(torch.zeros(1))
+
+    runner.model.module.backbone.register_forward_hook(meet)
+    runner.train()
+    return len(calls), log_of(runner) if dist.get_rank() == 0 else ''
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'num_images', 'forwards'), [(1, 4, 4), (2, 4, 3), (2, 1, 2), (2, 0, 1)]
+)
+def test_ranks_that_meet_in_each_forward_do_not_hang(
+    small_config, tmp_path, batch_size, num_images, forwards
+):
+    cfg = subclassified(small_config, experiment_name=f'{tmp_path.name}-ranks')
+    cfg.custom_hooks[-1].num_images = num_images
+    cfg.val_dataloader.update(batch_size=batch_size)
+    # three images on two ranks: with two in a batch, the batches of the ranks are not of one size
+    cfg.val_dataloader.dataset.update(data_prefix=cfg.train_dataloader.dataset.data_prefix, indices=3)
+    cfg.val_dataloader.sampler.round_up = batch_size == 1
+    (calls, _), (other_calls, _) = on_ranks(2, communicating_on_ranks, cfg.pretty_text, timeout=60)
+    assert calls == other_calls == 2 + forwards
+    names = sorted(path.name for path in Path(cfg.work_dir).rglob('vis_image/*.png'))
+    assert names == [f'decode_head.1_subclass_{i}_2.png' for i in (0, 2)[:num_images]]
+
+
+class Shards(nn.Module):
+    """A wrapper that is not of the kind that leaves each rank all parameters, as those of DeepSpeed."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_a_sharded_model_is_left_alone_with_one_warning(monkeypatch, caplog):
+    model = nn.Module()
+    model.decode_head = nn.Module()
+    model.decode_head.loss_decode = SimilaritySubclassifiedLoss()
+    assert sharding_of(model) is None
+    assert sharding_of(nn.DataParallel(model)) is None
+    monkeypatch.setitem(MODEL_WRAPPERS.module_dict, 'Shards', Shards)
+    inner = nn.Module()
+    inner.decode_head = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # it asks for a GPU
+    nn.Module.__init__(inner.decode_head)
+    assert sharding_of(inner) == 'FullyShardedDataParallel'
+    runner = SimpleNamespace(model=Shards(model), logger=logging.getLogger('sharded'))
+    hook = SubclassVisualizationHook()
+    for step in (hook.before_run, hook.before_val_epoch):
+        step(runner)
+    hook.after_val_iter(runner, 0, dict(inputs=[None]))
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert 'shows nothing: with Shards each rank holds a part of the parameters' in caplog.text
+
+
+def distributed_tensor_on_ranks():
+    try:
+        from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+    except ImportError:  # PyTorch before 2.5
+        from torch.distributed._tensor import DeviceMesh, Shard, distribute_tensor
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    weight = distribute_tensor(model[1].weight, DeviceMesh('cpu', [0, 1]), [Shard(0)])
+    model[1].weight = nn.Parameter(weight)
+    return sharding_of(model)
+
+
+@pytest.mark.slow
+def test_distributed_tensors_are_sharded():
+    assert on_ranks(2, distributed_tensor_on_ranks) == ['DTensor'] * 2
