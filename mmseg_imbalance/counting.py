@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmseg_imbalance.annotations import Annotation, count_pixels, find_annotations
+from mmseg_imbalance.annotations import (
+    Annotation,
+    Note,
+    count_pixels,
+    find_annotations,
+    notes_text,
+    one_class_alone,
+)
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
 
 __all__ = ['CITYSCAPES_CITIES', 'count_classes', 'default_cache_dir', 'training_frequency']
@@ -43,6 +50,7 @@ class _Row(NamedTuple):
     position: int  # among the annotations
     counts: np.ndarray  # (C,)
     ignored: int
+    notes: tuple[Note, ...] = ()
     error: Exception | None = None
 
 
@@ -55,6 +63,7 @@ def training_frequency(
     cache_dir: str | os.PathLike[str] | None = None,
     per_image: bool = False,
     progress: bool = True,
+    label_transforms: Sequence[str] | None = None,
 ) -> ClassFrequency:
     """The class frequency of the training annotations; every user of this package gets it here.
 
@@ -65,28 +74,29 @@ def training_frequency(
 
     The counts are kept in one folder: `cache_dir`, else the `cache_dir` of a ClassWeightHook among the
     `custom_hooks` of the config, else the environment variable MMSEG_IMBALANCE_CACHE, else
-    ``~/.cache/mmseg_imbalance``.
+    ``~/.cache/mmseg_imbalance``. `label_transforms` too are those of that hook where none are given here.
 
     Args:
         source: a runner in training; a config, whose training data set is built; a data set (neither model
             nor config is known then); None: the config of the runner that was made last.
         heads: those of the model that the counts are for; None: the last decode head.
-        max_images, num_workers, per_image, progress: see :func:`count_classes`.
+        max_images, num_workers, per_image, progress, label_transforms: see :func:`count_classes`.
 
     Raises:
         ValueError: there is no runner, or no train_dataloader; and as :func:`count_classes`.
         FileNotFoundError: the data set or an annotation is not there.
     """
 
-    def find() -> tuple[Any, int | None, Path]:
+    def find() -> tuple[Any, int | None, Path, Sequence[str] | None]:
         dataset, config, model = _training_data(source)
         counted_for = _last_decode_head(model) if heads is None else heads
-        folder = cache_dir or _cache_dir_of_hook(config) or default_cache_dir()
-        return dataset, _ignored_label(counted_for), Path(folder)
+        folder = cache_dir or _option_of_hook(config, 'cache_dir') or default_cache_dir()
+        names = _option_of_hook(config, 'label_transforms') if label_transforms is None else label_transforms
+        return dataset, _ignored_label(counted_for), Path(folder), names
 
     found, failure = _attempt(find)
     _exchange(failure, None)  # nobody starts to count unless all can
-    dataset, ignore_index, folder = found or (None, None, None)
+    dataset, ignore_index, folder, names = found or (None, None, None, None)
     return count_classes(
         dataset,
         max_images=max_images,
@@ -95,6 +105,7 @@ def training_frequency(
         cache_dir=folder,
         progress=progress,
         per_image=per_image,
+        label_transforms=names,
     )
 
 
@@ -142,12 +153,12 @@ def _ignored_label(heads: Iterable[Any]) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _cache_dir_of_hook(config: Any) -> str | os.PathLike[str] | None:
-    """Where a ClassWeightHook of the config, or one made already, keeps its counts; None: it does not say."""
+def _option_of_hook(config: Any, option: str) -> Any:
+    """What a ClassWeightHook of the config, or one made already, has for an option; None: it does not say."""
     for hook in (config.get('custom_hooks') or ()) if config is not None else ():
         kind = _part(hook, 'type', type(hook))  # the name or, in Python configs, the class
         if getattr(kind, '__name__', str(kind)).rpartition('.')[2] == 'ClassWeightHook':
-            return _part(hook, 'cache_dir')
+            return _part(hook, option)
     return None
 
 
@@ -160,11 +171,13 @@ def count_classes(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
     per_image: bool = False,
+    label_transforms: Sequence[str] | None = None,
 ) -> ClassFrequency:
     """Pixels and images of each class, from annotations alone, labelled as training sees them.
 
-    All ranks must call it: each counts its part, all get the whole. Transforms after the one that
-    loads annotations are not run. Cityscapes train is not read, its counts are published.
+    All ranks must call it: each counts its part, all get the whole. Of the pipeline, what loads labels and
+    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read, its counts are
+    published.
 
     Args:
         dataset: BaseSegDataset, or Concat-, Repeat-, ClassBalanced-, MultiImageMixDataset of such.
@@ -175,10 +188,14 @@ def count_classes(
             the annotations (those that are not local: path only), label mapping and classes.
         progress: show a bar, on rank 0.
         per_image: the counts of each image are needed, so Cityscapes train is read as any other.
+        label_transforms: names of the transforms after the loading one that change what a label means. They
+            are run, with the image if they need it. None: transforms of MMCV and MMSegmentation are known to
+            keep labels; any other is run if it needs no image, and named in a warning if it does. (): none.
 
     Raises:
         FileNotFoundError: an annotation file is missing.
-        ValueError: no image, no classes, no annotations, an unreadable file, a label out of range.
+        TypeError: the classes are a string.
+        ValueError: no image, no or one class, no annotations, an unreadable file, a label out of range.
     """
     import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMSegmentation
 
@@ -187,7 +204,7 @@ def count_classes(
     rank, world_size = get_dist_info()
     if max_images is not None and max_images < 1:
         raise ValueError(f'max_images={max_images}, allowed are 1 and more. None counts all.')
-    found, failure = _attempt(lambda: find_annotations(dataset, ignore_index))
+    found, failure = _attempt(lambda: find_annotations(dataset, ignore_index, label_transforms))
     classes, annotations = found or ((), [])
     if len(set(_exchange(failure, _digest(annotation.path for annotation in annotations)))) > 1:
         raise ValueError(
@@ -221,6 +238,11 @@ def count_classes(
     for row in rows:  # in order, so that it is the error that a single process would meet
         if row.error is not None:
             raise row.error
+    if len(classes) == 1:
+        raise ValueError(one_class_alone(dataset))
+    unusual = notes_text(note for row in rows for note in row.notes)
+    if unusual and rank == 0:
+        _warn(unusual)
     frequency = ClassFrequency.from_rows(
         classes,
         np.stack([row.counts for row in rows]),
@@ -281,6 +303,7 @@ def _is_cityscapes_train(classes: tuple[str, ...], annotations: list[Annotation]
             type(annotation.dataset).__name__ == 'CityscapesDataset'
             and (annotation.repeats, annotation.ignore_index) == (1, 255)
             and annotation.table is not None
+            and not annotation.steps.change
             and np.array_equal(annotation.table, unchanged)
             for annotation in annotations
         )
@@ -298,12 +321,15 @@ def _fingerprint(classes: tuple[str, ...], annotations: list[Annotation], datase
     """Digest of everything that the counts depend on."""
     parts: list[object] = [_CACHE_FORMAT, classes, dataset_images]
     with np.printoptions(threshold=sys.maxsize):  # arrays whole
-        for loader in {id(annotation.loader): annotation.loader for annotation in annotations}.values():
+        steps = {id(annotation.steps): annotation.steps for annotation in annotations}.values()
+        for step in {id(part): part for each in steps for part in each.parts()}.values():
+            kind = step if inspect.isroutine(step) else type(step)
             try:
-                code = inspect.getsource(type(loader))  # somebody may be working on it
+                code = inspect.getsource(kind)  # somebody may be working on it
             except (OSError, TypeError):
                 code = ''
-            parts.append((type(loader).__module__, code, repr(vars(loader))))
+            options = re.sub(r' at 0x[0-9a-f]+', '', repr(getattr(step, '__dict__', None)))
+            parts.append((kind.__module__, kind.__qualname__, code, options))
         for annotation in annotations:
             try:
                 stat = os.stat(annotation.path)
@@ -340,7 +366,7 @@ class _Annotations(Dataset[_Row]):
         try:
             return _Row(position, *count_pixels(self.annotations[position], self.num_classes))
         except (FileNotFoundError, ValueError) as error:
-            return _Row(position, np.empty(0), 0, error)
+            return _Row(position, np.empty(0), 0, error=error)
 
 
 def _count_part(

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmseg_imbalance.registry import HOOKS
@@ -42,6 +43,8 @@ class ClassWeightHook(LoggedPartsHook):
         cache_dir: folder of the counts; None: see :func:`~mmseg_imbalance.counting.training_frequency`.
         max_images: count a random sample of so many images; None: all.
         num_workers: worker processes of each rank.
+        label_transforms: names of the transforms that change labels, see
+            :func:`~mmseg_imbalance.counting.count_classes`.
         **options: of the scheme: beta, unit, k, power, max_ratio.
     """
 
@@ -51,6 +54,7 @@ class ClassWeightHook(LoggedPartsHook):
         cache_dir: str | os.PathLike[str] | None = None,
         max_images: int | None = None,
         num_workers: int = 2,
+        label_transforms: Sequence[str] | None = None,
         **options: object,
     ) -> None:
         if scheme not in SCHEMES:
@@ -63,6 +67,7 @@ class ClassWeightHook(LoggedPartsHook):
         self.cache_dir = cache_dir
         self.max_images = max_images
         self.num_workers = num_workers
+        self.label_transforms = label_transforms
         self.options = options
 
     def before_train(self, runner) -> None:
@@ -88,6 +93,7 @@ class ClassWeightHook(LoggedPartsHook):
                 max_images=self.max_images,
                 num_workers=self.num_workers,
                 cache_dir=self.cache_dir,
+                label_transforms=self.label_transforms,
             )
             record = self._weigh(runner, frequency)
             runner.message_hub.update_info('class_weights', record.to_dict())
@@ -151,7 +157,7 @@ class LogitAdjustmentHook(Hook):
 
     Args:
         tau: 0 changes nothing, 1 is the source's.
-        cache_dir, max_images, num_workers: see :class:`ClassWeightHook`.
+        cache_dir, max_images, num_workers, label_transforms: see :class:`ClassWeightHook`.
 
     Source: Menon et al. 2021, https://arxiv.org/abs/2007.07314, equation 9.
     """
@@ -162,6 +168,7 @@ class LogitAdjustmentHook(Hook):
         cache_dir: str | os.PathLike[str] | None = None,
         max_images: int | None = None,
         num_workers: int = 2,
+        label_transforms: Sequence[str] | None = None,
     ) -> None:
         if not math.isfinite(tau):
             raise ValueError(f'tau must be a finite number, got {tau}')
@@ -170,6 +177,7 @@ class LogitAdjustmentHook(Hook):
         self.cache_dir = cache_dir
         self.max_images = max_images
         self.num_workers = num_workers
+        self.label_transforms = label_transforms
 
     def before_test(self, runner) -> None:
         model = runner.model
@@ -194,6 +202,7 @@ class LogitAdjustmentHook(Hook):
             max_images=self.max_images,
             num_workers=self.num_workers,
             cache_dir=self.cache_dir,
+            label_transforms=self.label_transforms,
         )
         shift = self.tau * torch.from_numpy(log_prior(frequency.pixels)).float()
         if len(shift) != head.num_classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmseg_imbalance.registry import DATA_SAMPLERS, TRANSFORMS
@@ -67,6 +67,8 @@ class RareClassSampler(Sampler):
         cache_dir: folder of the counts; None: $MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``. A
             sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
         num_workers: processes of each rank that count.
+        label_transforms: names of the transforms that change labels, see
+            :func:`~mmseg_imbalance.counting.count_classes`. It does not see those of a ClassWeightHook.
 
     Raises:
         ValueError: a number out of range, or no image holds `min_pixels` of any class.
@@ -82,13 +84,20 @@ class RareClassSampler(Sampler):
         seed: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         num_workers: int = 2,
+        label_transforms: Sequence[str] | None = None,
     ) -> None:
         if not 0 < temperature < np.inf:
             raise ValueError(f'temperature={temperature}, allowed are finite numbers above 0, as 0.01.')
         _check_count('min_pixels', min_pixels)
         self.rank, self.world_size = get_dist_info()
         self.seed = sync_random_seed() if seed is None else seed
-        frequency = training_frequency(dataset, num_workers=num_workers, cache_dir=cache_dir, per_image=True)
+        frequency = training_frequency(
+            dataset,
+            num_workers=num_workers,
+            cache_dir=cache_dir,
+            per_image=True,
+            label_transforms=label_transforms,
+        )
         held = (frequency.counts >= min_pixels)[dataset_rows(dataset)]  # (len(dataset), C)
         self.size = len(held)
         self.images = [np.flatnonzero(column) for column in held.T]  # of each class

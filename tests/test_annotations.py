@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmseg_imbalance.annotations import value_counts
+from mmseg_imbalance.label_files import value_counts
 
 
 @given(

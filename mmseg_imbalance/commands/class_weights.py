@@ -44,6 +44,13 @@ def _options() -> argparse.ArgumentParser:
         metavar='DIR',
         help='folder of the counts; default: $MMSEG_IMBALANCE_CACHE, else ~/.cache/mmseg_imbalance',
     )
+    add(
+        '--label-transforms',
+        type=lambda text: [name for name in text.split(',') if name],
+        metavar='A,B',
+        help="transforms after LoadAnnotations that change what a label means; '' for none; default: those of "
+        'your own that need no image',
+    )
     add_cfg_options(options)
     return options
 
@@ -57,8 +64,9 @@ def main(argv: list[str] | None = None) -> int:
             max_images=args.max_images,
             num_workers=args.workers,
             cache_dir=args.cache_dir,
+            label_transforms=args.label_transforms,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         options.exit(1, f'{options.prog}: {error}\n')
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

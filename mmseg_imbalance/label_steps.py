@@ -1,0 +1,288 @@
+"""How the labels of a data set are made: the transforms that load them and those that change them."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mmseg_imbalance.label_files import reading
+
+__all__ = ['LabelSteps', 'find_steps', 'loads_images', 'names']
+
+# Transforms of MMCV and MMSegmentation. By name, since users add their own to a copy of MMSegmentation.
+IMAGE_LOADERS = {
+    'InferencerLoader', 'LoadBiomedicalImageFromFile', 'LoadDepthAnnotation', 'LoadImageFromFile',
+    'LoadImageFromNDArray', 'LoadImageFromNpyFile', 'LoadMultipleRSImageFromFile',
+    'LoadSingleRSImageFromFile',
+}  # fmt: skip
+KEEP_LABELS = {  # they move, cut or pack labels, or see the image alone
+    'AdjustGamma', 'Albu', 'BioMedical3DPad', 'BioMedical3DRandomCrop', 'BioMedical3DRandomFlip',
+    'BioMedicalGaussianBlur', 'BioMedicalGaussianNoise', 'BioMedicalRandomGamma', 'CLAHE', 'CenterCrop',
+    'Compose', 'ConcatCDInput', 'GenerateEdge', 'ImageToTensor', 'KeyMapper', 'MultiScaleFlipAug',
+    'Normalize', 'PackSegInputs', 'Pad', 'PhotoMetricDistortion', 'RGB2Gray', 'RandomApply', 'RandomChoice',
+    'RandomChoiceResize', 'RandomCrop', 'RandomCutOut', 'RandomDepthMix', 'RandomFlip', 'RandomGrayscale',
+    'RandomMosaic', 'RandomResize', 'RandomRotFlip', 'RandomRotate', 'Rerange', 'Resize',
+    'ResizeShortestEdge', 'ResizeToMultiple', 'SegRescale', 'TestTimeAug', 'ToTensor',
+    'TransformBroadcaster',
+}  # fmt: skip
+
+
+class LabelSteps(NamedTuple):
+    """Copies of the transforms that make the labels of a row; none of them resizes, crops or flips."""
+
+    load: tuple[Any, ...]  # up to the one that yields gt_seg_map
+    change: tuple[Any, ...] = ()  # those after it that change what labels mean
+    image: tuple[Any, ...] = ()  # one of them loads the image, for a step that asks for it
+    named: bool = False  # `change` was named by the user: what fails then is an error
+
+    def parts(self) -> Iterator[Any]:
+        """Every transform whose code or options decide about the labels, those inside others too."""
+        for step in (*self.load, *self.change, *self.image):
+            yield from _parts(step)
+
+    def loaded(self, info: dict[str, Any], path: str) -> dict[str, Any] | None:
+        """Results with the labels as loaded, from the data info of a row; None: the pipeline drops the image.
+
+        Raises:
+            FileNotFoundError, ValueError: as :func:`~mmseg_imbalance.label_files.reading`.
+        """
+        with reading(path):
+            return _run(self.load, info)
+
+    def changed(self, results: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, list[str]]:
+        """Results with the labels as training sees them, None as above; and the names of what failed.
+
+        Raises:
+            ValueError: a step that the user named fails.
+        """
+        failed = []
+        for step in self.change:
+            before = _kept(results)
+            with _seeded(results):
+                try:
+                    after = _fresh(step)(results)
+                except Exception as error:
+                    if self.named:
+                        after = self._with_image(step, before, error, path)
+                    else:
+                        failed.append(_name(step))
+                        after = before
+            if after is None:
+                return None, failed
+            results = after
+        return results, failed
+
+    def _with_image(self, step: Any, results: dict[str, Any], error: Exception, path: str) -> Any:
+        for loader in self.image:
+            found = _attempt(loader, results)
+            if isinstance(found, dict) and 'img' in found:
+                after = _attempt(_fresh(step), {**found, 'gt_seg_map': results['gt_seg_map']})
+                if not isinstance(after, Exception):
+                    return after
+                error = after
+        raise ValueError(
+            f'{path}: {_name(step)}, named in label_transforms, fails on these labels '
+            f'({type(error).__name__}: {error}). It gets the image as it is loaded and the labels, both '
+            'before any resize or crop. Leave it out of label_transforms if it does not change what a label '
+            'means.'
+        ) from error
+
+
+def loads_images(steps: LabelSteps) -> bool:
+    """Whether a loader of images of MMCV or MMSegmentation, or one derived from it, loads the labels."""
+    from mmcv.transforms import LoadAnnotations
+
+    return isinstance(steps.load[-1], LoadAnnotations)
+
+
+def names(steps: Sequence[Any]) -> list[str]:
+    """Of transforms as a config has them; a wrapper with what it holds in brackets."""
+    return [_name(step) for step in steps]
+
+
+def find_steps(
+    transforms: Sequence[Any], info: dict[str, Any], path: str, wanted: Sequence[str] | None
+) -> tuple[LabelSteps, dict[str, str], set[str]]:
+    """What makes the labels in a pipeline, found by running it on the data info of one row.
+
+    Args:
+        transforms: of :meth:`~mmseg_imbalance.dataset_parts.Part.pipeline`.
+        info, path: of an image, from :meth:`BaseDataset.get_data_info`, and of its annotation.
+        wanted: names of transforms after the loading one that change labels; None: those that are not known
+            to keep them and need no image.
+
+    Returns:
+        the steps; those left out by name, with the reason; which of `wanted` the pipeline has.
+
+    Raises:
+        ValueError: nothing yields ``gt_seg_map``.
+        FileNotFoundError: the annotation file is missing.
+    """
+    position, load = _find_loader(transforms, info, path)
+    after = [copy.copy(step) for step in transforms[position + 1 :]]
+    if wanted is not None:
+        held = [({_own_name(part) for part in _parts(step)} & set(wanted), step) for step in after]
+        change = tuple(step for found, step in held if found)
+        image = [step for step in transforms if _is(step, IMAGE_LOADERS)]
+        image += [step for step in transforms[:position] if not _keeps_labels(step)]
+        image += [step for found, step in held if not found and not _keeps_labels(step)]
+        steps = LabelSteps(load, change, tuple(image) if change else (), named=True)
+        return steps, {}, set().union(*(found for found, _ in held))
+    unknown = [step for step in after if not _keeps_labels(step)]
+    results = LabelSteps(load).loaded(info, path) if unknown else None
+    kept, left_out = [], {}
+    for step in unknown:
+        if results is None:  # this row is dropped, so nothing can be tried on it
+            kept.append(step)
+            continue
+        found = _attempt(_fresh(step), results)
+        reason = _reason(results, found)
+        if reason is None:
+            kept.append(step)
+            results = found if isinstance(found, dict) else results
+        elif reason:
+            left_out[_name(step)] = reason
+    return LabelSteps(load, tuple(kept)), left_out, set()
+
+
+def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> tuple[int, tuple[Any, ...]]:
+    """Position of the transform that yields the labels, and what has to run up to it."""
+    from mmcv.transforms import LoadAnnotations
+
+    happened: dict[str, str] = {}
+    missing = None
+    for with_image in (False, True):
+        results = info
+        load: list[Any] = []
+        for position, step in enumerate(transforms):
+            if isinstance(step, LoadAnnotations) and step.with_seg:
+                return position, (*load, copy.copy(step))  # MMSegmentation's remembers the first data it sees
+            if _keeps_labels(step) and not (with_image and _is(step, IMAGE_LOADERS)):
+                happened.setdefault(_name(step), 'not tried, it loads no labels')
+                continue
+            found = _attempt(copy.copy(step), results)
+            if isinstance(found, dict) and 'gt_seg_map' in found:
+                return position, (*load, copy.copy(step))
+            if isinstance(found, Exception):
+                happened[_name(step)] = f'{type(found).__name__}: {found}'
+                if isinstance(found, FileNotFoundError) and path in str(found):
+                    missing = found
+            elif isinstance(found, dict) and (with_image or 'img' not in found):
+                happened[_name(step)] = 'ran, but adds no gt_seg_map'
+                results = found
+                load.append(copy.copy(step))
+    if missing is not None:
+        with reading(path):
+            raise missing
+    listed = ', '.join(f'{name} ({what})' for name, what in happened.items()) or 'it is empty'
+    raise ValueError(
+        f'the pipeline loads no annotations, no transform of it yields gt_seg_map: {listed}. Add '
+        "dict(type='LoadAnnotations') or your own loading transform to it, the pipeline of the innermost "
+        'data set.'
+    )
+
+
+def _reason(results: dict[str, Any], found: Any) -> str | None:
+    """Why a transform that was tried is not run in counting; None: it is run; '': it needs no word."""
+    if isinstance(found, Exception):
+        return f'{type(found).__name__}: {found}'
+    if found is None:  # drops the image, as training does
+        return None
+    before = np.asarray(results['gt_seg_map'])
+    if not isinstance(found, dict) or 'gt_seg_map' not in found:
+        packed = getattr(_part(_part(found, 'data_samples'), 'gt_sem_seg'), 'data', None)
+        same = packed is not None and np.array_equal(np.squeeze(packed), before.squeeze())
+        return '' if same else 'it takes gt_seg_map away'
+    after = np.asarray(found['gt_seg_map'])
+    if 'img' in found and 'img' not in results and np.array_equal(before, after):
+        return ''  # it loads the image
+    if before.ndim == after.ndim and before.shape != after.shape and np.isin(after, before).all():
+        return 'it changes the size of the labels'
+    return None
+
+
+def _part(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def _attempt(step: Any, results: dict[str, Any]) -> Any:
+    """What a transform makes of a copy of the results, or the error that it raises."""
+    try:
+        return _run([step], copy.deepcopy(results))
+    except Exception as error:
+        return error
+
+
+def _run(steps: Sequence[Any], results: dict[str, Any]) -> Any:
+    with _seeded(results):
+        for step in steps:
+            results = step(results)
+            if results is None:
+                break
+    return results
+
+
+def _kept(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as they are, whatever happens to the labels in place."""
+    return {**results, 'gt_seg_map': np.array(results['gt_seg_map'])}
+
+
+def _fresh(step: Any) -> Any:
+    """A copy, so that a random generator of its own starts anew for each image."""
+    try:
+        return copy.deepcopy(step)
+    except Exception:  # it holds what cannot be copied
+        return step
+
+
+@contextmanager
+def _seeded(results: dict[str, Any]) -> Iterator[None]:
+    """The same random numbers for an image in every count, and none taken from training."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
+    seed = int(results.get('sample_idx', 0))
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.random.set_rng_state(states[2])
+
+
+def _is(step: Any, known: set[str]) -> bool:
+    root = str(getattr(step, '__module__', '')).partition('.')[0]
+    return root in ('mmcv', 'mmengine', 'mmseg') and type(step).__name__ in known
+
+
+def _keeps_labels(step: Any) -> bool:
+    """Whether a transform, and all that it holds, is known not to change what a label means."""
+    return all(
+        _is(part, KEEP_LABELS | IMAGE_LOADERS) or str(part.__module__).startswith('mmseg_imbalance.')
+        for part in _parts(step)
+    )
+
+
+def _parts(step: Any) -> Iterator[Any]:
+    """A transform and those inside it, as MMCV's wrappers have them."""
+    yield step
+    inner = getattr(step, 'transforms', ())
+    for each in inner if isinstance(inner, list | tuple) else [inner]:
+        if callable(each):
+            yield from _parts(each)
+
+
+def _own_name(step: Any) -> str:
+    return str(getattr(step, '__name__', type(step).__name__))
+
+
+def _name(step: Any) -> str:
+    held = [_own_name(part) for part in _parts(step) if _own_name(part) != 'Compose'][1:]
+    return f'{_own_name(step)}({", ".join(held)})' if held else _own_name(step)
