@@ -238,10 +238,7 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         notes.append(
             Note(f'a {lossy} file does not keep labels, your own transforms must restore them', labels.size)
         )
-    for name in failed:
-        notes.append(
-            Note(f'{name} fails on some labels, without the image, and is not run on them', labels.size)
-        )
+    notes += [Note(f'{name} fails on some and is left out there', labels.size) for name in failed]
     values, pixels = value_counts(labels)
     whole = whole_numbers(values, path)
     counted = _tally(annotation, num_classes, whole, whole, pixels, np.zeros(len(whole), dtype=bool), lossy)

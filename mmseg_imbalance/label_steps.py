@@ -63,16 +63,17 @@ class LabelSteps(NamedTuple):
         """
         failed = []
         for step in self.change:
-            before = _kept(results)
-            with _seeded(results):
-                try:
-                    after = _fresh(step)(results)
-                except Exception as error:
-                    if self.named:
-                        after = self._with_image(step, before, error, path)
-                    else:
-                        failed.append(_name(step))
-                        after = before
+            before = {**results, 'gt_seg_map': copy.deepcopy(results['gt_seg_map'])}  # not changed in place
+            try:
+                after = _run([_fresh(step)], results)
+                if after is not None and 'gt_seg_map' not in after:
+                    raise KeyError('gt_seg_map, which it takes away')
+            except Exception as error:
+                if self.named:
+                    after = self._with_image(step, before, error, path)
+                else:
+                    failed.append(_name(step))
+                    after = before
             if after is None:
                 return None, failed
             results = after
@@ -83,9 +84,9 @@ class LabelSteps(NamedTuple):
             found = _attempt(loader, results)
             if isinstance(found, dict) and 'img' in found:
                 after = _attempt(_fresh(step), {**found, 'gt_seg_map': results['gt_seg_map']})
-                if not isinstance(after, Exception):
+                if after is None or (isinstance(after, dict) and 'gt_seg_map' in after):
                     return after
-                error = after
+                error = after if isinstance(after, Exception) else error
         raise ValueError(
             f'{path}: {_name(step)}, named in label_transforms, fails on these labels '
             f'({type(error).__name__}: {error}). It gets the image as it is loaded and the labels, both '
@@ -226,11 +227,6 @@ def _run(steps: Sequence[Any], results: dict[str, Any]) -> Any:
             if results is None:
                 break
     return results
-
-
-def _kept(results: dict[str, Any]) -> dict[str, Any]:
-    """The results as they are, whatever happens to the labels in place."""
-    return {**results, 'gt_seg_map': np.array(results['gt_seg_map'])}
 
 
 def _fresh(step: Any) -> Any:

@@ -48,8 +48,8 @@ def _options() -> argparse.ArgumentParser:
         '--label-transforms',
         type=lambda text: [name for name in text.split(',') if name],
         metavar='A,B',
-        help="transforms after LoadAnnotations that change what a label means; '' for none; default: those of "
-        'your own that need no image',
+        help="transforms after LoadAnnotations that change what a label means; '' for none; default: those "
+        'of your own that need no image',
     )
     add_cfg_options(options)
     return options
