@@ -215,7 +215,7 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         raw = raw.squeeze()
         if not steps.change:
             _refuse_lossy(lossy, path)
-            _check_shape(raw, path, colours=raw.ndim > 2)
+            _check_array(raw, path, colours=raw.ndim > 2)
         values, pixels = value_counts(raw)
         whole = whole_numbers(values, path)
         cast = _as_bytes(values)
@@ -231,7 +231,7 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
     if results is None:  # the pipeline drops this image
         return PixelCount(np.zeros(num_classes, dtype=np.int64), 0)
     labels = np.asarray(results['gt_seg_map'])
-    _check_shape(
+    _check_array(
         labels, path, colours=loads_images(steps) and labels.squeeze().shape[2:] in ((2,), (3,), (4,))
     )
     if lossy:
@@ -251,12 +251,14 @@ def _as_bytes(values: np.ndarray) -> np.ndarray:
         return values.astype(np.uint8)
 
 
-def _check_shape(labels: np.ndarray, path: str, colours: bool) -> None:
+def _check_array(labels: np.ndarray, path: str, colours: bool) -> None:
     if colours:
         raise ValueError(
             f'{path}: shape {labels.shape}, but a label image has one channel of class '
             "indices. Convert colours to indices; imdecode_backend='pillow' keeps a palette's."
         )
+    if labels.dtype.kind not in 'biuf':
+        raise ValueError(f'{path}: gt_seg_map must hold numbers, got an array of {labels.dtype}')
     if labels.squeeze().ndim > 3:
         raise ValueError(
             f'{path}: gt_seg_map has the shape {labels.shape}, allowed are (H, W) and volumes (Z, H, W), of '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,15 +36,15 @@ def reading(path: str) -> Iterator[None]:
         raise ValueError(
             f'{path}: more pixels than Pillow reads, which training would meet too ({error}). Three '
             "remedies: LoadAnnotations(imdecode_backend='cv2'), unless the file has a palette; "
-            'PIL.Image.MAX_IMAGE_PIXELS = None in a module that custom_imports names; or images cut into '
-            'tiles.'
+            'PIL.Image.MAX_IMAGE_PIXELS = None in a module that custom_imports names, where workers are '
+            'forked, as they are by default on Linux; or images cut into tiles.'
         ) from error
     except Exception as error:
-        if 'CV_IO_MAX_IMAGE' in str(error):
+        if limit := re.search(r'CV_IO_MAX_IMAGE_\w+', str(error)):
             raise ValueError(
-                f'{path}: more pixels than OpenCV reads, 2^30 unless it is told otherwise, which training '
-                f'would meet too ({error}). Set the environment variable OPENCV_IO_MAX_IMAGE_PIXELS to a '
-                'larger number before the program starts, or cut the images into tiles.'
+                f'{path}: larger than OpenCV reads, which training would meet too ({error}). Set the '
+                f'environment variable OPEN{limit[0]} to a larger number before the program starts, or cut '
+                'the images into tiles.'
             ) from error
         raise ValueError(
             f'{path}: cannot be read as a label image ({type(error).__name__}: {error}). '
@@ -112,8 +113,6 @@ def whole_numbers(values: np.ndarray, path: str) -> np.ndarray:
     """
     if values.dtype.kind in 'biu':
         return values.astype(np.int64)
-    if values.dtype.kind != 'f':
-        raise ValueError(f'{path}: labels must be numbers, got {values.dtype}')
     if broken := [value for value in values.tolist() if not float(value).is_integer()]:
         raise ValueError(
             f'{path}: labels must be whole numbers, got {", ".join(f"{value:g}" for value in broken[:5])} '
