@@ -146,7 +146,7 @@ def _classes(datasets: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _path(info: dict[str, Any], needed: bool = False) -> str:
-    """Where the labels of an image are; of a loader that does not take ``seg_map_path``, the best guess."""
+    """Where the labels of an image are; of a loader that does not take ``seg_map_path``, a guess."""
     if info.get('seg_map_path'):
         return str(info['seg_map_path'])
     if needed:
@@ -206,7 +206,10 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
     notes: list[Note] = []
     if table is None:
         lossy = ''
-        with suppress(OSError), open(path, 'rb') as file:  # where it is a local file
+        with (
+            suppress(OSError),
+            open(info.get('seg_map_path') or '', 'rb') as file,
+        ):  # where it is a local file
             lossy = lossy_format(file)
         results = steps.loaded(info, path)
     else:
@@ -238,7 +241,8 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         notes.append(
             Note(f'a {lossy} file does not keep labels, your own transforms must restore them', labels.size)
         )
-    notes += [Note(f'{name} fails on some and is left out there', labels.size) for name in failed]
+    text = 'fails on some labels, without the image, and is left out there unless label_transforms names it'
+    notes += [Note(f'{name} {text}', labels.size) for name in failed]
     values, pixels = value_counts(labels)
     whole = whole_numbers(values, path)
     counted = _tally(annotation, num_classes, whole, whole, pixels, np.zeros(len(whole), dtype=bool), lossy)

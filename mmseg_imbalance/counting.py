@@ -328,7 +328,7 @@ def _fingerprint(classes: tuple[str, ...], annotations: list[Annotation], datase
                 code = inspect.getsource(kind)  # somebody may be working on it
             except (OSError, TypeError):
                 code = ''
-            options = re.sub(r' at 0x[0-9a-f]+', '', repr(getattr(step, '__dict__', None)))
+            options = re.sub(r' at 0x[0-9a-f]+', '', repr((step, getattr(step, '__dict__', None))))
             parts.append((kind.__module__, kind.__qualname__, code, options))
         for annotation in annotations:
             try:

@@ -40,6 +40,8 @@ def reading(path: str) -> Iterator[None]:
             'forked, as they are by default on Linux; or images cut into tiles.'
         ) from error
     except Exception as error:
+        if isinstance(error, KeyError) and error.args == ('seg_map_path',):
+            raise ValueError(f'{path} has no annotation. Give data_prefix=dict(seg_map_path=...).') from error
         if limit := re.search(r'CV_IO_MAX_IMAGE_\w+', str(error)):
             raise ValueError(
                 f'{path}: larger than OpenCV reads, which training would meet too ({error}). Set the '

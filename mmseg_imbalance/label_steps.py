@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mmseg_imbalance.label_files import reading
+from mmseg_imbalance.label_files import reading, value_counts
 
 __all__ = ['LabelSteps', 'find_steps', 'loads_images', 'names']
 
@@ -31,6 +31,9 @@ KEEP_LABELS = {  # they move, cut or pack labels, or see the image alone
     'ResizeShortestEdge', 'ResizeToMultiple', 'SegRescale', 'TestTimeAug', 'ToTensor',
     'TransformBroadcaster',
 }  # fmt: skip
+
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
 class LabelSteps(NamedTuple):
@@ -65,7 +68,7 @@ class LabelSteps(NamedTuple):
         for step in self.change:
             before = {**results, 'gt_seg_map': copy.deepcopy(results['gt_seg_map'])}  # not changed in place
             try:
-                after = _run([_fresh(step)], results)
+                after = _run([step], results)
                 if after is not None and 'gt_seg_map' not in after:
                     raise KeyError('gt_seg_map, which it takes away')
             except Exception as error:
@@ -83,7 +86,7 @@ class LabelSteps(NamedTuple):
         for loader in self.image:
             found = _attempt(loader, results)
             if isinstance(found, dict) and 'img' in found:
-                after = _attempt(_fresh(step), {**found, 'gt_seg_map': results['gt_seg_map']})
+                after = _attempt(step, {**found, 'gt_seg_map': results['gt_seg_map']})
                 if after is None or (isinstance(after, dict) and 'gt_seg_map' in after):
                     return after
                 error = after if isinstance(after, Exception) else error
@@ -142,7 +145,7 @@ def find_steps(
         if results is None:  # this row is dropped, so nothing can be tried on it
             kept.append(step)
             continue
-        found = _attempt(_fresh(step), results)
+        found = _attempt(step, results)
         reason = _reason(results, found)
         if reason is None:
             kept.append(step)
@@ -203,7 +206,11 @@ def _reason(results: dict[str, Any], found: Any) -> str | None:
     after = np.asarray(found['gt_seg_map'])
     if 'img' in found and 'img' not in results and np.array_equal(before, after):
         return ''  # it loads the image
-    if before.ndim == after.ndim and before.shape != after.shape and np.isin(after, before).all():
+    if (
+        before.ndim == after.ndim
+        and before.shape != after.shape
+        and np.isin(value_counts(after)[0], before).all()
+    ):
         return 'it changes the size of the labels'
     return None
 
@@ -221,7 +228,7 @@ def _attempt(step: Any, results: dict[str, Any]) -> Any:
 
 
 def _run(steps: Sequence[Any], results: dict[str, Any]) -> Any:
-    with _seeded(results):
+    with _seeded(steps, int(results.get('sample_idx', 0))):
         for step in steps:
             results = step(results)
             if results is None:
@@ -229,28 +236,34 @@ def _run(steps: Sequence[Any], results: dict[str, Any]) -> Any:
     return results
 
 
-def _fresh(step: Any) -> Any:
-    """A copy, so that a random generator of its own starts anew for each image."""
-    try:
-        return copy.deepcopy(step)
-    except Exception:  # it holds what cannot be copied
-        return step
-
-
 @contextmanager
-def _seeded(results: dict[str, Any]) -> Iterator[None]:
+def _seeded(steps: Sequence[Any], seed: int) -> Iterator[None]:
     """The same random numbers for an image in every count, and none taken from training."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
-    seed = int(results.get('sample_idx', 0))
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)
+    common = [random, np.random, torch.default_generator]
+    own = [
+        value for step in steps for part in _parts(step) for value in getattr(part, '__dict__', {}).values()
+    ]
+    sources = [*common, *(value for value in own if isinstance(value, GENERATORS))]
+    states = [_state(source) for source in sources]
+    for source in sources:
+        if isinstance(source, np.random.Generator):
+            source.bit_generator.state = type(source.bit_generator)(seed).state
+        else:
+            getattr(source, 'manual_seed' if isinstance(source, torch.Generator) else 'seed')(seed)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.random.set_rng_state(states[2])
+        for source, state in zip(sources, states, strict=True):
+            if isinstance(source, np.random.Generator):
+                source.bit_generator.state = state
+            else:
+                getattr(source, 'setstate' if hasattr(source, 'setstate') else 'set_state')(state)
+
+
+def _state(source: Any) -> Any:
+    if isinstance(source, np.random.Generator):
+        return source.bit_generator.state
+    return getattr(source, 'getstate' if hasattr(source, 'getstate') else 'get_state')()
 
 
 def _is(step: Any, known: set[str]) -> bool:
@@ -261,7 +274,8 @@ def _is(step: Any, known: set[str]) -> bool:
 def _keeps_labels(step: Any) -> bool:
     """Whether a transform, and all that it holds, is known not to change what a label means."""
     return all(
-        _is(part, KEEP_LABELS | IMAGE_LOADERS) or str(part.__module__).startswith('mmseg_imbalance.')
+        _is(part, KEEP_LABELS | IMAGE_LOADERS)
+        or str(getattr(part, '__module__', '')).startswith('mmseg_imbalance.')
         for part in _parts(step)
     )
 

@@ -1,15 +1,20 @@
 """Counts are of the labels that training sees, whatever loads them and changes them in the pipeline."""
 
+import importlib
 import inspect
 import logging
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmcv.transforms import BaseTransform, Compose, LoadImageFromFile, RandomApply, RandomChoice, Resize
+from mmengine.config import Config
 from mmengine.dataset import ConcatDataset, RepeatDataset
-from mmengine.registry import TRANSFORMS
+from mmengine.logging import MessageHub
+from mmengine.registry import DATASETS, TRANSFORMS
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import (
     LoadAnnotations,
@@ -23,7 +28,11 @@ from mmseg.datasets.transforms import (
 from PIL import Image
 
 from mmseg_imbalance import label_steps
-from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.commands import class_weights
+from mmseg_imbalance.counting import count_classes, training_frequency
+from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook
+from mmseg_imbalance.losses import WeightedCrossEntropyLoss
+from mmseg_imbalance.samplers import RareClassSampler
 
 NAMES = ('background', 'tumour', 'vessel')
 
@@ -218,7 +227,8 @@ def test_random_transforms_count_the_same_every_time_and_training_draws_as_witho
     )
     own = states[2].bit_generator.state
     first = counted(dataset)
-    assert first[1] > 0
+    per_image = count_classes(dataset).counts[:, 1].tolist()
+    assert len(set(per_image)) > 1  # images do not share their draws
     assert first == counted(dataset) == counted(dataset, num_workers=2)
     assert (random.getstate(), torch.random.get_rng_state().tolist()) == states[:2]
     assert states[2].bit_generator.state == own
@@ -310,12 +320,20 @@ def test_what_needs_the_image_of_some_only_is_left_out_there_with_a_warning(root
     dataset = make(root, [LoadAnnotations(), Merge(), sometimes])
     assert counted(dataset) == seen(make(root, [LoadAnnotations(), Merge(), PackSegInputs()]))
     (message,) = warned
-    assert 'sometimes fails on some and is left out there' in message
+    assert 'sometimes fails on some labels' in message
     assert '1 files' in message
     pipeline = [LoadImageFromFile(), LoadAnnotations(), Merge(), sometimes, PackSegInputs()]
     assert counted(make(root, pipeline), label_transforms=['Merge', 'sometimes']) == seen(
         make(root, pipeline)
     )
+
+
+def test_what_needs_the_image_now_and_then_never_stops_the_count(root, warned):
+    for seed in range(4):
+        steps = [LoadAnnotations(), Merge(), RandomApply([WithImage(), Half()], prob=0.5)]
+        counted(make(root, steps, indices=list(range(seed, 5))))
+    assert len(warned) == 4
+    assert all('RandomApply(WithImage, Half)' in message for message in warned)
 
 
 def own_crop(results):
@@ -469,7 +487,7 @@ class FindsFile(BaseTransform):
         return results
 
 
-def test_a_loader_gets_what_it_needs_from_the_transforms_before_it(root):
+def test_a_loader_gets_what_it_needs_from_the_transforms_before_it(root, warned):
     pipeline = [LoadImageFromFile(), Resize(scale=(8, 8)), NeedsImage(), PackSegInputs()]
     assert counted(make(root, pipeline)) == seen(
         make(root, [LoadImageFromFile(), NeedsImage(), PackSegInputs()])
@@ -478,6 +496,7 @@ def test_a_loader_gets_what_it_needs_from_the_transforms_before_it(root):
     for pipeline in ([FindsFile(), LoadAnnotations()], [LoadImageFromFile(), FindsFile(), LoadAnnotations()]):
         dataset = make(root, pipeline, classes, data_prefix={'img_path': 'img'})
         assert counted(dataset) == seen(make(root, [LoadAnnotations(), PackSegInputs()], classes))
+    assert warned == []
 
 
 def test_a_pipeline_that_loads_no_labels_names_what_was_tried(root):
@@ -524,3 +543,92 @@ def test_counts_before_and_after_a_transform_are_cached_apart(root, tmp_path):
     for steps in ((), (Merge(),), (RandomApply([Merge()], 1.0),), (MergeByFields(),)):
         count(*steps)
     assert len(list(cache.iterdir())) == files
+
+
+# Who hands the option on
+
+
+def config(root, **hook):
+    """Of a training whose pipeline merges labels by a transform of the user's own."""
+    module = root / 'merging.py'
+    module.write_text(
+        'from mmcv.transforms import BaseTransform\n'
+        'from mmengine.registry import TRANSFORMS\n'
+        '@TRANSFORMS.register_module(force=True)\n'
+        'class MergeAll(BaseTransform):\n'
+        '    def transform(self, results):\n'
+        "        results['gt_seg_map'][results['gt_seg_map'] < 9] = results['img'].ndim - 2\n"
+        '        return results\n'
+    )
+    dataset = dict(
+        type='mmseg.BaseSegDataset',
+        data_root=str(root),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        metainfo=dict(classes=tuple(f'class {at}' for at in range(6))),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='mmseg.LoadAnnotations'), dict(type='MergeAll')],
+    )
+    hooks = [dict(type='ClassWeightHook', cache_dir=str(root / 'cache'), **hook)] if hook else []
+    imports = dict(imports=['merging'])
+    return Config(dict(train_dataloader=dict(dataset=dataset), custom_hooks=hooks, custom_imports=imports))
+
+
+@pytest.fixture
+def merging(root, monkeypatch):
+    monkeypatch.syspath_prepend(root)
+    yield lambda **hook: config(root, **hook)
+    TRANSFORMS.module_dict.pop('MergeAll', None)
+    sys.modules.pop('merging', None)
+
+
+def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
+    root, merging, tmp_path, warned, capsys
+):
+    cfg = merging(label_transforms=['MergeAll'])
+    importlib.import_module('merging')
+    cache = dict(cache_dir=tmp_path / 'cache')
+    for source, options in ((cfg, {}), (merging(), dict(label_transforms=('MergeAll',)))):
+        frequency = training_frequency(source, progress=False, **options, **cache)
+        assert np.flatnonzero(frequency.pixels).tolist() == [1]
+    assert warned == []
+    assert np.flatnonzero(training_frequency(cfg, label_transforms=(), **cache).pixels).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        5,
+    ]
+    assert warned == []
+
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    sampler = RareClassSampler(dataset, min_pixels=1, num_workers=0, label_transforms=['MergeAll'], **cache)
+    assert {int(drawn.class_index) for drawn, _ in zip(sampler, range(9), strict=False)} == {1}
+
+    seen_options = []
+
+    def count(*_, **options):
+        seen_options.append(options['label_transforms'])
+        raise RuntimeError('seen')
+
+    loss = WeightedCrossEntropyLoss(class_weight='auto')
+    head = torch.nn.Module()
+    head.conv_seg, head.loss_decode = torch.nn.Identity(), loss
+    model = torch.nn.Module()
+    model.decode_head = head
+    runner = SimpleNamespace(model=model, cfg=cfg, logger=logging.getLogger('x'), message_hub=MessageHub('x'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmseg_imbalance.hooks.training_frequency', count)
+        for hook, start in ((ClassWeightHook, 'before_train'), (LogitAdjustmentHook, 'before_test')):
+            runner.hooks = [hook(label_transforms=['MergeAll'])]
+            with pytest.raises(RuntimeError, match='seen'):
+                getattr(runner.hooks[0], start)(runner)
+    assert seen_options == [['MergeAll']] * 2
+
+    path = str(tmp_path / 'config.py')
+    merging().dump(path)
+    command = [path, '--workers', '0', '--cache-dir', str(tmp_path / 'cache'), '--label-transforms']
+    assert class_weights.main([*command, 'MergeAll']) == 0
+    assert class_weights.main([*command, '']) == 0
+    assert '0.000' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        class_weights.main([*command, 'MergeAll,Merge'])
+    assert "label_transforms names ['Merge']" in capsys.readouterr().err
