@@ -8,13 +8,13 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmseg_imbalance.dataset_parts import part_repeats, part_rows, part_starts
-from mmseg_imbalance.label_files import decode, lossy_format, reading, value_counts, whole_numbers
+from mmseg_imbalance.label_files import decode, lossy_file, reading, value_counts, whole_numbers
 from mmseg_imbalance.label_steps import LabelSteps, find_steps, loads_images, names
 
 __all__ = [
@@ -164,7 +164,8 @@ def _warn_of_left_out(left_out: dict[str, str], run: list[str]) -> None:
     if not left_out or not is_main_process():
         return
     listed = ', '.join(f'{name} ({reason})' for name, reason in left_out.items())
-    wanted = ', '.join(repr(name.partition('(')[0]) for name in dict.fromkeys([*run, *left_out]))
+    inside = (name.rpartition('(')[2].rstrip(')').split(', ') for name in (*run, *left_out))
+    wanted = ', '.join(map(repr, dict.fromkeys(chain.from_iterable(inside))))
     print_log(
         f'the labels are counted as they are before {listed}: no transform of MMSegmentation, and counting, '
         'which loads no image, could not run it. If it changes what a label means, the counts are wrong: '
@@ -205,12 +206,7 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
     info = annotation.dataset.get_data_info(annotation.row)
     notes: list[Note] = []
     if table is None:
-        lossy = ''
-        with (
-            suppress(OSError),
-            open(info.get('seg_map_path') or '', 'rb') as file,
-        ):  # where it is a local file
-            lossy = lossy_format(file)
+        lossy = lossy_file(str(info.get('seg_map_path')))
         results = steps.loaded(info, path)
     else:
         with reading(path):
@@ -225,7 +221,8 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         if not steps.change:
             return _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
         changed = np.flatnonzero(cast != whole)
-        notes += [_cast_note(whole[at], table[cast[at]], pixels[at]) for at in changed]
+        ignored = annotation.ignore_index
+        notes += [_cast_note(whole[at], table[cast[at]], pixels[at], ignored) for at in changed]
         fields = [*info.get('seg_fields', ()), 'gt_seg_map']
         results = {**info, 'gt_seg_map': table[_as_bytes(raw)], 'seg_fields': fields}
     failed: list[str] = []
@@ -234,13 +231,11 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
     if results is None:  # the pipeline drops this image
         return PixelCount(np.zeros(num_classes, dtype=np.int64), 0)
     labels = np.asarray(results['gt_seg_map'])
-    _check_array(
-        labels, path, colours=loads_images(steps) and labels.squeeze().shape[2:] in ((2,), (3,), (4,))
-    )
+    channels = labels.squeeze().shape[2:]
+    _check_array(labels, path, colours=loads_images(steps) and channels in ((2,), (3,), (4,)))
     if lossy:
-        notes.append(
-            Note(f'a {lossy} file does not keep labels, your own transforms must restore them', labels.size)
-        )
+        text = f'a {lossy} file does not keep labels, and transforms of your own must restore them'
+        notes.append(Note(text, labels.size))
     text = 'fails on some labels, without the image, and is left out there unless label_transforms names it'
     notes += [Note(f'{name} {text}', labels.size) for name in failed]
     values, pixels = value_counts(labels)
@@ -282,10 +277,10 @@ def _refuse_lossy(lossy: str, path: str) -> None:
         )
 
 
-def _cast_note(value: int, label: int, pixels: int) -> Note:
-    return Note(
-        f'{value} in the file is {label} for training, as MMSegmentation loads labels as bytes', int(pixels)
-    )
+def _cast_note(value: int, label: int, pixels: int, ignore_index: int) -> Note:
+    what = f'{label}, ignored,' if label == ignore_index else label
+    text = f'{value} in the file is {what} for training, as LoadAnnotations keeps one byte of a value'
+    return Note(text, int(pixels))
 
 
 def notes_text(notes: Iterable[Note]) -> str:
@@ -295,10 +290,8 @@ def notes_text(notes: Iterable[Note]) -> str:
     for note in notes:
         files[note.text] += 1
         pixels[note.text] += note.pixels
-    listed = '; '.join(f'{text}: {files[text]:,} files, {pixels[text]:,} pixels' for text in files)
-    return (
-        listed and f'annotations are counted as training sees them, which may not be what is meant: {listed}.'
-    )
+    listed = '; '.join(f'{text} ({files[text]:,} files, {pixels[text]:,} pixels)' for text in files)
+    return listed and f'labels are counted as training sees them, which may not be what is meant: {listed}.'
 
 
 def _tally(
@@ -325,7 +318,8 @@ def _tally(
         )
     counts = np.zeros(num_classes, dtype=np.int64)
     np.add.at(counts, labels[~ignored], pixels[~ignored])
-    notes = [_cast_note(values[at], labels[at], pixels[at]) for at in np.flatnonzero(changed)]
+    at_changed = zip(values[changed], labels[changed], pixels[changed], strict=True)
+    notes = [_cast_note(*each, annotation.ignore_index) for each in at_changed]
     return PixelCount(counts, int(pixels[ignored].sum()), tuple(notes))
 
 
@@ -350,9 +344,7 @@ def _causes(
             'than the file holds. Save labels from 0 to 255, and ignore_index where there is none.'
         )
     if num_classes == 1:
-        return (
-            f'Likely cause: two values and one class. {_TWO_CLASSES.format(_only_class(annotation.dataset))}'
-        )
+        return f'Likely cause: two values and one class. {_two_classes(annotation.dataset)}'
     drawn = np.unique(values[labels != annotation.ignore_index])
     if drawn.max() >= max(100, 3 * num_classes) and np.diff(drawn).min(initial=256) >= 10:
         return (
@@ -369,20 +361,18 @@ def _causes(
     )
 
 
-_TWO_CLASSES = (
-    "The background is a class too: write classes=('background', {!r}), num_classes=2 in the head, where "
-    'out_channels=1 stays possible, and labels 0 and 1.'
-)
-
-
-def _only_class(dataset: Any) -> str:
-    return str(dataset.metainfo['classes'][0])
+def _two_classes(dataset: Any) -> str:
+    return (
+        "The background is a class too: write classes=('background', "
+        f'{str(dataset.metainfo["classes"][0])!r}), num_classes=2 in the head, where out_channels=1 stays '
+        'possible, and labels 0 and 1.'
+    )
 
 
 def one_class_alone(dataset: Any) -> str:
     """The message about a training data set of one class."""
     return (
-        f'{_only_class(dataset)!r} is the only class and all valid pixels are of it, so a model learns '
-        f'nothing: the softmax over one class is always 1. {_TWO_CLASSES.format(_only_class(dataset))} '
-        'Objects saved as 255 are ignored, and so are zeros with reduce_zero_label=True.'
+        f'{str(dataset.metainfo["classes"][0])!r} is the only class and all valid pixels are of it, so a '
+        f'model learns nothing: the softmax over one class is always 1. {_two_classes(dataset)} Objects '
+        'saved as 255 are ignored, and so are zeros with reduce_zero_label=True.'
     )

@@ -20,9 +20,8 @@ class Part(NamedTuple):
         """The transforms that its images go through, those of sequences of transforms one by one."""
         transforms = list(self.dataset.pipeline.transforms)
         for mixer in self.mixers:
-            skipped = mixer._skip_type_keys or ()
-            pairs = zip(mixer.pipeline, mixer.pipeline_types, strict=True)
-            transforms += [step for step, kind in pairs if kind not in skipped]
+            kinds = zip(mixer.pipeline, mixer.pipeline_types, strict=True)
+            transforms += [step for step, kind in kinds if kind not in (mixer._skip_type_keys or ())]
         return [each for step in transforms for each in _flat(step)]
 
 

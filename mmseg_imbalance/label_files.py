@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ['decode', 'lossy_format', 'reading', 'value_counts', 'whole_numbers']
+__all__ = ['decode', 'lossy_file', 'lossy_format', 'reading', 'value_counts', 'whole_numbers']
 
 
 @contextmanager
@@ -80,6 +80,13 @@ def lossy_format(file: BinaryIO) -> str:
             file.seek(0)
             if 'jpeg' in Image.open(file).info.get('compression', ''):
                 return 'TIFF with JPEG compression'
+    return ''
+
+
+def lossy_file(path: str) -> str:
+    """The :func:`lossy_format` of a local file, '' of what is none."""
+    with suppress(OSError), open(path, 'rb') as file:
+        return lossy_format(file)
     return ''
 
 

@@ -31,8 +31,6 @@ KEEP_LABELS = {  # they move, cut or pack labels, or see the image alone
     'ResizeShortestEdge', 'ResizeToMultiple', 'SegRescale', 'TestTimeAug', 'ToTensor',
     'TransformBroadcaster',
 }  # fmt: skip
-
-
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -106,7 +104,7 @@ def loads_images(steps: LabelSteps) -> bool:
 
 
 def names(steps: Sequence[Any]) -> list[str]:
-    """Of transforms as a config has them; a wrapper with what it holds in brackets."""
+    """Of transforms as a config has them; a wrapper with those in brackets that it holds and nobody knows."""
     return [_name(step) for step in steps]
 
 
@@ -206,11 +204,8 @@ def _reason(results: dict[str, Any], found: Any) -> str | None:
     after = np.asarray(found['gt_seg_map'])
     if 'img' in found and 'img' not in results and np.array_equal(before, after):
         return ''  # it loads the image
-    if (
-        before.ndim == after.ndim
-        and before.shape != after.shape
-        and np.isin(value_counts(after)[0], before).all()
-    ):
+    resized = before.ndim == after.ndim and before.shape != after.shape
+    if resized and np.isin(value_counts(after)[0], before).all():
         return 'it changes the size of the labels'
     return None
 
@@ -239,11 +234,10 @@ def _run(steps: Sequence[Any], results: dict[str, Any]) -> Any:
 @contextmanager
 def _seeded(steps: Sequence[Any], seed: int) -> Iterator[None]:
     """The same random numbers for an image in every count, and none taken from training."""
-    common = [random, np.random, torch.default_generator]
-    own = [
-        value for step in steps for part in _parts(step) for value in getattr(part, '__dict__', {}).values()
-    ]
-    sources = [*common, *(value for value in own if isinstance(value, GENERATORS))]
+    sources: list[Any] = [random, np.random, torch.default_generator]
+    for part in (part for step in steps for part in _parts(step)):
+        options = getattr(part, '__dict__', {}).values()
+        sources += [value for value in options if isinstance(value, GENERATORS)]
     states = [_state(source) for source in sources]
     for source in sources:
         if isinstance(source, np.random.Generator):
@@ -271,13 +265,14 @@ def _is(step: Any, known: set[str]) -> bool:
     return root in ('mmcv', 'mmengine', 'mmseg') and type(step).__name__ in known
 
 
+def _is_known(step: Any) -> bool:
+    ours = str(getattr(step, '__module__', '')).startswith('mmseg_imbalance.')
+    return ours or _is(step, KEEP_LABELS | IMAGE_LOADERS)
+
+
 def _keeps_labels(step: Any) -> bool:
     """Whether a transform, and all that it holds, is known not to change what a label means."""
-    return all(
-        _is(part, KEEP_LABELS | IMAGE_LOADERS)
-        or str(getattr(part, '__module__', '')).startswith('mmseg_imbalance.')
-        for part in _parts(step)
-    )
+    return all(map(_is_known, _parts(step)))
 
 
 def _parts(step: Any) -> Iterator[Any]:
@@ -294,5 +289,5 @@ def _own_name(step: Any) -> str:
 
 
 def _name(step: Any) -> str:
-    held = [_own_name(part) for part in _parts(step) if _own_name(part) != 'Compose'][1:]
+    held = [_own_name(part) for part in _parts(step) if part is not step and not _is_known(part)]
     return f'{_own_name(step)}({", ".join(held)})' if held else _own_name(step)

@@ -155,8 +155,8 @@ def test_values_that_become_the_ignored_label_are_ignored_with_one_warning(save,
         assert got == want
         pixels = sum((np.array(Image.open(path)) == value).sum() for path in (root / 'ann').iterdir())
         (message,) = warned
-        assert f'{value} in the file is 255 for training' in message
-        assert f'3 files, {pixels} pixels' in message
+        assert f'{value} in the file is 255, ignored, for training' in message
+        assert f'(3 files, {pixels} pixels)' in message
         warned.clear()
 
 
@@ -166,7 +166,7 @@ def test_what_the_loader_makes_of_values_is_asked_of_the_loader(save, warned):
     with pytest.raises(ValueError, match=r'256 -> 0: \d+ pixels.*keeps one byte'):
         counted(make(root))
     assert counted(make(root, reduce_zero_label=True)) == seen(make(root, reduce_zero_label=True))
-    assert '256 in the file is 255' in warned[0]
+    assert '256 in the file is 255, ignored,' in warned[0]
     root = save(labels_of([0, 1, 2, 258]).astype(np.uint16))
     with pytest.raises(ValueError, match=r'258 -> 1: \d+ pixels'):
         counted(make(root, reduce_zero_label=True))

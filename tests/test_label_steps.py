@@ -259,7 +259,12 @@ def test_what_needs_the_image_is_named_with_the_option_that_runs_it(root, warned
     before = seen(make(root, [LoadAnnotations(), PackSegInputs()], classes))
     assert counted(make(root, pipeline, classes)) == before
     (message,) = warned
-    for part in ('WithImage', "KeyError: 'img'", 'counted as they are before', "label_transforms=('"):
+    for part in (
+        'WithImage',
+        "KeyError: 'img'",
+        'counted as they are before',
+        "label_transforms=('WithImage',)",
+    ):
         assert part in message
     warned.clear()
     assert counted(make(root, pipeline, classes), label_transforms=()) == before
@@ -330,7 +335,11 @@ def test_what_needs_the_image_of_some_only_is_left_out_there_with_a_warning(root
 
 def test_what_needs_the_image_now_and_then_never_stops_the_count(root, warned):
     for seed in range(4):
-        steps = [LoadAnnotations(), Merge(), RandomApply([WithImage(), Half()], prob=0.5)]
+        steps = [
+            LoadAnnotations(),
+            Merge(),
+            RandomApply([WithImage(), RandomFlip(prob=0.5), Half()], prob=0.5),
+        ]
         counted(make(root, steps, indices=list(range(seed, 5))))
     assert len(warned) == 4
     assert all('RandomApply(WithImage, Half)' in message for message in warned)
