@@ -68,7 +68,7 @@ class LabelSteps(NamedTuple):
             try:
                 after = _run([step], results)
                 if after is not None and 'gt_seg_map' not in after:
-                    raise KeyError('gt_seg_map, which it takes away')
+                    raise KeyError('gt_seg_map')
             except Exception as error:
                 if self.named:
                     after = self._with_image(step, before, error, path)
