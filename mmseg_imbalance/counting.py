@@ -17,15 +17,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmseg_imbalance.annotations import (
-    Annotation,
-    Note,
-    count_pixels,
-    find_annotations,
-    notes_text,
-    one_class_alone,
-)
+from mmseg_imbalance.annotations import Annotation, find_annotations
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
+from mmseg_imbalance.pixel_counts import Note, count_pixels, notes_text, one_class_alone
 
 __all__ = ['CITYSCAPES_CITIES', 'count_classes', 'default_cache_dir', 'training_frequency']
 

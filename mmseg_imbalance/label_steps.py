@@ -41,6 +41,7 @@ class LabelSteps(NamedTuple):
     change: tuple[Any, ...] = ()  # those after it that change what labels mean
     image: tuple[Any, ...] = ()  # one of them loads the image, for a step that asks for it
     named: bool = False  # `change` was named by the user: what fails then is an error
+    left_out: tuple[str, ...] = ()  # names of those that may change labels too, and could not be run
 
     def parts(self) -> Iterator[Any]:
         """Every transform whose code or options decide about the labels, those inside others too."""
@@ -150,7 +151,7 @@ def find_steps(
             results = found if isinstance(found, dict) else results
         elif reason:
             left_out[_name(step)] = reason
-    return LabelSteps(load, tuple(kept)), left_out, set()
+    return LabelSteps(load, tuple(kept), left_out=tuple(left_out)), left_out, set()
 
 
 def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> tuple[int, tuple[Any, ...]]:

@@ -306,6 +306,19 @@ def test_named_transforms_alone_are_run_without_a_warning(root, warned):
     assert warned == []
 
 
+def test_labels_out_of_range_and_lossy_files_name_the_transforms_that_were_not_run(root, warned):
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), RandomApply([WithImage()], 1.0)]
+    with pytest.raises(ValueError, match=r"3 -> 3.*did not run RandomApply\(WithImage\).*\('WithImage',\)"):
+        counted(make(root, pipeline))
+    assert counted(make(root, pipeline), label_transforms=[WithImage]) == counted(
+        make(root, pipeline), label_transforms=['own.WithImage']
+    )
+    for path in (root / 'ann').iterdir():
+        Image.open(path).save(path, format='JPEG')
+    with pytest.raises(ValueError, match=r'saved as JPEG.*did not run RandomApply\(WithImage\)'):
+        counted(make(root, pipeline))
+
+
 def test_a_named_transform_that_fails_even_with_the_image_is_an_error(root):
     def broken(results):
         raise KeyError('gt_edge')
