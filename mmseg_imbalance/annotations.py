@@ -142,10 +142,10 @@ def _warn_of_left_out(left_out: dict[str, str], run: list[str]) -> None:
     listed = ', '.join(f'{name} ({reason})' for name, reason in left_out.items())
     wanted = option_naming([*run, *left_out])
     print_log(
-        f'the labels are counted as they are before {listed}: no transform of MMSegmentation, and counting, '
-        'which loads no image, could not run it. If it changes what a label means, the counts are wrong: '
-        f'name all transforms that do, {wanted} of ClassWeightHook, RareClassSampler and '
-        'others. They are run with the image then. label_transforms=() runs none and silences this.',
+        f"the labels are counted as they are before {listed}. Transforms that are not MMSegmentation's may "
+        'change what a label means, and counting, where no image is loaded, could not run these. If they do, '
+        f'the counts are wrong: name all that do, {wanted} of ClassWeightHook, RareClassSampler and others. '
+        'They are run with the image then. label_transforms=() runs none and silences this.',
         logger='current',
         level=logging.WARNING,
     )

@@ -58,7 +58,9 @@ class LabelSteps(NamedTuple):
             return _run(self.load, info)
 
     def changed(self, results: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, list[str]]:
-        """Results with the labels as training sees them, None as above; and the names of what failed.
+        """Results with the labels as training sees them, and the names of what failed.
+
+        Where a step drops the image by returning None, that and its name.
 
         Raises:
             ValueError: a step that the user named fails.
@@ -77,7 +79,7 @@ class LabelSteps(NamedTuple):
                     failed.append(_name(step))
                     after = before
             if after is None:
-                return None, failed
+                return None, [_name(step)]
             results = after
         return results, failed
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmseg_imbalance.annotations import Annotation, option_naming
 from mmseg_imbalance.label_files import decode, lossy_file, reading, value_counts, whole_numbers
-from mmseg_imbalance.label_steps import LabelSteps, loads_images
+from mmseg_imbalance.label_steps import LabelSteps, loads_images, names
 
 __all__ = ['Note', 'PixelCount', 'count_pixels', 'notes_text', 'one_class_alone']
 
@@ -60,11 +60,14 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         notes += [_cast_note(whole[at], table[cast[at]], pixels[at], ignored) for at in changed]
         fields = [*info.get('seg_fields', ()), 'gt_seg_map']
         results = {**info, 'gt_seg_map': table[_as_bytes(raw)], 'seg_fields': fields}
-    failed: list[str] = []
+    failed = names(steps.load[-1:])
     if results is not None:
         results, failed = steps.changed(results, path)
-    if results is None:  # the pipeline drops this image
-        return PixelCount(np.zeros(num_classes, dtype=np.int64), 0)
+    if results is None:
+        dropped = Note(
+            f'{failed[0]} returns None, so training takes another image and this counts nothing', 0
+        )
+        return PixelCount(np.zeros(num_classes, dtype=np.int64), 0, (dropped,))
     labels = np.asarray(results['gt_seg_map'])
     channels = labels.squeeze().shape[2:]
     _check_array(labels, path, colours=loads_images(steps) and channels in ((2,), (3,), (4,)))
@@ -87,9 +90,11 @@ def _as_bytes(values: np.ndarray) -> np.ndarray:
 
 def _check_array(labels: np.ndarray, path: str, colours: bool) -> None:
     if colours:
+        grey = labels[..., :3] if labels.shape[-1] > 2 else labels[..., :1]  # without transparency
+        same = ' Its channels are the same here: save one of them.' if (grey == grey[..., :1]).all() else ''
         raise ValueError(
             f'{path}: shape {labels.shape}, but a label image has one channel of class '
-            "indices. Convert colours to indices; imdecode_backend='pillow' keeps a palette's."
+            f"indices. Convert colours to indices; imdecode_backend='pillow' keeps a palette's.{same}"
         )
     if labels.dtype.kind not in 'biuf':
         raise ValueError(f'{path}: gt_seg_map must hold numbers, got an array of {labels.dtype}')
@@ -187,9 +192,9 @@ def _causes(
             "MMSegmentation's LoadAnnotations keeps one byte of a value, so training would see other labels "
             'than the file holds. Save labels from 0 to 255, and ignore_index where there is none.'
         )
-    if num_classes == 1:
-        return f'Likely cause: two values and one class. {_two_classes(annotation.dataset)}'
     drawn = np.unique(values[labels != annotation.ignore_index])
+    if num_classes == 1 and len(drawn) < 3:
+        return f'Likely cause: two values and one class. {_two_classes(annotation.dataset)}'
     if drawn.max() >= max(100, 3 * num_classes) and np.diff(drawn).min(initial=256) >= 10:
         return (
             'Likely cause: masks scaled for viewing, or made of colours, whose values are spread over the '

@@ -123,7 +123,10 @@ def test_tiffs_count_as_training_sees_them(save, kind):
 @pytest.mark.parametrize('mode', ['LA', 'RGB', 'RGBA'])
 def test_several_channels_are_refused_as_training_does(save, mode):
     root = save(Image.fromarray(labels_of([0, 1]).astype(np.uint8)).convert(mode))
-    with pytest.raises(ValueError, match=r'0\.png: shape .* but a label image has one channel'):
+    with pytest.raises(ValueError, match=r'0\.png: shape .* but a label image has one channel.*are the same'):
+        counted(make(root))
+    root = save(np.random.default_rng(0).integers(0, 9, (5, 6, 3)).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"one channel.* keeps a palette's\.$"):
         counted(make(root))
 
 

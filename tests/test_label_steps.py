@@ -234,7 +234,7 @@ def test_random_transforms_count_the_same_every_time_and_training_draws_as_witho
     assert states[2].bit_generator.state == own
 
 
-def test_an_image_that_the_pipeline_drops_is_not_counted(root):
+def test_an_image_that_the_pipeline_drops_is_not_counted_and_a_warning_says_how_many(root, warned):
     def pipeline():
         return [LoadAnnotations(), Merge(), Drop(), PackSegInputs()]
 
@@ -243,6 +243,8 @@ def test_an_image_that_the_pipeline_drops_is_not_counted(root):
     ]
     assert 0 < len(left) < 5
     assert counted(make(root, pipeline())) == seen(make(root, pipeline(), indices=left))
+    assert 'Drop returns None, so training takes another image' in warned[0]
+    assert f'({5 - len(left)} files' in warned[0]
 
 
 @pytest.mark.parametrize('order', [(0, 1, 2), (0, 1, 3), (0, 1, 4)])
