@@ -581,7 +581,8 @@ def config(root, **hook):
         '@TRANSFORMS.register_module(force=True)\n'
         'class MergeAll(BaseTransform):\n'
         '    def transform(self, results):\n'
-        "        results['gt_seg_map'][results['gt_seg_map'] < 9] = results['img'].ndim - 2\n"
+        "        labels = results['gt_seg_map']\n"
+        "        labels[labels < 9] = labels[labels < 9].clip(max=results['img'].ndim - 2)\n"
         '        return results\n'
     )
     dataset = dict(
@@ -612,7 +613,7 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
     cache = dict(cache_dir=tmp_path / 'cache')
     for source, options in ((cfg, {}), (merging(), dict(label_transforms=('MergeAll',)))):
         frequency = training_frequency(source, progress=False, **options, **cache)
-        assert np.flatnonzero(frequency.pixels).tolist() == [1]
+        assert np.flatnonzero(frequency.pixels).tolist() == [0, 1]
     assert warned == []
     assert np.flatnonzero(training_frequency(cfg, label_transforms=(), **cache).pixels).tolist() == [
         0,
@@ -626,7 +627,7 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     sampler = RareClassSampler(dataset, num_workers=0, label_transforms=['MergeAll'], **cache)
     drawn = {index.class_index for index, _ in zip(sampler, range(20), strict=False)}
-    assert drawn - {None} == {1}
+    assert drawn - {None} <= {0, 1}
 
     seen_options = []
 
