@@ -84,13 +84,12 @@ class LabelSteps(NamedTuple):
         return results, failed
 
     def _with_image(self, step: Any, results: dict[str, Any], error: Exception, path: str) -> Any:
-        for loader in self.image:
-            found = _attempt(loader, results)
-            if isinstance(found, dict) and 'img' in found:
-                after = _attempt(step, {**found, 'gt_seg_map': results['gt_seg_map']})
-                if after is None or (isinstance(after, dict) and 'gt_seg_map' in after):
-                    return after
-                error = after if isinstance(after, Exception) else error
+        _, pictured = _picture(self.image, results)
+        after = _attempt(step, pictured)
+        dropped = after is None and pictured is not None
+        if dropped or (isinstance(after, dict) and 'gt_seg_map' in after):
+            return after
+        error = after if isinstance(after, Exception) else error
         raise ValueError(
             f'{path}: {_name(step)}, named in label_transforms, fails on these labels '
             f'({type(error).__name__}: {error}). It gets the image as it is loaded and the labels, both '
@@ -103,7 +102,7 @@ def loads_images(steps: LabelSteps) -> bool:
     """Whether a loader of images of MMCV or MMSegmentation, or one derived from it, loads the labels."""
     from mmcv.transforms import LoadAnnotations
 
-    return isinstance(steps.load[-1], LoadAnnotations)
+    return any(isinstance(step, LoadAnnotations) for step in steps.load)
 
 
 def names(steps: Sequence[Any]) -> list[str]:
@@ -131,29 +130,70 @@ def find_steps(
     """
     position, load = _find_loader(transforms, info, path)
     after = [copy.copy(step) for step in transforms[position + 1 :]]
-    if wanted is not None:
-        held = [({_own_name(part) for part in _parts(step)} & set(wanted), step) for step in after]
-        change = tuple(step for found, step in held if found)
-        image = [step for step in transforms if _is(step, IMAGE_LOADERS)]
-        image += [step for step in transforms[:position] if not _keeps_labels(step)]
-        image += [step for found, step in held if not found and not _keeps_labels(step)]
-        steps = LabelSteps(load, change, tuple(image) if change else (), named=True)
-        return steps, {}, set().union(*(found for found, _ in held))
-    unknown = [step for step in after if not _keeps_labels(step)]
+    held = [({_own_name(part) for part in _parts(step)} & set(wanted or ()), step) for step in after]
+    image = [step for step in transforms if _is(step, IMAGE_LOADERS)]
+    image += [step for step in transforms[:position] if not _keeps_labels(step)]
+    image += [step for found, step in held if not found and not _keeps_labels(step)]
+    if wanted is None:
+        unknown = [step for step in after if not _keeps_labels(step)]
+        steps, left_out = _try_steps(load, unknown, image, info, path)
+        return steps, left_out, set()
+    steps = LabelSteps(load, tuple(step for found, step in held if found), tuple(image), named=True)
+    if steps.change:
+        results = steps.loaded(info, path)
+        loader, pictured = _picture(image, results)
+        if not _same(_labels(steps, results, path), _labels(steps, pictured, path)):
+            steps = steps._replace(load=(*load, loader))  # a step that works without the image, but otherwise
+    return steps, {}, set().union(*(found for found, _ in held))
+
+
+def _try_steps(
+    load: tuple[Any, ...], unknown: Sequence[Any], image: Sequence[Any], info: dict[str, Any], path: str
+) -> tuple[LabelSteps, dict[str, str]]:
+    """Those of the transforms that can be run without the image, and why the others are left out."""
     results = LabelSteps(load).loaded(info, path) if unknown else None
+    _, pictured = _picture(image, results)
     kept, left_out = [], {}
     for step in unknown:
         if results is None:  # this row is dropped, so nothing can be tried on it
             kept.append(step)
             continue
-        found = _attempt(step, results)
+        found, seen = _attempt(step, results), _attempt(step, pictured)
         reason = _reason(results, found)
+        if reason is None and not _same(found, seen):
+            reason = 'its labels depend on the image'
         if reason is None:
             kept.append(step)
-            results = found if isinstance(found, dict) else results
+            results = found
+            pictured = seen if isinstance(seen, dict) else None
         elif reason:
             left_out[_name(step)] = reason
-    return LabelSteps(load, tuple(kept), left_out=tuple(left_out)), left_out, set()
+    return LabelSteps(load, tuple(kept), left_out=tuple(left_out)), left_out
+
+
+def _picture(image: Sequence[Any], results: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+    """The first transform that loads the image, and the results with it; None, None if none does."""
+    if results is not None and 'img' not in results:
+        for loader in image:
+            found = _attempt(loader, results)
+            if isinstance(found, dict) and 'img' in found:
+                return loader, {**found, 'gt_seg_map': results['gt_seg_map']}
+    return None, None
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether results hold the same labels; yes where the second are an error or no results."""
+    if not isinstance(second, dict):
+        return True
+    labels = first.get('gt_seg_map') if isinstance(first, dict) else None
+    return np.array_equal(np.asarray(labels), np.asarray(second.get('gt_seg_map')))
+
+
+def _labels(steps: LabelSteps, results: dict[str, Any] | None, path: str) -> Any:
+    try:
+        return None if results is None else steps.changed(copy.deepcopy(results), path)[0]
+    except ValueError as error:  # is met again in counting
+        return error
 
 
 def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> tuple[int, tuple[Any, ...]]:
@@ -217,8 +257,10 @@ def _part(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
 
 
-def _attempt(step: Any, results: dict[str, Any]) -> Any:
+def _attempt(step: Any, results: dict[str, Any] | None) -> Any:
     """What a transform makes of a copy of the results, or the error that it raises."""
+    if results is None:
+        return None
     try:
         return _run([step], copy.deepcopy(results))
     except Exception as error:

@@ -12,7 +12,7 @@ from mmseg_imbalance.annotations import Annotation, option_naming
 from mmseg_imbalance.label_files import decode, lossy_file, reading, value_counts, whole_numbers
 from mmseg_imbalance.label_steps import LabelSteps, loads_images, names
 
-__all__ = ['Note', 'PixelCount', 'count_pixels', 'notes_text', 'one_class_alone']
+__all__ = ['Note', 'PixelCount', 'count_pixels', 'not_run', 'notes_text', 'one_class_alone']
 
 
 class Note(NamedTuple):
@@ -113,11 +113,11 @@ def _refuse_lossy(lossy: str, path: str, steps: LabelSteps) -> None:
             'numpy.unique(numpy.array(PIL.Image.open(PATH))) shows them. Save the labels anew as PNG from '
             'where they were drawn; changing the format of this file keeps the wrong labels. If only two '
             'values were meant, a threshold restores them, also in a transform of your own after '
-            f'LoadAnnotations.{_not_run(steps)}'
+            f'LoadAnnotations.{not_run(steps)}'
         )
 
 
-def _not_run(steps: LabelSteps) -> str:
+def not_run(steps: LabelSteps) -> str:
     """What to do about transforms that may mend the labels and that counting has left out."""
     if not steps.left_out:
         return ''
@@ -163,7 +163,7 @@ def _tally(
             f'{annotation.path}: labels out of range, value in the file -> label: '
             f'{", ".join(listed[:20])}. Allowed are 0 to {num_classes - 1} and ignore_index '
             f'{annotation.ignore_index}; the file holds {values[:50].tolist()}. '
-            f'{causes}{_not_run(annotation.steps)}'
+            f'{causes}{not_run(annotation.steps)}'
         )
     counts = np.zeros(num_classes, dtype=np.int64)
     np.add.at(counts, labels[~ignored], pixels[~ignored])

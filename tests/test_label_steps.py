@@ -278,6 +278,24 @@ def test_what_needs_the_image_is_named_with_the_option_that_runs_it(root, warned
     assert warned == []
 
 
+class IfImage(BaseTransform):
+    """Does nothing, without a word, where there is no image."""
+
+    def transform(self, results):
+        return Merge()(results) if results.get('img') is not None else results
+
+
+def test_what_does_otherwise_with_the_image_is_found_by_looking_at_one(root, warned):
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), IfImage(), PackSegInputs()]
+    classes = tuple(f'class {at}' for at in range(6))
+    before = seen(make(root, [LoadAnnotations(), PackSegInputs()], classes))
+    assert counted(make(root, pipeline, classes)) == before
+    assert 'IfImage (its labels depend on the image)' in warned.pop()
+    truth = seen(make(root, pipeline, classes))
+    assert counted(make(root, pipeline, classes), label_transforms=['IfImage']) == truth
+    assert warned == []
+
+
 def test_one_warning_names_all_of_all_data_sets(root, warned):
     class Other(WithImage):
         pass
