@@ -100,15 +100,8 @@ def value_counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     with np.errstate(invalid='ignore'):  # NaN, which is no byte and so found to differ
         narrow = labels.astype(np.uint8, copy=False)
-    if labels.size == 0:
+    if labels.size == 0 or (narrow is not labels and not np.array_equal(narrow, labels)):
         return np.unique(labels, return_counts=True)
-    if narrow is not labels and not np.array_equal(narrow, labels):
-        if labels.dtype.kind not in 'iu' or int(labels.max()) - int(labels.min()) > 2**20:
-            return np.unique(labels, return_counts=True)
-        lowest = int(labels.min())
-        counts = np.bincount(labels.ravel().astype(np.int64) - lowest)  # -1 and 65535 need no sorting
-        found = np.flatnonzero(counts)
-        return found + lowest, counts[found]
     flat = narrow.ravel()
     breaks = flat[1:] != flat[:-1]
     if np.count_nonzero(breaks) < flat.size // 32:
