@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -17,18 +16,16 @@ from mmengine.config import Config
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
-from mmseg.datasets import BaseSegDataset, CityscapesDataset, MultiImageMixDataset
+from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
 from mmseg_imbalance.annotations import dataset_rows
 from mmseg_imbalance.counting import (
-    CITYSCAPES_CITIES,
     count_classes,
-    default_cache_dir,
     training_frequency,
 )
-from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
+from mmseg_imbalance.frequency import ClassFrequency
 
 CAMVID = Path(__file__).resolve().parents[2] / 'shared' / 'camvid'
 NAMES = ('sky', 'road', 'tree', 'car', 'sign')
@@ -127,6 +124,14 @@ def warned(monkeypatch):
     messages = []
     monkeypatch.setattr('mmengine.logging.print_log', lambda message, **_: messages.append(message))
     return messages
+
+
+def same(first, second):
+    for name in ('classes', 'image_keys', 'num_images', 'dataset_images'):
+        assert getattr(first, name) == getattr(second, name)
+    for name in ('counts', 'repeats'):
+        assert getattr(first, name).tolist() == getattr(second, name).tolist()
+    assert numbers(first) == numbers(second)
 
 
 def mosaic(dataset):
@@ -254,68 +259,6 @@ def test_camvid_equals_its_published_counts():
     assert numbers(count_classes(dataset, ignore_index=11)) == numbers(frequency)
 
 
-# Cityscapes
-
-
-class Listed(CityscapesDataset):
-    """CityscapesDataset whose file names are given; not one of them exists."""
-
-    files = ()
-
-    def load_data_list(self):
-        return [
-            {
-                'img_path': name,
-                'seg_map_path': f'/nowhere/{name}{self.seg_map_suffix}',
-                'label_map': self.label_map,
-                'reduce_zero_label': self.reduce_zero_label,
-                'seg_fields': [],
-            }
-            for name in self.files
-        ]
-
-
-Listed.__name__ = 'CityscapesDataset'
-
-
-CITIES = tuple(sorted(CITYSCAPES_CITIES))
-
-
-def cityscapes(cities=CITIES, images=2975, **options):
-    Listed.files = [f'{cities[n % len(cities)]}_{n:06d}_000019' for n in range(images)]
-    return Listed(pipeline=[LoadAnnotations()], **options)
-
-
-@pytest.mark.parametrize('options', [{}, {'max_images': 5}])
-def test_cityscapes_train_needs_no_file(options):
-    assert count_classes(cityscapes(lazy_init=True), **options) is CITYSCAPES_TRAIN
-    assert count_classes(mosaic(cityscapes()), **options) is CITYSCAPES_TRAIN
-    with pytest.raises(FileNotFoundError):
-        count_classes(cityscapes(), per_image=True, **options)
-    # Nothing was left out: valid and ignored pixels are all pixels of 2975 images.
-    assert CITYSCAPES_TRAIN.pixels.sum() + CITYSCAPES_TRAIN.ignored == 2975 * 2048 * 1024
-
-
-@pytest.mark.parametrize(
-    'options',
-    [
-        {'images': 2974},
-        {'cities': ('aachen', 'bochum')},
-        {'cities': (*CITIES, 'otherville')},
-        {'reduce_zero_label': True},
-        {'ignore_index': 254},
-        {'seg_map_suffix': '_gtFine_labelIds.png'},
-        {'metainfo': {'classes': CITYSCAPES_TRAIN.classes[::-1]}},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_what_is_nearly_cityscapes_train_is_counted(options):
-    with pytest.raises(FileNotFoundError, match='/nowhere/aachen_000000_000019'):
-        count_classes(cityscapes(**options))
-    with pytest.raises(FileNotFoundError):
-        count_classes(RepeatDataset(cityscapes(), times=2))
-
-
 # Errors
 
 
@@ -412,131 +355,6 @@ def test_what_cannot_be_counted_says_why(root):
         count_classes(make(root, kind=BaseSegDataset))
     with pytest.raises(ValueError, match='max_images=0'):
         count_classes(make(root), max_images=0)
-
-
-# Cache
-
-
-def same(first, second):
-    for name in ('classes', 'image_keys', 'num_images', 'dataset_images'):
-        assert getattr(first, name) == getattr(second, name)
-    for name in ('counts', 'repeats'):
-        assert getattr(first, name).tolist() == getattr(second, name).tolist()
-    assert numbers(first) == numbers(second)
-
-
-@pytest.mark.parametrize('loader', [LoadAnnotations, ShiftedLoader])
-def test_a_cached_count_reads_no_annotation(root, tmp_path, monkeypatch, loader):
-    folder = tmp_path / 'a' / 'cache'
-    first = count_classes(make(root, loader=loader()), cache_dir=folder)
-    get = fileio.get
-
-    def refuse(path, *args, **kwargs):
-        if str(path).startswith(str(root)):
-            pytest.fail('an annotation was read')
-        return get(path, *args, **kwargs)
-
-    monkeypatch.setattr(fileio, 'get', refuse)
-    same(first, count_classes(make(root, loader=loader()), cache_dir=folder))
-    with pytest.raises(pytest.fail.Exception):
-        count_classes(make(root, loader=loader()))
-
-
-CHANGES = {
-    'classes': lambda dataset: (make(dataset, metainfo={'classes': NAMES[::-1]}), {}),
-    'ignored label': lambda dataset: (make(dataset), {'ignore_index': 3}),
-    'repeats': lambda dataset: (RepeatDataset(make(dataset), times=2), {}),
-    'sample': lambda dataset: (make(dataset), {'max_images': 3}),
-    'reduce_zero_label': lambda dataset: (make(dataset, reduce_zero_label=True), {}),
-    'loader': lambda dataset: (make(dataset, loader=ShiftedLoader()), {}),
-    'file': lambda dataset: (spoil(dataset, labels=[[True]]) and make(dataset), {}),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_a_cached_count_of_something_else_is_not_used(tmp_path, change):
-    root = make_labels(tmp_path / 'data', values=(0, 1, 2, 3))
-    count_classes(make(root), cache_dir=tmp_path / 'cache')
-    dataset, options = CHANGES[change](root)
-    want = count_classes(dataset, **options)
-    for _ in range(2):
-        same(count_classes(dataset, cache_dir=tmp_path / 'cache', **options), want)
-    assert len(list((tmp_path / 'cache').iterdir())) == 2
-
-
-@pytest.mark.parametrize('damage', ['cut', 'empty', 'garbage', 'flipped', 'other'])
-def test_a_damaged_cache_is_counted_again_with_a_warning(root, tmp_path, warned, damage):
-    first = count_classes(make(root), cache_dir=tmp_path / 'cache')
-    (path,) = (tmp_path / 'cache').iterdir()
-    data = bytearray(path.read_bytes())
-    if damage == 'other':
-        ClassFrequency.from_rows(['a'], [[1]], [0], ['x']).save(path)
-    else:
-        data[len(data) // 3] ^= 0xFF
-        half = bytes(data[: len(data) // 2])
-        path.write_bytes({'cut': half, 'empty': b'', 'garbage': b'PK12'}.get(damage, bytes(data)))
-    same(first, count_classes(make(root), cache_dir=tmp_path / 'cache'))
-    assert len(warned) == 1
-    assert 'counting again' in warned[0]
-    same(first, count_classes(make(root), cache_dir=tmp_path / 'cache'))
-    assert len(warned) == 1
-
-
-def test_a_cache_that_cannot_be_written_costs_a_warning_only(root, tmp_path, warned):
-    (tmp_path / 'file').touch()
-    same(count_classes(make(root)), count_classes(make(root), cache_dir=tmp_path / 'file'))
-    assert 'not cached' in warned[0]
-
-
-def test_the_default_cache_folder_is_the_users(monkeypatch, tmp_path):
-    monkeypatch.setenv('MMSEG_IMBALANCE_CACHE', str(tmp_path / 'folder'))
-    assert default_cache_dir() == tmp_path / 'folder'
-    monkeypatch.delenv('MMSEG_IMBALANCE_CACHE')
-    monkeypatch.setenv('HOME', '/home/somebody')
-    assert default_cache_dir() == Path('/home/somebody/.cache/mmseg_imbalance')
-
-
-def in_process(work):
-    """A process that runs `work` and ends with 0 if it did not raise."""
-    process = multiprocessing.get_context('fork').Process(target=work)
-    process.start()
-    return process
-
-
-def test_killed_while_writing_the_next_run_finds_no_half_written_cache(root, tmp_path):
-    folder = tmp_path / 'cache'
-
-    def die(file, **_):
-        file.write(b'half')
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def work():
-        np.savez = die
-        count_classes(make(root), cache_dir=folder)
-
-    process = in_process(work)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert [path.suffix for path in folder.iterdir()] == ['.tmp']
-    same(count_classes(make(root)), count_classes(make(root), cache_dir=folder))
-
-
-def test_two_runs_share_one_cache_folder(root, tmp_path, warned):
-    want = count_classes(make(root))
-
-    def work():
-        for number in range(8):
-            same(want, count_classes(make(root), cache_dir=tmp_path / str(number)))
-        if warned:
-            raise RuntimeError(warned)
-
-    processes = [in_process(work) for _ in range(2)]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    for number in range(8):
-        assert [path.suffix for path in (tmp_path / str(number)).iterdir()] == ['.npz']
 
 
 # What hooks, sampler, metric and command share
@@ -660,6 +478,13 @@ def test_sampler_hooks_metric_and_command_share_one_file_of_counts(
 
 
 # Ranks
+
+
+def in_process(work):
+    """A process that runs `work` and ends with 0 if it did not raise."""
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    return process
 
 
 def on_rank(rank, port, root, folder, results):
