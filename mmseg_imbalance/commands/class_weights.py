@@ -9,7 +9,7 @@ from pathlib import Path
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.commands.options import add_cfg_options, command_parser, read_config
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.tables import class_table, table_text
+from mmseg_imbalance.tables import class_table, source_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights
 
 DESCRIPTION = """\
@@ -38,7 +38,7 @@ def _options() -> argparse.ArgumentParser:
     add('--out', metavar='FILE', help='JSON file to write')
     add('--plot', type=_chart, metavar='FILE', help='chart to write: .png, .svg or .pdf')
     add('--max-images', type=int, metavar='N', help='count a random sample of N images; default: all')
-    add('--workers', type=int, default=2, metavar='N', help='worker processes; default %(default)s')
+    add('--workers', type=int, metavar='N', help='worker processes; default: those of the train_dataloader')
     add(
         '--cache-dir',
         metavar='DIR',
@@ -58,13 +58,15 @@ def main(argv: list[str] | None = None) -> int:
             num_workers=args.workers,
             cache_dir=args.cache_dir,
         )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            weights = {scheme: class_weights(frequency, scheme) for scheme in SCHEMES}
     except (ValueError, OSError, RuntimeError) as error:
         options.exit(1, f'{options.prog}: {error}\n')
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        weights = {scheme: class_weights(frequency, scheme) for scheme in SCHEMES}
     # a table of this width is better scrolled than squeezed
     print(table_text(class_table(frequency, weights)))
+    if (sources := source_table(frequency)) is not None:
+        print(table_text(sources))
     for message in sorted({str(warning.message) for warning in caught}):
         print(f'warning: {message}')
     if args.out:
