@@ -68,6 +68,8 @@ def _cause(frequency: ClassFrequency, annotation: Annotation) -> str:
             f'ignore_index={ignored} is the number of the class {frequency.classes[ignored]!r}: give another '
             'label, such as 255.'
         )
+    if not frequency.pixels.any():
+        return f'All labels are {ignored}: check the annotations and how they are loaded.'
     return (
         f'Masks of 0 and {ignored} look like this: {ignored} is the label that training ignores. If it is '
         f'an object, write the number of its class into the files in place of {ignored}, or let '

@@ -1,10 +1,15 @@
 """Counts equal a slow loop through the real pipeline, or there is one clear error."""
 
+import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
+import subprocess
+import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +24,9 @@ from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from mmseg_imbalance import counting
 from mmseg_imbalance.annotations import dataset_rows
 from mmseg_imbalance.counting import (
     count_classes,
@@ -122,7 +129,12 @@ def root(tmp_path):
 @pytest.fixture
 def warned(monkeypatch):
     messages = []
-    monkeypatch.setattr('mmengine.logging.print_log', lambda message, **_: messages.append(message))
+
+    def log(message, logger=None, level=logging.INFO):
+        if level == logging.WARNING:
+            messages.append(message)
+
+    monkeypatch.setattr('mmengine.logging.print_log', log)
     return messages
 
 
@@ -211,6 +223,117 @@ def test_workers_count_the_same_and_training_draws_the_same_random_numbers(root)
     assert numbers(one) == numbers(two)
     assert one.counts.tolist() == two.counts.tolist()
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ended():
+    os._exit(3)
+
+
+@pytest.mark.parametrize('work', [killed, ended])
+def test_where_workers_die_this_process_counts_the_rest(tmp_path, monkeypatch, warned, work):
+    root = make_labels(tmp_path / 'data', images=40)
+    want = count_classes(make(root))
+    count_pixels, in_workers = counting.count_pixels, []
+
+    def count(annotation, *args):
+        if torch.utils.data.get_worker_info() is not None:
+            in_workers.append(annotation)
+            if len(in_workers) == 5:
+                work()
+        return count_pixels(annotation, *args)
+
+    monkeypatch.setattr(counting, 'count_pixels', count)
+    for workers in (1, 2):
+        same(count_classes(make(root), num_workers=workers), want)
+    assert len(warned) == 2
+    assert '2 worker processes cannot count classes (RuntimeError' in warned[1]
+    assert 'num_workers=0' in warned[1]
+
+
+def test_where_workers_cannot_start_this_process_counts(root, monkeypatch, warned):
+    def refuse(self):
+        raise OSError(12, 'Cannot allocate memory')
+
+    monkeypatch.setattr(multiprocessing.Process, 'start', refuse)
+    want = count_classes(make(root))
+    same(count_classes(make(root), num_workers=2), want)
+    assert len(warned) == 1
+    assert 'cannot count classes (OSError: [Errno 12] Cannot allocate memory)' in warned[0]
+
+
+def test_a_loader_that_no_process_can_be_given_is_used_in_this_one(root, monkeypatch, warned):
+    class Local(LoadAnnotations):
+        """Of a function, so it cannot be pickled for a process that starts anew."""
+
+    monkeypatch.setattr(counting, 'DataLoader', partial(DataLoader, multiprocessing_context='spawn'))
+    same(count_classes(make(root, loader=Local()), num_workers=2), count_classes(make(root)))
+    assert len(warned) == 1
+    assert "Can't pickle local object" in warned[0] or 'cannot pickle' in warned[0].lower()
+
+
+SCRIPT = """
+import multiprocessing
+multiprocessing.set_start_method('spawn')
+from test_counting import make
+from mmseg_imbalance.counting import count_classes
+print('pixels', count_classes(make({root!r}), num_workers=1).pixels.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_counts_although_its_workers_cannot_start(root, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT.format(root=str(root)))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | dict(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('pixels') == 1
+    assert f'pixels {count_classes(make(root)).pixels.tolist()}' in done.stdout
+    assert 'worker processes cannot count classes' in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'num_workers': -1}, 'num_workers=-1, allowed are integers, 0 and more'),
+        ({'num_workers': 2.0}, 'num_workers=2.0, allowed'),
+        ({'max_images': True}, 'max_images=True, allowed are integers, 1 and more. None counts all'),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(root, options, words):
+    with pytest.raises(ValueError, match=words):
+        count_classes(make(root), **options)
+
+
+@pytest.mark.parametrize('workers', [0, 3])
+def test_workers_are_by_default_those_of_the_train_dataloader(labels, monkeypatch, workers):
+    used = []
+    monkeypatch.setattr(
+        counting, 'count_classes', lambda *_, num_workers, **__: used.append(num_workers) or None
+    )
+    cfg = config(labels)
+    cfg.train_dataloader.num_workers = workers
+    training_frequency(cfg)
+    training_frequency(cfg, num_workers=1)
+    runner = SimpleNamespace(
+        train_dataloader=SimpleNamespace(dataset=make(labels), num_workers=workers), model=None, cfg=cfg
+    )
+    training_frequency(runner)
+    for method, expected in (('fork', 2), ('spawn', 0), ('forkserver', 0)):
+        monkeypatch.setattr(multiprocessing, 'get_start_method', lambda method=method, **_: method)
+        training_frequency(make(labels))
+        assert used[-1] == expected
+    assert used[:3] == [workers, 1, workers]
 
 
 def test_a_sample_is_the_same_every_time_and_each_image_once(root):
