@@ -100,7 +100,7 @@ class WeightRecord:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, which ``class_weight='FILE'`` of a loss reads."""
         with write_atomically(path) as file:
-            json.dump(self.to_dict(), file, indent=2)
+            json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WeightRecord:
