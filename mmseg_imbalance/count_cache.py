@@ -67,6 +67,7 @@ def counts_file(
     """
     numbers: dict[tuple[int, ...], int] = {}  # of each way to read a file
     rules: list[tuple[object, ...]] = []
+    datasets: dict[int, int] = {}
     files = []
     for annotation in annotations:
         rule = (type(annotation.dataset).__name__, *annotation._replace(dataset=0, row=0, path='', repeats=0))
@@ -84,7 +85,8 @@ def counts_file(
         info = None
         if annotation.table is None:  # the loader sees all that the data set says
             info = annotation.dataset.get_data_info(annotation.row)
-        files.append((annotation.path, stamp, annotation.repeats, number, info))
+        source = datasets.setdefault(id(annotation.dataset), len(datasets))
+        files.append((annotation.path, stamp, annotation.repeats, source, number, info))
     with np.printoptions(threshold=sys.maxsize):  # arrays whole
         name = fingerprint([_FORMAT, classes, dataset_images, rules, repr(files)])
     return Path(folder, f'class_frequency_{name}.npz')

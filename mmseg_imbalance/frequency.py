@@ -100,16 +100,21 @@ class ClassFrequency:
 
     def by_source(self) -> list[tuple[str, ClassFrequency]]:
         """Name and counts of each data set that this is of; empty where only totals are known."""
-        if self.counts is None or self.repeats is None or self.ignored_counts is None:
+        counts, ignored, sources, names = self.counts, self.ignored_counts, self.sources, self.source_names
+        if counts is None or ignored is None or sources is None or not names:
             return []
-        if self.image_keys is None or self.sources is None or self.source_names is None:
+        if len(names) == 1:
+            return [(names[0], self)]
+        if self.repeats is None or self.image_keys is None:
             return []
         parts = []
-        for number, name in enumerate(self.source_names):
-            rows = np.flatnonzero(self.sources == number)
+        for number, name in enumerate(names):
+            rows = np.flatnonzero(sources == number)
             keys = [self.image_keys[row] for row in rows]
-            counts, ignored, repeats = self.counts[rows], self.ignored_counts[rows], self.repeats[rows]
-            parts.append((name, ClassFrequency.from_rows(self.classes, counts, ignored, keys, repeats)))
+            part = ClassFrequency.from_rows(
+                self.classes, counts[rows], ignored[rows], keys, self.repeats[rows], source_names=[name]
+            )
+            parts.append((name, part))
         return parts
 
     @property

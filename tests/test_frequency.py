@@ -37,7 +37,8 @@ def test_counts_know_the_data_sets_that_they_are_of(tmp_path):
     root, other = make_labels(tmp_path / 'data'), make_labels(tmp_path / 'other', seed=1, images=3)
 
     def together():
-        return RepeatDataset(ConcatDataset([make(root), make(other), make(root, indices=2)]), times=2)
+        parts = [make(root), make(other), make(root, indices=2)]
+        return RepeatDataset(dict(type='ConcatDataset', datasets=parts), times=2)
 
     counted = count_classes(together())
     counted.save(tmp_path / 'counts.npz')
