@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -231,7 +232,7 @@ def check_counting(max_images: int | None, num_workers: int | None) -> None:
     ):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
             raise ValueError(f'{name}={value!r}, allowed are integers, {smallest} and more. {remedy}')
 
 
@@ -384,7 +385,7 @@ def _count_part(counted: _Annotations, part: range, num_workers: int, show: bool
     rows: list[_Row] = []
 
     def read(source: Iterable[_Row]) -> None:
-        for row in track(source, 'Counting classes', total=len(part), completed=len(rows), disable=not show):
+        for row in track(source, 'Counting classes', total=len(part) - len(rows), disable=not show):
             rows.append(row)
             if row.error is not None:
                 break

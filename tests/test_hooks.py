@@ -154,6 +154,18 @@ def test_logit_adjustment_after_training_shifts_the_logits_by_the_log_prior(smal
     assert 'on top of it' not in log
 
 
+def test_a_class_that_the_sample_of_logit_adjustment_did_not_meet_is_named(small_config, camvid, tmp_path):
+    root = recoloured(camvid, tmp_path / 'camvid', 10)
+    hook = dict(type='LogitAdjustmentHook', max_images=2)
+    cfg = small_config(BALANCED, custom_hooks=[hook])
+    cfg.train_dataloader.dataset.data_root = root
+    _, log = probabilities(cfg)
+    assert 'not met in 2 of 4 images are taken for as rare as the rarest that was: bicyclist' in log
+    for option in (dict(max_images=0), dict(num_workers=-1)):
+        with pytest.raises(ValueError, match='allowed are integers'):
+            LogitAdjustmentHook(**option)
+
+
 def test_logit_adjustment_twice_is_warned_of_and_a_foreign_head_refused(small_config):
     cfg = small_config(BALANCED, custom_hooks=[dict(type='LogitAdjustmentHook', tau=1.0)])
     cfg.model.decode_head.loss_decode.logit_adjustment = 0.5
