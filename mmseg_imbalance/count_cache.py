@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmseg_imbalance.annotations import Annotation
-from mmseg_imbalance.fingerprint import fingerprint
+from mmseg_imbalance.fingerprint import fingerprint, packages
 from mmseg_imbalance.frequency import ClassFrequency
 
 __all__ = [
@@ -87,8 +87,9 @@ def counts_file(
             info = annotation.dataset.get_data_info(annotation.row)
         source = datasets.setdefault(id(annotation.dataset), len(datasets))
         files.append((annotation.path, stamp, annotation.repeats, source, number, info))
+    own = set().union(*(packages(type(value)) for rule in rules for value in rule)) - {'numpy'}
     with np.printoptions(threshold=sys.maxsize):  # arrays whole
-        name = fingerprint([_FORMAT, classes, dataset_images, rules, repr(files)])
+        name = fingerprint([_FORMAT, classes, dataset_images, rules, repr(files)], own)
     return Path(folder, f'class_frequency_{name}.npz')
 
 

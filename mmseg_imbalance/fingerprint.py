@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ['fingerprint']
+__all__ = ['fingerprint', 'packages']
 
 FRAMEWORKS = ('mmcv', 'mmengine', 'mmseg', 'mmseg_imbalance')
 # what Python itself writes into a class, as documentation, addresses or line numbers
@@ -29,15 +29,18 @@ UNIMPORTANT = {
 ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 
 
-def fingerprint(values: Iterable[object]) -> str:
+def fingerprint(values: Iterable[object], own: Iterable[str] = ()) -> str:
     """32 hexadecimal digits that depend on the values and on the code by which they work.
 
     Of an object its class and attributes count; of a class written by a user, its bases, methods and
     attributes; of a function its bytecode and all that it refers to: closures, defaults, tables of its module
     and of modules that it imports. Of Python's library, installed packages and MMSegmentation the version
     counts. Addresses and the order of sets do not.
+
+    Args:
+        own: names of installed packages whose code is looked into all the same.
     """
-    walk = _Walk()
+    walk = _Walk(frozenset(own))
     for value in values:
         walk.add(value)
     return walk.digest.hexdigest()[:32]
@@ -46,11 +49,15 @@ def fingerprint(values: Iterable[object]) -> str:
 class _Walk:
     """Walks through values and all that they refer to, each object once, and adds them to a digest."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: frozenset[str]) -> None:
+        self.own = own
         self.digest = hashlib.sha256()
         self.known: dict[int, int] = {}  # id -> number of an object that was met
         self.kept: list[object] = []  # no id is given to another object
         self.named: set[tuple[str, tuple[str, ...]]] = set()  # modules and names that were looked up in them
+
+    def is_own(self, module: str | None) -> bool:
+        return _top(module) in self.own or _is_own(module)
 
     def text(self, *parts: object) -> None:
         self.digest.update('\0'.join(map(str, parts)).encode('utf-8', 'surrogatepass') + b'\1')
@@ -104,7 +111,7 @@ class _Walk:
         elif isinstance(value, str | bytes | int | float | range):  # enumerations and other subclasses
             self.text(repr(value))
         elif isinstance(value, set | frozenset):
-            self.text(*sorted(fingerprint([member]) for member in value))
+            self.text(*sorted(fingerprint([member], self.own) for member in value))
         elif isinstance(value, dict | MappingProxyType):
             self.add_all(part for item in value.items() for part in item)
             self.add_attributes(value)
@@ -130,7 +137,7 @@ class _Walk:
 
     def add_class(self, kind: type) -> None:
         self.text('class', kind.__module__, kind.__qualname__, _version(kind.__module__))
-        if not _is_own(kind.__module__):
+        if not self.is_own(kind.__module__):
             return
         for base in kind.__mro__[1:]:
             self.add(base)
@@ -141,7 +148,7 @@ class _Walk:
 
     def add_function(self, function: FunctionType) -> None:
         self.text('function', function.__module__, function.__qualname__, _version(function.__module__))
-        if not _is_own(function.__module__):
+        if not self.is_own(function.__module__):
             return
         self.add(function.__code__)
         self.add((function.__defaults__, function.__kwdefaults__))
@@ -166,7 +173,7 @@ class _Walk:
                 value = space[name]
                 self.text(name)
                 self.add(value)
-                if isinstance(value, ModuleType) and _is_own(value.__name__):
+                if isinstance(value, ModuleType) and self.is_own(value.__name__):
                     self.add_names(value.__name__, vars(value), names)
 
     def add_code(self, code: CodeType) -> None:
@@ -192,6 +199,12 @@ def _code_names(code: CodeType) -> tuple[str, ...]:
 
 def _top(module: str | None) -> str:
     return (module or '').partition('.')[0]
+
+
+def packages(kind: type) -> set[str]:
+    """Those of a class and its bases, without Python's and MMSegmentation's."""
+    tops = {_top(base.__module__) for base in kind.__mro__}
+    return tops - set(FRAMEWORKS) - sys.stdlib_module_names
 
 
 @functools.cache

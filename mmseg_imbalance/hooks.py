@@ -235,8 +235,8 @@ class LogitAdjustmentHook(Hook):
             unmet = [name for name, found in zip(frequency.classes, frequency.unmet, strict=True) if found]
             runner.logger.warning(
                 f'classes that were not met in {frequency.num_images} of {frequency.dataset_images} images '
-                f'are taken for as rare as the rarest that was: {", ".join(unmet)}. A larger max_images tells '
-                'more.'
+                f'are taken for as rare as the rarest that was: {", ".join(unmet)}. A larger max_images '
+                'tells more.'
             )
         shift = self.tau * torch.from_numpy(log_prior(frequency.pixels)).float()
         if len(shift) != head.num_classes:

@@ -1,6 +1,7 @@
 """A fingerprint changes with all that the labels can depend on, and with nothing else."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import ConfigDict
 from mmseg.datasets.transforms import LoadAnnotations
 
-from mmseg_imbalance.fingerprint import fingerprint
+from mmseg_imbalance import fingerprint as fingerprint_module
+from mmseg_imbalance.fingerprint import fingerprint, packages
 
 
 def of(value):
@@ -225,6 +227,27 @@ def test_objects_that_refer_to_each_other_come_to_an_end():
     node = types.SimpleNamespace(a=1)
     node.self = node
     assert of(node) == of(node)
+
+
+def test_an_installed_package_counts_by_its_version_unless_it_is_looked_into(tmp_path, monkeypatch):
+    folder = tmp_path / 'site-packages'
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    seen = {}
+    for value in (1, 2):
+        name = f'installed_package_{value}'
+        text = (
+            f'TABLE = {value}\nclass Loader:\n    def f(self): return TABLE\nLoader.__module__ = "installed"'
+        )
+        (folder / f'{name}.py').write_text(text)
+        monkeypatch.setitem(sys.modules, 'installed', importlib.import_module(name))
+        loader = sys.modules['installed'].Loader()
+        loader.f.__func__.__module__ = 'installed'
+        fingerprint_module._is_own.cache_clear()
+        seen[value] = of(loader), fingerprint([loader], packages(type(loader)))
+    fingerprint_module._is_own.cache_clear()
+    assert seen[1][0] == seen[2][0]
+    assert seen[1][1] != seen[2][1]
 
 
 class Colour(Enum):

@@ -58,17 +58,22 @@ def main(argv: list[str] | None = None) -> int:
             num_workers=args.workers,
             cache_dir=args.cache_dir,
         )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
-            weights = {scheme: class_weights(frequency, scheme) for scheme in SCHEMES}
+        weights, said = {}, {}
+        for scheme in SCHEMES:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter('always')
+                weights[scheme] = class_weights(frequency, scheme)
+            for warning in caught:
+                said.setdefault(str(warning.message), []).append(scheme)
     except (ValueError, OSError, RuntimeError) as error:
         options.exit(1, f'{options.prog}: {error}\n')
     # a table of this width is better scrolled than squeezed
     print(table_text(class_table(frequency, weights)))
     if (sources := source_table(frequency)) is not None:
         print(table_text(sources))
-    for message in sorted({str(warning.message) for warning in caught}):
-        print(f'warning: {message}')
+    for message, schemes in said.items():
+        concerned = '' if len(schemes) == len(SCHEMES) else f'{", ".join(schemes)}: '
+        print(f'warning: {concerned}{message}')
     if args.out:
         chosen = weights[args.scheme]
         WeightRecord.count(frequency, chosen, args.scheme, max_images=args.max_images).save(args.out)
