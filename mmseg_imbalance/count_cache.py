@@ -153,7 +153,7 @@ def store_counts(frequency: ClassFrequency, path: Path) -> None:
     """Write counts and remove others where there are too many; a warning where that cannot be."""
     try:
         frequency.save(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a half-written archive cannot be closed
         _warn(f'class counts are not cached, {path} cannot be written: {error}')
         return
     with suppress(OSError):  # others' files; the next run tries again

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -26,7 +27,13 @@ from test_counting import (
 )
 
 from mmseg_imbalance import count_cache, counting
-from mmseg_imbalance.count_cache import RECOUNTED, cached_counts, clear, default_cache_dir
+from mmseg_imbalance.count_cache import (
+    RECOUNTED,
+    cached_counts,
+    clear,
+    default_cache_dir,
+    store_counts,
+)
 from mmseg_imbalance.counting import count_classes, training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
 
@@ -399,6 +406,25 @@ def test_a_disk_that_is_full_costs_a_warning_only(root, tmp_path, monkeypatch, w
     same(count_classes(make(root)), count_classes(make(root), cache_dir=tmp_path / 'cache'))
     assert len(warned()) == 1
     assert os.strerror(code) in warned()[0]
+    assert not list((tmp_path / 'cache').iterdir())
+
+
+@pytest.mark.parametrize('limit', [0, 1000, 10**6, 8 * 10**6 + 2000, 8_016_800])
+def test_a_file_that_cannot_grow_costs_a_warning_only(tmp_path, warned, limit):
+    frequency = ClassFrequency.from_rows(
+        ['a', 'b'], np.ones((500_000, 2)), np.zeros(500_000), ['x'] * 500_000
+    )
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        store_counts(frequency, tmp_path / 'cache' / 'counts.npz')
+        (message,) = warned()
+        if 'cannot be written: [Errno 27] File too large' not in message:
+            raise RuntimeError(message)
+
+    process = in_process(work)
+    process.join()
+    assert process.exitcode == 0
     assert not list((tmp_path / 'cache').iterdir())
 
 
