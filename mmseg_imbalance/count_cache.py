@@ -111,6 +111,8 @@ def load_counts(
     try:
         frequency = ClassFrequency.load(path)
         all_counts, all_ignored = _rows(frequency, classes, annotations)
+    except FileNotFoundError:  # another run has made room
+        return None
     except Exception as error:
         _warn(f'class counts in {path} are damaged ({error}), counting again.')
         return None

@@ -11,7 +11,15 @@ import sysconfig
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -104,8 +112,14 @@ class _Walk:
             self.add((value.fget, value.fset))
         elif isinstance(value, functools.partial):
             self.add((value.func, value.args, value.keywords))
-        elif hasattr(value, '__wrapped__'):  # lru_cache and the like
+        elif isinstance(value, functools.cached_property):
+            self.add(value.func)
+        elif type(value).__module__ == 'functools' and hasattr(value, '__wrapped__'):  # lru_cache
             self.add(value.__wrapped__)
+        elif isinstance(value, re.Pattern):
+            self.text(value.pattern, value.flags)
+        elif isinstance(value, SimpleNamespace):
+            self.add_attributes(value)
         elif isinstance(value, torch.Tensor):
             self.add(value.detach().cpu().numpy())
         elif isinstance(value, str | bytes | int | float | range):  # enumerations and other subclasses

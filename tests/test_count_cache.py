@@ -194,6 +194,23 @@ def test_two_runs_share_one_cache_folder(root, tmp_path, warned):
         assert [path.suffix for path in (tmp_path / str(number)).iterdir()] == ['.npz']
 
 
+def test_two_runs_that_make_room_in_one_folder_do_not_disturb_each_other(root, tmp_path, warned, monkeypatch):
+    monkeypatch.setattr(count_cache, 'MAX_FILES', 1)
+    wanted = {indices: count_classes(make(root, indices=indices)) for indices in (2, 3, 4)}
+
+    def work():
+        for _ in range(6):
+            for indices, want in wanted.items():
+                same(want, count_classes(make(root, indices=indices), cache_dir=tmp_path / 'cache'))
+        if warned():
+            raise RuntimeError(warned())
+
+    processes = [in_process(work) for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 # What is edited
 
 

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import re
 import subprocess
 import sys
 import types
@@ -66,6 +67,12 @@ DIFFERENT = [
     functools.partial(min, 1),
     np.add,
     np.subtract,
+    re.compile('a' * 300 + 'b'),
+    re.compile('a' * 300 + 'c'),
+    types.SimpleNamespace(a={1: np.arange(2000)}),
+    types.SimpleNamespace(a={1: np.arange(2000) // 1999 * 1000 + np.arange(2000)}),
+    types.MappingProxyType({1: 2}),
+    bytearray(b'1'),
     len,
     os.path.join,
     LoadAnnotations(),
@@ -109,6 +116,10 @@ class Kind:
     @property
     def doubled(self):
         return self.limit * 2
+
+    @functools.cached_property
+    def kept(self):
+        return self.limit - 7
 
     @staticmethod
     def fixed(x):
@@ -157,6 +168,7 @@ EDITS = {
     "['a', 'b']": ("['a', 'c']", {'Kind', 'kind'}),
     'self.values = [1]': ('self.values = [2]', {'Kind', 'kind'}),
     'self.limit * 2': ('self.limit * 3', {'Kind', 'kind'}),
+    'self.limit - 7': ('self.limit - 8', {'Kind', 'kind'}),
     'x + 1': ('x + 2', {'Kind', 'kind'}),
     'return cls.limit': ('return cls.limit, 1', {'Kind', 'kind'}),
     'self.a = 5': ('self.a = 6', {'slots'}),
