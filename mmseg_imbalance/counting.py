@@ -70,17 +70,16 @@ def training_frequency(
         FileNotFoundError: the data set or an annotation is not there.
     """
 
-    def find() -> tuple[Any, int | None, Path | None, int]:
+    def find() -> tuple[Any, int | None, Path | None, int | None]:
         dataset, config, model, workers = _training_data(source)
         counted_for = _last_decode_head(model) if heads is None else heads
         folder = cache_dir or _cache_dir_of_hook(config) or _users_folder() or None
-        if num_workers is not None or workers is None:
-            workers = _default_workers() if num_workers is None else num_workers
+        workers = workers if num_workers is None else num_workers
         return dataset, _ignored_label(counted_for), None if folder is None else Path(folder), workers
 
     found, failure = _attempt(find)
     _exchange(failure, None)  # nobody starts to count unless all can
-    dataset, ignore_index, folder, workers = found or (None, None, None, 0)
+    dataset, ignore_index, folder, workers = found or (None,) * 4
     return count_classes(
         dataset,
         max_images=max_images,
@@ -165,7 +164,7 @@ def count_classes(
     *,
     max_images: int | None = None,
     ignore_index: int | None = None,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
     per_image: bool = False,
@@ -181,7 +180,7 @@ def count_classes(
         max_images: count a random sample of so many distinct images, the same in every call. All are counted
             where the sample holds one class and ignored pixels alone.
         ignore_index: the label that is no class; None: each data set's own.
-        num_workers: worker processes of each rank.
+        num_workers: worker processes of each rank; None: two where a process can be copied, else none.
         cache_dir: folder where counts are kept. They are found again by path, size and time of
             the annotations (those that are not local: path only), label mapping, classes and the code that
             loads them. A few images are counted again each time; if they differ, all are.
@@ -205,7 +204,8 @@ def count_classes(
             'the same paths.'
         )
     dataset_images = sum(annotation.repeats for annotation in annotations)
-    count = partial(_count, classes, dataset_images, cache_dir, num_workers, progress)
+    workers = _default_workers() if num_workers is None else num_workers
+    count = partial(_count, classes, dataset_images, cache_dir, workers, progress)
     sampled = max_images is not None and max_images < len(annotations)
     chosen = annotations
     if sampled:

@@ -316,24 +316,28 @@ def test_numbers_that_cannot_be_are_refused(root, options, words):
 
 
 @pytest.mark.parametrize('workers', [0, 3])
-def test_workers_are_by_default_those_of_the_train_dataloader(labels, monkeypatch, workers):
+def test_workers_are_by_default_those_of_the_train_dataloader(labels, tmp_path, monkeypatch, workers):
     used = []
-    monkeypatch.setattr(
-        counting, 'count_classes', lambda *_, num_workers, **__: used.append(num_workers) or None
-    )
+    count_part = counting._count_part
+
+    def count(counted, part, num_workers, show):
+        used.append(num_workers)
+        return count_part(counted, part, 0, show)
+
+    monkeypatch.setattr(counting, '_count_part', count)
     cfg = config(labels)
     cfg.train_dataloader.num_workers = workers
-    training_frequency(cfg)
-    training_frequency(cfg, num_workers=1)
-    runner = SimpleNamespace(
-        train_dataloader=SimpleNamespace(dataset=make(labels), num_workers=workers), model=None, cfg=cfg
-    )
-    training_frequency(runner)
+    loader = SimpleNamespace(dataset=make(labels), num_workers=workers)
+    runner = SimpleNamespace(train_dataloader=loader, model=dict(decode_head=HEAD), cfg=cfg)
+    for number, (source, given, expected) in enumerate(
+        [(cfg, None, workers), (cfg, 1, 1), (runner, None, workers), (runner, 1, 1)]
+    ):
+        training_frequency(source, num_workers=given, cache_dir=tmp_path / str(number), progress=False)
+        assert used[-1] == expected
     for method, expected in (('fork', 2), ('spawn', 0), ('forkserver', 0)):
         monkeypatch.setattr(multiprocessing, 'get_start_method', lambda method=method, **_: method)
-        training_frequency(make(labels))
+        training_frequency(make(labels), cache_dir=tmp_path / method, progress=False)
         assert used[-1] == expected
-    assert used[:3] == [workers, 1, workers]
 
 
 def test_a_sample_is_the_same_every_time_and_each_image_once(root):
@@ -620,6 +624,7 @@ def on_rank(rank, port, root, folder, results):
     failing = {
         'framework': make(spoilt),
         'own': make(spoilt, loader=ShiftedLoader()),
+        'masks': make(Path(root).parent / 'masks'),
         'differ': make(root, indices=3 + rank),
         'empty': make(root, lazy_init=True, img_suffix='.tif' if rank else '.jpg'),
     }
@@ -636,6 +641,7 @@ def on_rank(rank, port, root, folder, results):
 @pytest.mark.slow
 def test_two_ranks_equal_one_process_and_fail_together(root, tmp_path):
     spoil(make_labels(tmp_path / 'spoilt'), labels=np.full((3, 3), 77, np.uint8))
+    make_labels(tmp_path / 'masks', values=(0, 255, 255))
     results = tmp_path / 'results'
     results.mkdir()
     with socket.socket() as free:
@@ -660,6 +666,8 @@ def test_two_ranks_equal_one_process_and_fail_together(root, tmp_path):
     for name in ('framework', 'own'):
         (message,) = messages(name)
         assert '3.png: labels out of range' in message
+    (message,) = messages('masks')
+    assert 'Masks of 0 and 255' in message
     assert all('not all ranks see the same' in message for message in messages('differ'))
     (message,) = messages('empty')
     assert 'holds no image' in message
