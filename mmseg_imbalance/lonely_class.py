@@ -33,9 +33,8 @@ def refuse_lonely_class(frequency: ClassFrequency, annotations: Sequence[Annotat
     if whole and np.count_nonzero(frequency.pixels) < 2:
         found = _what_is_found(frequency)
         if frequency.ignored:
-            raise ValueError(
-                f'{found}, so there is nothing to learn. {_cause(frequency, annotations[0])}{not_run(annotations[0].steps)}'
-            )
+            cause = _cause(frequency, annotations[0]) + not_run(annotations[0].steps)
+            raise ValueError(f'{found}, so there is nothing to learn. {cause}')
         _warn(f'{found}. Nothing can be learnt from one class alone: check annotations and classes.')
         return
     if len(parts) == 1:
