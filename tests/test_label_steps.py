@@ -2,9 +2,11 @@
 
 import importlib
 import inspect
+import json
 import logging
 import random
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmengine.logging import MessageHub
 from mmengine.registry import DATASETS, TRANSFORMS
+from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import (
     LoadAnnotations,
@@ -676,3 +679,29 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
     with pytest.raises(SystemExit):
         class_weights.main([*command, 'MergeAll,Merge'])
     assert "label_transforms names ['Merge']" in capsys.readouterr().err
+
+
+def test_a_training_weighs_the_labels_that_its_pipeline_makes(small_config, tmp_path):
+    @TRANSFORMS.register_module(force=True)
+    class FoldClasses(BaseTransform):
+        """Of the 11 classes those after the third become the third."""
+
+        def transform(self, results):
+            labels = results['gt_seg_map']
+            labels[labels < 11] = labels[labels < 11].clip(max=2)
+            return results
+
+    cfg = small_config('segformer/segformer_mit-b0-small-combined-rcs_1xb8-2k_camvid-240x180')
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    at = [step.type for step in pipeline].index('LoadAnnotations')
+    pipeline.insert(at + 1, dict(type='FoldClasses'))
+    cfg.custom_hooks = [dict(type='ClassWeightHook', cache_dir=str(tmp_path / 'cache'))]
+    try:
+        Runner.from_cfg(cfg).train()
+    finally:
+        TRANSFORMS.module_dict.pop('FoldClasses')
+    record = json.loads((Path(cfg.work_dir) / 'class_weights.json').read_text())
+    pixels = record['pixels']
+    assert all(pixels[:3])
+    assert not any(pixels[3:])
+    assert np.argmin(record['weights'][:3]) == np.argmax(pixels[:3]) == 2
