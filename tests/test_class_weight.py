@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,26 @@ def test_training_follows_a_first_call_in_inference_mode(make_batch, spec):
     with torch.inference_mode():
         loss(logits, target)
     loss(logits.requires_grad_(), target).backward()
+
+
+def test_a_record_says_where_other_counts_differ():
+    record = WeightRecord.count(CITYSCAPES_TRAIN, class_weights(CITYSCAPES_TRAIN))
+    assert record.changes(CITYSCAPES_TRAIN) == []
+    pixels, images = CITYSCAPES_TRAIN.pixels.copy(), CITYSCAPES_TRAIN.images.copy()
+    pixels[1] += 1
+    images[18] = 0
+    assert record.changes(replace(CITYSCAPES_TRAIN, pixels=pixels, images=images)) == [
+        'sidewalk: 336,090,793 pixels in 2,811 images, now 336,090,794 in 2,811',
+        'bicycle: 22,861,233 pixels in 1,646 images, now 22,861,233 in 0',
+    ]
+    assert WeightRecord(CLASSES, WEIGHT).changes(CITYSCAPES_TRAIN) == []
+
+
+def test_a_file_of_weights_has_the_class_names_in_any_script(tmp_path):
+    record = WeightRecord(['道路', 'Straße', '🚗'], [1.0, 2.0, 3.0])
+    record.save(tmp_path / 'weights.json')
+    assert WeightRecord.load(tmp_path / 'weights.json') == record
+    assert '"道路"' in (tmp_path / 'weights.json').read_text(encoding='utf-8')
 
 
 def test_what_is_still_to_be_filled():

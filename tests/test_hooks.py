@@ -158,6 +158,18 @@ def test_logit_adjustment_after_training_shifts_the_logits_by_the_log_prior(smal
     assert 'on top of it' not in log
 
 
+def test_a_class_that_the_sample_of_logit_adjustment_did_not_meet_is_named(small_config, camvid, tmp_path):
+    root = recoloured(camvid, tmp_path / 'camvid', 10)
+    hook = dict(type='LogitAdjustmentHook', max_images=2)
+    cfg = small_config(BALANCED, custom_hooks=[hook])
+    cfg.train_dataloader.dataset.data_root = root
+    _, log = probabilities(cfg)
+    assert 'not met in 2 of 4 images are taken for as rare as the rarest that was: bicyclist' in log
+    for option in (dict(max_images=0), dict(num_workers=-1)):
+        with pytest.raises(ValueError, match='allowed are integers'):
+            LogitAdjustmentHook(**option)
+
+
 def test_logit_adjustment_twice_is_warned_of_and_a_foreign_head_refused(small_config):
     cfg = small_config(BALANCED, custom_hooks=[dict(type='LogitAdjustmentHook', tau=1.0)])
     cfg.model.decode_head.loss_decode.logit_adjustment = 0.5
@@ -190,9 +202,16 @@ def test_options_reach_the_scheme(small_config):
     [
         (dict(scheme='freq'), ValueError, r"scheme must be one of .*'sqrt_inv_freq'.*got 'freq'"),
         (dict(alpha=1.0), TypeError, r"no option \['alpha'\].*'beta'"),
+        (dict(scheme='effective_num', beta=1.0), ValueError, r'beta=1.0, allowed is \[0, 1\)'),
+        (dict(max_ratio=0.5), ValueError, 'max_ratio=0.5, allowed is 1 and more'),
+        (dict(power='2'), ValueError, "power='2', allowed are finite numbers"),
+        (dict(unit='pixels'), ValueError, "unit='pixels', allowed are 'image' and 'pixel'"),
+        (dict(max_images=0), ValueError, 'max_images=0, allowed are integers, 1 and more'),
+        (dict(max_images=0.5), ValueError, 'max_images=0.5, allowed are integers'),
+        (dict(num_workers=-1), ValueError, 'num_workers=-1, allowed are integers, 0 and more'),
     ],
 )
-def test_unknown_options_are_named(options, error, message):
+def test_unknown_and_impossible_options_are_refused_when_the_hook_is_built(options, error, message):
     with pytest.raises(error, match=message):
         ClassWeightHook(**options)
 
@@ -202,20 +221,22 @@ def test_plain_and_prefixed_names_build_it():
         assert isinstance(HOOKS.build(dict(type=name)), ClassWeightHook)
 
 
-def test_a_resumed_run_gets_the_weights_of_its_checkpoint(small_config, camvid, tmp_path):
+@pytest.fixture
+def resume(small_config, camvid, tmp_path):
+    """(folder of labels, weights of a run of two iterations, function that resumes it for a third)."""
     root = recoloured(camvid, tmp_path / 'camvid')
     first = small_config(BALANCED)
     first.train_dataloader.dataset.data_root = root
     first.default_hooks.checkpoint.interval = 2
     runner = Runner.from_cfg(first)
     runner.train()
-    before = filled(runner)
-    recoloured(camvid, tmp_path / 'camvid', 10)
 
-    def resumed(name, hook=None):
+    def resumed(name, hook=None, **loss):
         cfg = small_config(BALANCED, resume=True, experiment_name=f'{tmp_path.name}-{name}')
         cfg.train_cfg.max_iters = 3
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         cfg.train_dataloader.dataset.data_root = root
+        cfg.model.decode_head.loss_decode.update(loss)
         if hook:
             cfg.custom_hooks = [hook]
         runner = Runner.from_cfg(cfg)
@@ -223,12 +244,78 @@ def test_a_resumed_run_gets_the_weights_of_its_checkpoint(small_config, camvid, 
         assert runner.iter == 3
         return runner
 
+    return tmp_path / 'camvid', filled(runner), resumed
+
+
+def test_a_resumed_run_gets_the_weights_of_its_checkpoint(resume):
+    _, before, resumed = resume
     same = resumed('same')
     assert filled(same) == before
     assert 'weights of the checkpoint' in log_of(same)
-    changed = filled(resumed('changed', dict(type='ClassWeightHook', scheme='median_freq')))
-    assert changed != before
-    assert changed['decode_head.loss_decode'][10] == 0  # counted anew
+    changed = resumed('changed', dict(type='ClassWeightHook', scheme='median_freq'))
+    expected = class_weights(count_classes(changed.train_dataloader.dataset), 'median_freq')
+    assert filled(changed)['decode_head.loss_decode'] == pytest.approx(expected.tolist())
+
+
+def test_a_run_resumed_on_mended_labels_gets_new_weights_and_says_how_to_keep_the_old(resume, camvid):
+    folder, before, resumed = resume
+    old = json.loads((folder.parent / 'work_dir' / 'class_weights.json').read_text())
+    recoloured(camvid, folder, 10)
+    runner = resumed('mended')
+    after = filled(runner)
+    assert after['decode_head.loss_decode'][10] == 0
+    expected = class_weights(count_classes(runner.train_dataloader.dataset)).tolist()
+    assert after['decode_head.loss_decode'] == pytest.approx(expected)
+    log = log_of(runner)
+    assert 'annotations are not those that the weights of the checkpoint' in log
+    assert f'bicyclist: {old["pixels"][10]:,} pixels in {old["images"][10]} images, now 0 in 0' in log
+    assert 'road: ' in log
+    assert 'sky: ' not in log
+    assert json.loads(Path(runner.work_dir, 'class_weights.json').read_text())['weights'][10] == 0
+
+    kept = Path(runner.work_dir, 'class_weights_until_2.json')
+    assert f'class_weight={str(kept)!r}' in log
+    assert filled(resumed('kept', class_weight=str(kept))) == before
+
+
+def test_a_run_resumed_where_the_annotations_are_gone_keeps_its_weights(resume, monkeypatch):
+    _, before, resumed = resume
+
+    def gone(*_, **__):
+        raise FileNotFoundError('3.png: no such annotation file')
+
+    monkeypatch.setattr('mmseg_imbalance.hooks.training_frequency', gone)
+    runner = resumed('gone')
+    assert filled(runner) == before
+    assert 'whose weights stay: 3.png: no such annotation file' in log_of(runner)
+    with pytest.raises(FileNotFoundError, match='no such annotation'):
+        resumed('other', dict(type='ClassWeightHook', scheme='median_freq'))
+
+
+def test_the_log_says_which_data_set_brings_which_class(small_config, camvid, tmp_path):
+    cfg = small_config(BALANCED)
+    data = cfg.train_dataloader.dataset
+    other = data.copy()
+    other.data_root = recoloured(camvid, tmp_path / 'other', 10)
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[data, other])
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    table = log_of(runner).partition('pixels of each class in 2 data sets')[2]
+    assert str(tmp_path / 'other') in table
+    row = next(line for line in table.splitlines() if 'bicyclist' in line)
+    assert [cell.strip() for cell in row.split('│')[1:-1]][2] == '-'
+
+
+def test_masks_of_0_and_255_end_the_run_before_it_trains(small_config, camvid, tmp_path):
+    root = recoloured(camvid, tmp_path / 'masks')
+    for path in (tmp_path / 'masks').glob('annotations/*/*.png'):
+        mask = np.where(np.array(Image.open(path)) == 3, 255, 0)
+        Image.fromarray(mask.astype(np.uint8)).save(path)
+    cfg = small_config(BALANCED)
+    names = dict(classes=('background', 'road'), palette=[[0, 0, 0], [9, 9, 9]])
+    cfg.train_dataloader.dataset.update(type='BaseSegDataset', data_root=root, metainfo=names)
+    with pytest.raises(ValueError, match=r"only the class 'background' of 2 .* Masks of 0 and 255"):
+        Runner.from_cfg(cfg).train()
 
 
 def test_an_absent_class_is_named_once_in_the_log(small_config, camvid, tmp_path):
