@@ -116,7 +116,7 @@ class RareClassSampler(Sampler):
         frequency = training_frequency(
             dataset,
             heads=None if ignore_index is None else [dict(ignore_index=ignore_index)],
-            num_workers=2 if num_workers is None else num_workers,
+            num_workers=num_workers,
             cache_dir=cache_dir,
             per_image=True,
             label_transforms=label_transforms,
@@ -131,8 +131,6 @@ class RareClassSampler(Sampler):
         short = _too_small(frequency, found)
         remedy = f'no image holds min_pixels={min_pixels} of {short}. Lower min_pixels to draw them.'
         if not found.any():
-            if not short:
-                remedy = f'no pixel is of a class, all are of ignored labels ({self.ignore_index}).'
             raise ValueError(f'RareClassSampler cannot draw: {remedy}')
         self.probability = class_probability(frequency.share, temperature, found)
         # Copies of an image are alike: the first stands for all, and is as likely as they are together.

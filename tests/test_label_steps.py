@@ -29,6 +29,7 @@ from mmseg.datasets.transforms import (
     RandomFlip,
 )
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from mmseg_imbalance import label_steps
 from mmseg_imbalance.commands import class_weights
@@ -661,7 +662,13 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
     head.conv_seg, head.loss_decode = torch.nn.Identity(), loss
     model = torch.nn.Module()
     model.decode_head = head
-    runner = SimpleNamespace(model=model, cfg=cfg, logger=logging.getLogger('x'), message_hub=MessageHub('x'))
+    runner = SimpleNamespace(
+        model=model,
+        cfg=cfg,
+        logger=logging.getLogger('x'),
+        message_hub=MessageHub('x'),
+        train_dataloader=DataLoader(dataset),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmseg_imbalance.hooks.training_frequency', count)
         for hook, start in ((ClassWeightHook, 'before_train'), (LogitAdjustmentHook, 'before_test')):
