@@ -45,6 +45,21 @@ def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) ->
     return table
 
 
+def source_table(frequency: ClassFrequency) -> Table | None:
+    """One row per class, its pixels in each data set that was put together; None where there is but one."""
+    parts = frequency.by_source()
+    if len(parts) < 2:
+        return None
+    table = Table(title=f'pixels of each class in {len(parts)} data sets; - where it has none')
+    table.add_column('class')
+    for name, part in parts:
+        table.add_column(f'{escape(name)}\n{part.num_images:,} images', justify='right')
+    for c, name in enumerate(frequency.classes):
+        pixels = [int(part.pixels[c]) for _, part in parts]
+        table.add_row(escape(name), *(f'{count:,}' if count else '-' for count in pixels))
+    return table
+
+
 def table_text(table: Table) -> str:
     """The table as plain text as wide as it needs, for log files and pipes."""
     out = StringIO()
