@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmseg_imbalance.annotations import Annotation, find_annotations
 from mmseg_imbalance.cityscapes import is_cityscapes_train
 from mmseg_imbalance.count_cache import counts_file, default_cache_dir, load_counts, store_counts
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
+from mmseg_imbalance.ignored_label import current_config, decode_heads, ignored_label
 from mmseg_imbalance.lonely_class import refuse_lonely_class
 from mmseg_imbalance.pixel_counts import Note, count_pixels, notes_text, one_class_alone
 
@@ -42,7 +42,7 @@ class _Row(NamedTuple):
 def training_frequency(
     source: Any = None,
     *,
-    heads: Iterable[nn.Module] | None = None,
+    heads: Iterable[Any] | None = None,
     max_images: int | None = None,
     num_workers: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -54,8 +54,8 @@ def training_frequency(
 
     All ranks must call it, and all get the same or raise the same.
 
-    The ignored label is the one that the last decode head of the model ignores, which is what training sees.
-    It is each data set's own where no model is known or where `heads` ignore different labels.
+    The label that is no class is what the data set or the decode heads say, see
+    :func:`~mmseg_imbalance.ignored_label.ignored_label`.
 
     The counts are kept in one folder: `cache_dir`, else the `cache_dir` of a ClassWeightHook among the
     `custom_hooks` of the config, else the environment variable MMSEG_IMBALANCE_CACHE, else
@@ -65,23 +65,24 @@ def training_frequency(
     Args:
         source: a runner in training; a config, whose training data set is built; a data set (neither model
             nor config is known then); None: the config of the runner that was made last.
-        heads: those of the model that the counts are for; None: the last decode head.
+        heads: those whose ``ignore_index`` counts; None: the decode heads of the model.
         num_workers: worker processes of each rank; None: as many as the train_dataloader has.
         max_images, per_image, progress, label_transforms: see :func:`count_classes`.
 
     Raises:
-        ValueError: there is no runner, or no train_dataloader; and as :func:`count_classes`.
+        ValueError: there is no runner, or no train_dataloader; data set and heads ignore different labels; or
+            as :func:`count_classes`.
         FileNotFoundError: the data set or an annotation is not there.
     """
 
-    def find() -> tuple[Any, int | None, Path | None, int | None, Sequence[str] | None]:
+    def find() -> tuple[Any, int, Path | None, int | None, Sequence[str] | None]:
         dataset, config, model, workers = _training_data(source)
-        counted_for = _last_decode_head(model) if heads is None else heads
+        label = ignored_label(dataset, decode_heads(model) if heads is None else heads)
         folder = cache_dir or _option_of_hook(config, 'cache_dir') or _users_folder() or None
         workers = workers if num_workers is None else num_workers
         names = _option_of_hook(config, 'label_transforms') if label_transforms is None else label_transforms
         path = None if folder is None else Path(folder)
-        return dataset, _ignored_label(counted_for), path, workers, names
+        return dataset, label, path, workers, names
 
     found, failure = _attempt(find)
     _exchange(failure, None)  # nobody starts to count unless all can
@@ -117,13 +118,9 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
     from mmseg_imbalance.registry import DATASETS
 
     from mmengine.config import Config
-    from mmengine.logging import MessageHub
 
-    if source is None:
-        text = MessageHub.get_current_instance().get_info('cfg')
-        if not text:
-            raise ValueError('there is no runner, and so no config that names the training data')
-        source = Config.fromstring(text, '.py')
+    if source is None and (source := current_config()) is None:
+        raise ValueError('there is no runner, and so no config that names the training data')
     if isinstance(source, Config | dict):
         loader = source.get('train_dataloader')
         if loader is None:
@@ -138,23 +135,8 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
     return source, None, None, None
 
 
-def _last_decode_head(model: Any) -> list[Any]:
-    """The last decode head of a model or of its config, alone in a list; an empty list if it has none."""
-    while (inner := _part(model, 'module')) is not None:  # wrappers of ranks and of test time augmentation
-        model = inner
-    head = _part(model, 'decode_head')
-    head = head[-1] if isinstance(head, list | tuple | nn.ModuleList) else head
-    return [] if head is None else [head]
-
-
 def _part(model: Any, name: str, default: Any = None) -> Any:
     return model.get(name, default) if isinstance(model, dict) else getattr(model, name, default)
-
-
-def _ignored_label(heads: Iterable[Any]) -> int | None:
-    """The label that all of the heads, or configs of heads, ignore; None if they differ or there is none."""
-    found = {_part(head, 'ignore_index', 255 if isinstance(head, dict) else None) for head in heads}
-    return found.pop() if len(found) == 1 else None
 
 
 def _option_of_hook(config: Any, option: str) -> Any:

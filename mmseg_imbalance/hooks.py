@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmseg_imbalance.registry import HOOKS
@@ -21,6 +21,7 @@ from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import check_counting, training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.heads import check_heads
+from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
@@ -96,7 +97,7 @@ class ClassWeightHook(LoggedPartsHook):
                 'logit_variation'
             )
             return
-        record = self._find_record(runner, waiting)
+        record = self._find_record(runner)
         for name, loss in waiting.items():
             if name in auto:
                 loss.class_weight.set_weights(record.weights)
@@ -115,14 +116,12 @@ class ClassWeightHook(LoggedPartsHook):
         super().after_train(runner)
         self.label_check.remove()
 
-    def _find_record(self, runner, waiting: Iterable[str]) -> WeightRecord:
+    def _find_record(self, runner) -> WeightRecord:
         """The weights of the checkpoint where the counts are still the same, else those of the counts."""
         old = self._of_checkpoint(runner)
-        heads = {name.rpartition('loss_decode')[0].rstrip('.') for name in waiting}
         try:
             frequency = training_frequency(
                 runner,
-                heads=[unwrapped(runner.model).get_submodule(head) for head in heads],
                 max_images=self.max_images,
                 num_workers=self.num_workers,
                 cache_dir=self.cache_dir,
@@ -248,7 +247,7 @@ class LogitAdjustmentHook(Hook):
                 )
         frequency = training_frequency(
             runner.cfg,  # a runner that tests has no data set of training
-            heads=[head],
+            heads=decode_heads(runner.model),
             max_images=self.max_images,
             num_workers=self.num_workers,
             cache_dir=self.cache_dir,

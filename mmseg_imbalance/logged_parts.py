@@ -13,7 +13,9 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from mmseg_imbalance.ignored_label import follow_ignored_label
 from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.monitored import check_monitored_keys
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -51,12 +53,19 @@ class LoggedPartsHook(Hook):
     iterations in which the logger is due; only then is the device waited for. Where a head calls a loss for
     several outputs (DAHead), they are of the last one. Where a run has several hooks of this kind the first
     one does it. Its priority must be above the logger's, as it is by default.
+
+    Before training it also sees to what the parts of a run must agree on:
+    :func:`~mmseg_imbalance.ignored_label.follow_ignored_label` and
+    :func:`~mmseg_imbalance.monitored.check_monitored_keys`.
     """
 
     def before_train(self, runner) -> None:
         self.interval_of_logger = 0  # of no use unless this hook is the first and there is a logger
         logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
         first = next(hook for hook in runner.hooks if isinstance(hook, LoggedPartsHook))
+        if first is self:
+            follow_ignored_label(runner)
+            check_monitored_keys(runner)
         if first is self and logger is not None:
             self.interval_of_logger = logger.interval
             self.by_head = losses_by_head(unwrapped(runner.model))

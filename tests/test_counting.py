@@ -478,14 +478,14 @@ def test_what_cannot_be_counted_says_why(root):
 # What hooks, sampler, metric and command share
 
 
-def config(root, model=None, **options):
-    """The config of a run. The labels are 0 to 4; the data set ignores 4, a head that does not say so 255."""
+def config(root, model=None, ignore_index=4, **options):
+    """The config of a run. The labels are 0 to 4; the data set ignores 4, a head that says nothing too."""
     dataset = dict(
         type='mmseg.BaseSegDataset',
         data_root=str(root),
         data_prefix=dict(img_path='img', seg_map_path='ann'),
         metainfo=dict(classes=NAMES),
-        ignore_index=4,
+        ignore_index=ignore_index,
         pipeline=[dict(type='mmseg.LoadAnnotations')],
     )
     return Config(dict(train_dataloader=dict(dataset=dataset), model=model, **options))
@@ -497,30 +497,41 @@ def labels(tmp_path):
 
 
 HEAD = dict(type='FCNHead')
-MODELS = {
-    'no model': (None, 4),
-    'no head': (dict(type='Segmentor'), 4),
-    'head that does not say': (dict(decode_head=HEAD), 255),
-    'head': (dict(decode_head=HEAD | dict(ignore_index=3)), 3),
-    'auxiliary head': (dict(decode_head=HEAD, auxiliary_head=HEAD | dict(ignore_index=3)), 255),
-    'last head': (dict(decode_head=[HEAD, HEAD | dict(ignore_index=3)]), 3),
-    'wrapped': (dict(module=dict(module=dict(decode_head=HEAD | dict(ignore_index=3)))), 3),
+MODELS = {  # model, what the data set says, what is ignored
+    'no model': (None, 4, 4),
+    'no head': (dict(type='Segmentor'), 4, 4),
+    'head that says nothing': (dict(decode_head=HEAD), 4, 4),
+    'nobody says anything': (dict(decode_head=HEAD), 255, 255),
+    'head': (dict(decode_head=HEAD | dict(ignore_index=3)), 255, 3),
+    'auxiliary head': (dict(decode_head=HEAD, auxiliary_head=HEAD | dict(ignore_index=3)), 255, 255),
+    'last head': (dict(decode_head=[HEAD, HEAD | dict(ignore_index=3)]), 255, 3),
+    'wrapped': (dict(module=dict(module=dict(decode_head=HEAD | dict(ignore_index=3)))), 255, 3),
 }
 
 
 @pytest.mark.parametrize('case', MODELS)
-def test_the_ignored_label_is_that_of_the_last_decode_head(labels, tmp_path, case):
-    model, ignored = MODELS[case]
-    frequency = training_frequency(config(labels, model), cache_dir=tmp_path / 'cache', progress=False)
+def test_the_ignored_label_is_what_data_set_or_decode_head_say(labels, tmp_path, case):
+    model, said, ignored = MODELS[case]
+    cfg = config(labels, model, ignore_index=said)
+    frequency = training_frequency(cfg, cache_dir=tmp_path / 'cache', progress=False)
     assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=ignored))
 
 
-@pytest.mark.parametrize(('ignored', 'expected'), [((3, 3), 3), ((3, 255), 4), ((None,), 4), ((), 4)])
-def test_heads_that_ignore_different_labels_leave_it_to_the_data_set(labels, tmp_path, ignored, expected):
+def test_data_set_and_head_that_say_different_labels_are_refused(labels, tmp_path):
+    cfg = config(labels, dict(decode_head=HEAD | dict(ignore_index=3)))
+    with pytest.raises(ValueError, match='ignore_index=4 of BaseSegDataset and ignore_index=3 of FCNHead'):
+        training_frequency(cfg, cache_dir=tmp_path / 'cache')
+
+
+@pytest.mark.parametrize(
+    ('ignored', 'expected'), [((3, 3), 3), ((3, 255), 3), ((255,), 255), ((None,), 255), ((), 255)]
+)
+def test_heads_that_are_given_say_it(labels, tmp_path, ignored, expected):
     heads = [torch.nn.Module() for _ in ignored]
     for head, label in zip(heads, ignored, strict=True):
         head.ignore_index = label
-    frequency = training_frequency(config(labels), heads=heads, cache_dir=tmp_path / 'cache')
+    cfg = config(labels, ignore_index=255)
+    frequency = training_frequency(cfg, heads=heads, cache_dir=tmp_path / 'cache')
     assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=expected))
 
 
