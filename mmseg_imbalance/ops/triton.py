@@ -24,8 +24,7 @@ adds up the rows of each column by their weights, and multiplies by the columns'
 """
 
 import math
-import os
-import shutil
+import warnings
 from functools import lru_cache
 
 import torch
@@ -76,9 +75,29 @@ def _why_not_on(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f'its kernels need compute capability 8.0 and {device} has {major}.{minor}'
-    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
-        return 'Triton needs a C compiler to start a kernel and finds none; install gcc or name one in CC'
+    try:
+        _start_a_kernel(device)
+    except Exception as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
+        warnings.warn(
+            f"Triton cannot start a kernel on {device} ({reason}), so backend='auto' takes 'strips', which "
+            "is slower. Install a C compiler, such as gcc, and Python's headers, such as python3-dev",
+            stacklevel=2,
+        )
+        return f'Triton cannot start a kernel on {device} ({reason})'
     return None
+
+
+@triton.jit
+def _first_kernel(x):
+    tl.store(x, 0.0)
+
+
+def _start_a_kernel(device: torch.device) -> None:
+    """Raises, whatever it is, where Triton finds no C compiler or no headers of Python to build it with."""
+    x = torch.empty(1, device=device)
+    with torch.cuda.device_of(x):
+        _first_kernel[(1,)](x)
 
 
 @triton.jit
@@ -161,12 +180,12 @@ def _exp(x):
 
 
 @triton.jit
-def _softmax(z, c, C: tl.constexpr):
-    """max z, exp(z - max z) and its sum."""
-    z = tl.where(c[:, None] < C, z, float('-inf'))
-    top = tl.max(z, 0)
+def _softmax(z, c, y, C: tl.constexpr):
+    """Logits z, 0 where a pixel does not count, max z, exp(z - max z) and its sum."""
+    z = tl.where(y[None, :] < 0, 0.0, z)  # 0 times what is not finite is not 0
+    top = tl.max(tl.where(c[:, None] < C, z, float('-inf')), 0)
     e = tl.where(c[:, None] < C, _exp(z - top[None, :]), 0.0)
-    return top, e, tl.sum(e, 0)
+    return z, top, e, tl.sum(e, 0)
 
 
 @triton.jit
@@ -253,7 +272,7 @@ def _forward_kernel(
             pixel = (image * height + row) * width + column
             y, m, strange = _load_labels(target, weight, pixel, inside, C, IGNORE)
             wrong |= strange.to(tl.int32)
-            top, e, total = _softmax(z, c, C)
+            z, top, e, total = _softmax(z, c, y, C)
             member = (c[:, None] == y[None, :]) & (c[:, None] < C)
             below, plain, miss = _log_loss(z, top, e, total, member, y, FOCAL)
 
@@ -328,7 +347,7 @@ def _gradient(
     C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the logits of P pixels, (BLOCK_C, P); the formula heads this file."""
-    top, e, total = _softmax(z, c, C)
+    z, top, e, total = _softmax(z, c, y, C)
     member = (c[:, None] == y[None, :]) & (c[:, None] < C)
     below, nll, miss = _log_loss(z, top, e, total, member, y, FOCAL)
     p = e * (1 / total)[None, :]
