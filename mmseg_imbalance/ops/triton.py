@@ -5,7 +5,8 @@ along the pixels. Up to 20 classes are one thread's own, so that softmax needs n
 constant the compiler drops the classes that fill it up to a power of two.
 
 From small logits, the label rows between two source rows are a *band*: both source rows are resized to the
-label's columns once, and a row of the band is upper + part (lower - upper).
+label's columns once, and a row of the band is upper + part (lower - upper). What lies beyond the last source
+row is a band too, of that row alone.
 
 Forward: sums by label are products with the one-hot tile, kept in registers and written once per program;
 torch adds up the programs in double. Group ids are split into two digits: one-hot (S, P) of the high one
@@ -137,27 +138,29 @@ def _cells_of(column, w, scale, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_row(row, bias, c, cell, stride_class, stride_column, C: tl.constexpr):
-    """Logits of one row with their bias, (BLOCK_C, P)."""
+def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.constexpr):
+    """Logits of one row with their bias, (BLOCK_C, P); nothing but the bias where a cell is not used."""
     at = row + c.to(tl.int64)[:, None] * stride_class + (cell * stride_column)[None, :]
     # Which axis goes along the lanes depends on the version of Triton where none is known to be contiguous.
     # As nothing is known of the alignment either, no other conclusion is drawn from this.
     at = tl.max_contiguous(at, [1, 2])
-    z = tl.load(at, mask=c[:, None] < C, other=0.0).to(tl.float32)
+    z = tl.load(at, mask=(c[:, None] < C) & used[None, :], other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
     return z
 
 
 @triton.jit
-def _load_band(row, bias, c, cell, part, stride_class, stride_row, stride_column, C: tl.constexpr):
-    """A source row at the label's columns, and what the next one adds to it, (BLOCK_C, P) each."""
+def _load_band(row, bias, c, cell, part, stride_class, step, stride_column, C: tl.constexpr):
+    """A source row at the label's columns, and what the one a step on adds to it, (BLOCK_C, P) each."""
+    below = row + step
+    # beyond the last cell nothing is taken of the one before it, which need not be finite
+    used, always = part < 1, part >= 0
     part = part[None, :]
-    below = row + stride_row
-    upper = _load_row(row, bias, c, cell, stride_class, stride_column, C) * (1 - part)
-    upper += _load_row(row + stride_column, bias, c, cell, stride_class, stride_column, C) * part
-    lower = _load_row(below, bias, c, cell, stride_class, stride_column, C) * (1 - part)
-    lower += _load_row(below + stride_column, bias, c, cell, stride_class, stride_column, C) * part
+    upper = _load_row(row, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
+    upper += _load_row(row + stride_column, bias, c, cell, always, stride_class, stride_column, C) * part
+    lower = _load_row(below, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
+    lower += _load_row(below + stride_column, bias, c, cell, always, stride_class, stride_column, C) * part
     return upper, lower - upper
 
 
@@ -261,14 +264,13 @@ def _forward_kernel(
         row, stop = band, band + 1
         if RESIZE:
             row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
-            upper, change = _load_band(
-                source, bias, c, cell, part, stride_class, stride_row, stride_column, C
-            )
+            step = tl.where(band < h - 1, stride_row, 0)
+            upper, change = _load_band(source, bias, c, cell, part, stride_class, step, stride_column, C)
         while row < stop:
             if RESIZE:
                 z = upper + _row_part(row, band, row_scale, h, ALIGN) * change
             else:
-                z = _load_row(source, bias, c, cell, stride_class, stride_column, C)
+                z = _load_row(source, bias, c, cell, inside, stride_class, stride_column, C)
             pixel = (image * height + row) * width + column
             y, m, strange = _load_labels(target, weight, pixel, inside, C, IGNORE)
             wrong |= strange.to(tl.int32)
@@ -418,9 +420,8 @@ def _backward_kernel(
             while band < last:
                 source = logits + band.to(tl.int64) * stride_row
                 row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
-                upper, change = _load_band(
-                    source, bias, c, cell, part, stride_class, stride_row, stride_column, C
-                )
+                step = tl.where(band < h - 1, stride_row, 0)
+                upper, change = _load_band(source, bias, c, cell, part, stride_class, step, stride_column, C)
                 while row < stop:
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
                     pixel = (image * height + row) * width + column
@@ -454,7 +455,7 @@ def _backward_kernel(
         last = tl.minimum(row + bands_each, bands)
         while row < last:
             z = _load_row(
-                logits + row.to(tl.int64) * stride_row, bias, c, cell, stride_class, stride_column, C
+                logits + row.to(tl.int64) * stride_row, bias, c, cell, inside, stride_class, stride_column, C
             )
             pixel = (image * height + row) * width + column
             y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
@@ -492,14 +493,12 @@ class _Launch:
         warps = max(4, class_warps)
         self.pixels = 32 * warps // class_warps
         chunks = triton.cdiv(width, self.pixels)
-        bands = max(h - 1, 1) if self.resize else height
+        bands = h if self.resize else height
         bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
         self.grid = (chunks, triton.cdiv(bands, bands_each), batch)
         stride_image, stride_class, stride_row, stride_column = logits.stride()
-        if h == 1:
-            stride_row = 0  # the only cell of an axis is its own neighbour
         if w == 1:
-            stride_column = 0
+            stride_column = 0  # the only cell of a row is its own neighbour
         self.arguments = dict(
             stride_image=stride_image, stride_class=stride_class,
             stride_row=stride_row, stride_column=stride_column,
