@@ -68,6 +68,9 @@ class _Part:
     ) -> None:
         self.logits, self.o, self.axes, self.image, self.rows = logits.detach()[image], o, axes, image, rows
         self.by_matrix = by_matrix
+        # logits under ignored pixels count as 0; on CPU where they are seen to do harm, as other devices than
+        # the CPU would have to wait for the answer
+        self.masked = not logits.is_cpu
         self.target = target[image, rows].contiguous()  # (R, W)
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         self.sum_dtype = sum_dtype(logits)
@@ -112,15 +115,9 @@ class _Part:
                 here = torch.add(here, bias.to(self.dtype)[:, None, None], out=out)
             elif z.dtype != self.dtype:
                 here = here.to(self.dtype)
-        top = here.amax(0)
-        # Under ignored pixels anything may lie, and 0 times what is not finite is not 0. A logit of NaN or
-        # +inf shows in the largest; one of -inf does harm in log_prob alone. Other devices than the CPU would
-        # have to wait for the answer.
-        shown = here if self.o.with_log_prob else top
-        if not (here.is_cpu and shown.sum().isfinite()):
+        if self.masked:
             here = here.masked_fill(~valid, 0)
-            top = here.amax(0)
-        return torch.sub(here, top, out=out)
+        return torch.sub(here, here.amax(0), out=out)
 
     def strips(self) -> Iterator[slice]:
         """Their rows of the image."""
@@ -167,7 +164,6 @@ def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Part]:
             Axis.make(h, height, o.align_corners, logits),
             Axis.make(w, width, o.align_corners, logits),
         )
-        # other devices than the CPU would have to wait for the answer
         dtype = torch.promote_types(logits.dtype, torch.float32)
         by_matrix = logits.is_cpu and bool(logits.detach().sum(dtype=dtype).isfinite())
     strips = math.ceil(height / _strip_rows(logits.shape[1], width))
@@ -223,9 +219,7 @@ def _add(sums: list[_Sums]) -> _Sums:
 def _sum_by(ids: Tensor, number: int, dtype: torch.dtype, *values: Tensor) -> Tensor:
     """Sums of each of the values (R, W) by ids (R, W) below ``number``, (len(values), number)."""
     columns = 1
-    if (
-        dtype == torch.float32
-    ):  # it loses digits where many small numbers are added to one large: first by columns
+    if dtype == torch.float32:  # it loses what is small beside a large sum: each column has a sum of its own
         columns = ids.shape[1]
         ids = ids + number * torch.arange(columns, device=ids.device)
     sums = torch.zeros(len(values), columns * number, dtype=dtype, device=ids.device)
@@ -259,7 +253,12 @@ def _sums(part: _Part) -> _Sums:
             e, factor = e.square_(), factor.div_(e_total)
         prediction += e.flatten(1) @ factor.flatten()
 
-    below.masked_fill_(~valid, 0)  # of a logit of -inf
+    if not part.masked:
+        # under ignored pixels anything may lie, and 0 times what is not finite is not 0
+        seen = total.sum() + below.sum()
+        if not (seen if log_prob is None else seen + log_prob.sum()).isfinite():
+            part.masked = True
+            return _sums(part)
     log_total = total.log_()
     if log_prob is not None:
         log_prob -= (m * log_total).sum(dtype=part.sum_dtype)
@@ -269,7 +268,9 @@ def _sums(part: _Part) -> _Sums:
     correct, recall = hit & valid, None
     by_label = _sum_by(y, classes, part.sum_dtype, m * loss, m * log_p.exp(), m)
     if o.with_recall:
-        recall = _sum_by(y, classes, part.sum_dtype, correct, valid).long()
+        right = _sum_by(y, classes, part.sum_dtype, correct)[0]
+        count = by_label[2] if o.pixel_weight is None else _sum_by(y, classes, part.sum_dtype, valid)[0]
+        recall = torch.stack([right, count]).long()
     group_nll = group_count = None
     if o.group is not None:
         # ignored pixels are a group of their own, the last
@@ -306,7 +307,7 @@ def _add_gradient(
     by_nll, by_intersection = by_label
     below = None
     if part.o.focal_gamma > 0 and by_nll is not None:
-        below = e.gather(0, y[None])[0].masked_fill_(m == 0, 0)  # a logit of -inf under an ignored pixel
+        below = e.gather(0, y[None])[0]
     total = e.exp_().sum(0)
     a = torch.zeros_like(m)
     if by_nll is not None:
@@ -372,7 +373,7 @@ class _SoftStats(torch.autograd.Function):
             None if of[0] is None else torch.stack(of) for of in zip(*images, strict=True)
         )
         ctx.save_for_backward(logits, target)
-        ctx.options = o
+        ctx.options, ctx.masked = o, [part.masked for part in parts]
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         nll, intersection, truth = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
@@ -393,6 +394,8 @@ class _SoftStats(torch.autograd.Function):
         upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob)
         with torch.autocast(logits.device.type, enabled=False):
             parts = _split(logits, target, ctx.options)
+            for part, masked in zip(parts, ctx.masked, strict=True):
+                part.masked = masked
             if parts[0].axes is None:
                 grad = logits.new_zeros(logits.shape)
             else:
