@@ -147,12 +147,12 @@ class Overlap:
         if self.index == 'generalized_dice':
             return functional.generalized_dice_parts(stats, class_weight, self.smooth, **options)
         if self.index == 'tversky':
-            index = functional.tversky(stats, self.alpha or 0.0, self.beta or 0.0, self.smooth)
+            error = functional.tversky_error(stats, self.alpha or 0.0, self.beta or 0.0, self.smooth)
         elif self.index == 'jaccard':
-            index = functional.jaccard(stats, self.smooth)
+            error = functional.tversky_error(stats, 1.0, 1.0, self.smooth)
         else:
-            index = functional.dice(stats, self.smooth)
-        return functional.region_parts(index, stats.truth, class_weight, **options)
+            error = functional.tversky_error(stats, 0.5, 0.5, self.smooth / 2)
+        return functional.region_parts(error, stats.truth, class_weight, **options)
 
 
 def pass_options(terms: Mapping[str, Term]) -> dict[str, Any]:
