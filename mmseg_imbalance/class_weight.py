@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -178,14 +178,14 @@ class ClassWeight:
         """Use these weights, one number >= 0 per class, from the next call on."""
         weights = weights.tolist() if hasattr(weights, 'tolist') else list(weights)
         check_weights(weights, f'class_weight={weights}')
-        self.values = torch.tensor(weights, dtype=torch.float32)
+        self.values = _kept(torch.tensor, weights, dtype=torch.float32)
         self._by_name = self._file_classes = None
 
     def set_pixels(self, pixels: Sequence[float] | Tensor | np.ndarray) -> None:
         """Take the prior from these pixels of each class in the training data."""
         pixels = pixels.tolist() if hasattr(pixels, 'tolist') else list(pixels)
         check_weights(pixels, f'class pixels {pixels}')
-        self._log_prior = torch.from_numpy(log_prior(pixels)).float()
+        self._log_prior = _kept(torch.tensor, log_prior(pixels), dtype=torch.float32)
 
     def for_logits(self, logits: Tensor) -> Tensor | None:
         """(C,) weights on the device of the logits (B, C, ...); None: all 1.
@@ -219,7 +219,7 @@ class ClassWeight:
                 f'{self.values.tolist()}, but the head predicts {logits.shape[1]} classes'
             )
         if self.values.device != logits.device:
-            self.values = self.values.to(logits.device)
+            self.values = _kept(self.values.to, logits.device)
         return self.values
 
     def logit_bias(self, logits: Tensor, tau: float) -> Tensor | None:
@@ -256,8 +256,14 @@ class ClassWeight:
                 f'{logits.shape[1]}'
             )
         if self._log_prior.device != logits.device:
-            self._log_prior = self._log_prior.to(logits.device)
+            self._log_prior = _kept(self._log_prior.to, logits.device)
         return self._log_prior
+
+
+def _kept(make: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
+    """A tensor for later calls too: one made in inference mode would be of no use to training."""
+    with torch.inference_mode(False):
+        return make(*args, **options)
 
 
 def class_names() -> list[str] | None:

@@ -176,7 +176,8 @@ class SubclassClustering(nn.Module):
                 raise ValueError(
                     f'num_subclasses is for {len(numbers)} classes, but the head predicts {len(self.pixels)}'
                 )
-            self._exists = torch.arange(self.largest) < torch.tensor(numbers)[:, None]
+            with torch.inference_mode(False):
+                self._exists = torch.arange(self.largest) < torch.tensor(numbers)[:, None]
         if self._exists.device != self.pixels.device:
             self._exists = self._exists.to(self.pixels.device)
         return self._exists
@@ -224,7 +225,8 @@ class SubclassClustering(nn.Module):
         if features.ndim == 3:  # of sampled points, as the logits
             features = features[:, :, None]
         if self.centroid is None:
-            self.allocate(logits.shape[1], features.shape[1], logits.device)
+            with torch.inference_mode(False):  # for training too, whatever the first call is for
+                self.allocate(logits.shape[1], features.shape[1], logits.device)
         expected = (len(logits), self.centroid.shape[2])
         if features.ndim != 4 or features.shape[:2] != expected or logits.shape[1] != len(self.centroid):
             raise ValueError(
