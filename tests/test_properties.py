@@ -332,7 +332,7 @@ def test_every_loss_is_finite_where_nothing_counts_and_whatever_lies_there(name,
         inputs = dict(features=torch.zeros(2, 4, 5, 6)) if loss.needs_features else {}
         value = loss(leaf, target, **inputs)
         (gradient,) = torch.autograd.grad(value, leaf)
-        assert value == 0 or 'Dice' in name or 'Combined' in name or value.isfinite()
+        assert value == 0
         assert (gradient == 0).all()
         # the only class that occurs weighs nothing
         some = target.clone()
