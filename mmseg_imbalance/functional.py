@@ -165,7 +165,8 @@ def region_loss(
         truth: (B, C) true pixels.
         class_weight: (C,), >= 0; None: all 1.
         gamma: > 0, applied to each class before the mean (Abraham & Khan 2018,
-            https://arxiv.org/abs/1810.07842, equation 4, with gamma for 1 / gamma).
+            https://arxiv.org/abs/1810.07842, equation 4, with gamma for 1 / gamma). Below 1, the power is a
+            straight line where 1 - index is near rounding, so that its slope is finite.
         absent_classes: 'include', or 'ignore' to leave classes without a true pixel out of the mean.
 
     Returns:

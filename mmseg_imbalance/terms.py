@@ -76,7 +76,8 @@ class Overlap:
         alpha: >= 0, weighs false positives; of 'tversky' only; None: 0.3.
         beta: >= 0, weighs false negatives (missed pixels); of 'tversky' only; None: 0.7.
         gamma: > 0, on each class before the mean; other than 1 it is a focal overlap loss. Below 1 it raises
-            what well-segmented classes count, above 1 what badly segmented ones do.
+            what well-segmented classes count, above 1 what badly segmented ones do. Errors near rounding,
+            below 4e-6 in single precision, count in proportion, so that a perfect prediction costs 0.
         smooth: >= 0, in pixels.
         square_denominator: the predicted area sums p^2, as in V-Net; not for 'tversky'.
         reduction: 'image' (loss of each image, then the mean) or 'batch' (sums over the batch first).

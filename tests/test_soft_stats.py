@@ -423,6 +423,24 @@ def test_what_is_not_finite_under_ignored_pixels_changes_nothing(make_batch, bac
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('gamma', [0.0, 2.0])
+def test_a_class_may_be_ruled_out_by_logits_of_minus_infinity(make_batch, backend, gamma):
+    logits, target = make_batch((3, 7), (3, 7), **batch_of(backend))
+    logits[:, 4] = -float('inf')  # no pixel is of this class
+    found = soft_stats(logits, target, focal_gamma=gamma, backend=backend)
+    expected = soft_stats(logits[:, :4], target, focal_gamma=gamma, backend='eager')
+    for name in SUMS:
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        torch.testing.assert_close(ours if name == 'correct' else ours[:, :4], theirs)
+    leaf, four = logits.clone().requires_grad_(), logits[:, :4].clone().requires_grad_()
+    for z, by in ((leaf, backend), (four, 'eager')):
+        stats = soft_stats(z, target, focal_gamma=gamma, backend=by)
+        (stats.nll.sum() + stats.prediction[:, :4].square().sum() + stats.intersection.sum()).backward()
+    torch.testing.assert_close(leaf.grad[:, :4], four.grad)
+    assert (leaf.grad[:, 4] == 0).all()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -1.0])
 def test_any_weight_of_an_ignored_pixel_is_none(make_batch, backend, value):
     logits, target = make_batch((3, 7), (3, 7), **batch_of(backend))
@@ -700,7 +718,7 @@ def test_plain_sums_are_those_of_torch(make_batch):
             'focal_gamma must be a finite number, at least 0, got inf',
         ),
         (dict(target=torch.zeros(2, 13, 17, dtype=torch.bool)), TypeError, 'integer.*bool'),
-        (dict(target=torch.zeros(2, 13, 17, dtype=torch.uint16)), TypeError, 'uint8 or a signed.*uint16'),
+        (dict(target=torch.zeros(2, 13, 17, dtype=torch.complex64)), TypeError, 'uint8 or a signed.*complex'),
         (dict(target=torch.zeros(2, 1, 13, 17, dtype=torch.long)), ValueError, r'got \(2, 1, 13, 17\)'),
         (dict(pixel_weight=torch.ones(2, 1, 13, 17)), ValueError, r'pixel_weight must be .*\(2, 1, 13, 17\)'),
         (dict(pixel_weight=torch.ones(13, 17)), ValueError, r'pixel_weight must be .*\(13, 17\)'),
