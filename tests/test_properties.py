@@ -257,11 +257,22 @@ def value_and_gradient(name, options, backend, logits, target, weight, features,
 def test_every_loss_is_finite_and_that_of_the_definition(name, data):
     logits, target, ignore_index, generator = data.draw(batches(dtypes=(torch.float32, torch.float16)))
     options = loss_options(name, data.draw)
-    weights = torch.rand(logits.shape[1], generator=generator)
-    weights[0] = data.draw(st.sampled_from([0.0, 1.0]))
-    options['class_weight'] = data.draw(st.sampled_from([None, weights.tolist()]))
     weight = data.draw(st.sampled_from([None, torch.rand(target.shape, generator=generator)]))
     features = torch.randn(len(logits), 3, *logits.shape[2:], generator=generator)
+    form = data.draw(st.sampled_from(['images', 'one channel', 'points']))
+    if form == 'one channel':  # the logits of two classes
+        logits = logits[:, :1]
+        counted = torch.ones_like(target, dtype=torch.bool)
+        if ignore_index is not None:
+            counted = target.long() != ignore_index
+        target = torch.where(counted, target % 2, target)
+    elif form == 'points' and logits.shape[2:] == target.shape[1:]:
+        logits, features, target = logits.flatten(2), features.flatten(2), target.flatten(1)
+        weight = None if weight is None else weight.flatten(1)
+    classes = max(2, logits.shape[1])
+    weights = torch.rand(classes, generator=generator)
+    weights[0] = data.draw(st.sampled_from([0.0, 1.0]))
+    options['class_weight'] = data.draw(st.sampled_from([None, weights.tolist()]))
     more = dict(ignore_index=ignore_index, align_corners=data.draw(st.booleans()))
     arguments = (logits, target, weight, features)
     value, gradient = value_and_gradient(name, options, 'auto', *arguments, **more)
@@ -269,6 +280,7 @@ def test_every_loss_is_finite_and_that_of_the_definition(name, data):
     assert value.isfinite()
     assert gradient.isfinite().all()
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+    assert gradient.shape == logits.shape
     torch.testing.assert_close(gradient, truth, rtol=5e-3, atol=5e-4)
 
 
