@@ -41,6 +41,17 @@ def test_where_a_thread_cannot_start_one_does_it_all(make_batch, monkeypatch, th
     assert leaf.grad.isfinite().all()
 
 
+def test_the_number_of_threads_may_change_between_the_passes(make_batch, three_threads):
+    logits, target = make_batch()
+    spoilt = logits.masked_fill((target == 255)[:, None], float('nan'))
+    leaf, plain = spoilt.requires_grad_(), logits.clone().requires_grad_()
+    stats = soft_stats(leaf, target, backend='strips')
+    torch.set_num_threads(1)
+    stats.nll.sum().backward()
+    soft_stats(plain, target, backend='eager').nll.sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+
+
 def test_threads_share_the_parts_and_this_one_keeps_its_number(make_batch, three_threads):
     seen = set()
 

@@ -373,7 +373,7 @@ class _SoftStats(torch.autograd.Function):
             None if of[0] is None else torch.stack(of) for of in zip(*images, strict=True)
         )
         ctx.save_for_backward(logits, target)
-        ctx.options, ctx.masked = o, [part.masked for part in parts]
+        ctx.options, ctx.masked = o, any(part.masked for part in parts)
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         nll, intersection, truth = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
@@ -394,8 +394,8 @@ class _SoftStats(torch.autograd.Function):
         upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob)
         with torch.autocast(logits.device.type, enabled=False):
             parts = _split(logits, target, ctx.options)
-            for part, masked in zip(parts, ctx.masked, strict=True):
-                part.masked = masked
+            for part in parts:
+                part.masked = ctx.masked
             if parts[0].axes is None:
                 grad = logits.new_zeros(logits.shape)
             else:
