@@ -29,7 +29,8 @@ class Axis(NamedTuple):
         else:
             x = np.maximum((i + 0.5) * (small / large) - 0.5, 0)
         low = np.minimum(x.astype(np.int64), small - 1)
-        high = np.minimum(low + 1, small - 1)
+        # where nothing is resized an output is its cell, as in torch, whatever lies beside it
+        high = low if small == large else np.minimum(low + 1, small - 1)
         matrix = np.zeros((large, small))
         every = np.arange(large)
         matrix[every, low] += 1 - (x - low)

@@ -151,16 +151,18 @@ def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.const
 
 
 @triton.jit
-def _load_band(row, bias, c, cell, part, stride_class, step, stride_column, C: tl.constexpr):
+def _load_band(row, bias, c, cell, part, wider, stride_class, step, stride_column, C: tl.constexpr):
     """A source row at the label's columns, and what the one a step on adds to it, (BLOCK_C, P) each."""
     below = row + step
-    # beyond the last cell nothing is taken of the one before it, which need not be finite
-    used, always = part < 1, part >= 0
+    # 0 times what is not finite is not 0: beyond the last cell nothing is taken of the one before it, and
+    # where columns are not resized nothing of a neighbour; elsewhere it is, as in torch
+    used, next_used = part < 1, (part > 0) | wider
     part = part[None, :]
+    beside, beside_below = row + stride_column, below + stride_column
     upper = _load_row(row, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
-    upper += _load_row(row + stride_column, bias, c, cell, always, stride_class, stride_column, C) * part
+    upper += _load_row(beside, bias, c, cell, next_used, stride_class, stride_column, C) * part
     lower = _load_row(below, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
-    lower += _load_row(below + stride_column, bias, c, cell, always, stride_class, stride_column, C) * part
+    lower += _load_row(beside_below, bias, c, cell, next_used, stride_class, stride_column, C) * part
     return upper, lower - upper
 
 
@@ -264,8 +266,10 @@ def _forward_kernel(
         row, stop = band, band + 1
         if RESIZE:
             row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
-            step = tl.where(band < h - 1, stride_row, 0)
-            upper, change = _load_band(source, bias, c, cell, part, stride_class, step, stride_column, C)
+            step = tl.where((band < h - 1) & (h != height), stride_row, 0)
+            upper, change = _load_band(
+                source, bias, c, cell, part, w != width, stride_class, step, stride_column, C
+            )
         while row < stop:
             if RESIZE:
                 z = upper + _row_part(row, band, row_scale, h, ALIGN) * change
@@ -420,8 +424,10 @@ def _backward_kernel(
             while band < last:
                 source = logits + band.to(tl.int64) * stride_row
                 row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
-                step = tl.where(band < h - 1, stride_row, 0)
-                upper, change = _load_band(source, bias, c, cell, part, stride_class, step, stride_column, C)
+                step = tl.where((band < h - 1) & (h != height), stride_row, 0)
+                upper, change = _load_band(
+                    source, bias, c, cell, part, w != width, stride_class, step, stride_column, C
+                )
                 while row < stop:
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
                     pixel = (image * height + row) * width + column
