@@ -461,7 +461,11 @@ def test_any_weight_of_an_ignored_pixel_is_none(make_batch, backend, value):
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(
     ('backend', 'logit_size', 'label_size'),
-    each(ALL, [((9, 11), (31, 40)), ((9, 11), (6, 7))], [((4, 5), (9, 12))]),
+    each(
+        ALL,
+        [((9, 11), (31, 40)), ((9, 11), (6, 7)), ((9, 11), (9, 40)), ((9, 11), (31, 11))],
+        [((4, 5), (9, 12)), ((4, 5), (4, 12)), ((4, 5), (9, 5))],
+    ),
 )
 def test_low_resolution_logits_of_nan_spoil_the_pixels_that_are_resized_from_them(
     make_batch, backend, logit_size, label_size, align_corners

@@ -151,12 +151,12 @@ def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.const
 
 
 @triton.jit
-def _load_band(row, bias, c, cell, part, wider, stride_class, step, stride_column, C: tl.constexpr):
+def _load_band(row, bias, c, cell, part, from_part, stride_class, step, stride_column, C: tl.constexpr):
     """A source row at the label's columns, and what the one a step on adds to it, (BLOCK_C, P) each."""
     below = row + step
     # 0 times what is not finite is not 0: beyond the last cell nothing is taken of the one before it, and
     # where columns are not resized nothing of a neighbour; elsewhere it is, as in torch
-    used, next_used = part < 1, (part > 0) | wider
+    used, next_used = part < 1, part > from_part
     part = part[None, :]
     beside, beside_below = row + stride_column, below + stride_column
     upper = _load_row(row, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
@@ -267,8 +267,9 @@ def _forward_kernel(
         if RESIZE:
             row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
             step = tl.where((band < h - 1) & (h != height), stride_row, 0)
+            from_part = tl.where(w == width, 0.0, -1.0)
             upper, change = _load_band(
-                source, bias, c, cell, part, w != width, stride_class, step, stride_column, C
+                source, bias, c, cell, part, from_part, stride_class, step, stride_column, C
             )
         while row < stop:
             if RESIZE:
@@ -425,8 +426,9 @@ def _backward_kernel(
                 source = logits + band.to(tl.int64) * stride_row
                 row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
                 step = tl.where((band < h - 1) & (h != height), stride_row, 0)
+                from_part = tl.where(w == width, 0.0, -1.0)
                 upper, change = _load_band(
-                    source, bias, c, cell, part, w != width, stride_class, step, stride_column, C
+                    source, bias, c, cell, part, from_part, stride_class, step, stride_column, C
                 )
                 while row < stop:
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
