@@ -260,7 +260,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
+        for tensor in torch.utils._pytree.tree_flatten(result)[0]:
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
         return result
