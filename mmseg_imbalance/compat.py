@@ -45,7 +45,7 @@ def load_from_local(filename: str, map_location: object = None) -> object:
     except UnpicklingError as error:
         raise RuntimeError(
             f'{filename} is damaged, or it holds more than weights and loading it could run code. If you '
-            f'trust it, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment: it is loaded whole. {error}'
+            f'trust it, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment: all of it loads. {error}'
         ) from error
 
 
