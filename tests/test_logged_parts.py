@@ -156,10 +156,12 @@ def test_a_few_losses_that_are_not_finite_end_nothing():
     (hook,) = runner.hooks
     hook.before_train(runner)
     nan, inf = float('nan'), float('inf')
-    for value in [1.0, *[nan] * 9, 1.0, *[inf, nan, -inf] * 3, 0.0]:
-        hub.update_scalar('train/loss', value)
-        hook.after_train_iter(runner, 0, outputs=dict(loss=torch.tensor(value)))
+
+    def iterate(losses):
+        for value in losses:
+            hub.update_scalar('train/loss', value)
+            hook.after_train_iter(runner, 0, outputs=dict(loss=torch.tensor(value)))
+
+    iterate([1.0, *[nan] * 9, 1.0, *[inf, nan, -inf] * 3, 0.0])
     with pytest.raises(RuntimeError, match='not been finite in 10 iterations'):
-        for _ in range(10):
-            hub.update_scalar('train/loss', inf)
-            hook.after_train_iter(runner, 0, outputs=dict(loss=torch.tensor(inf)))
+        iterate([inf] * 10)
