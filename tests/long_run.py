@@ -23,7 +23,7 @@ PAGE = os.sysconf('SC_PAGE_SIZE') / 2**20
 
 
 class Watch(Hook):
-    """Resident memory in MB and seconds of each iteration of training, without the validation between them."""
+    """Resident memory in MB and seconds of each iteration of training; validation is not among them."""
 
     def __init__(self):
         self.memory, self.seconds = [], []
@@ -52,13 +52,14 @@ def train(folder, iterations):
                 step.update(type='RareClassCrop', crop_size=(64, 64), min_pixels=5)
     cfg.train_dataloader.batch_size = 2
     cfg.train_dataloader.pop('sampler')
-    cfg.train_dataloader.sampler = dict(type='RareClassSampler', min_pixels=10)
+    cache = str(folder / 'cache')
+    cfg.train_dataloader.sampler = dict(type='RareClassSampler', min_pixels=10, cache_dir=cache)
     cfg.model.data_preprocessor.size = (64, 64)
     cfg.train_cfg.update(max_iters=iterations, val_interval=100)
     cfg.default_hooks.logger.interval = 10
     cfg.default_hooks.checkpoint.update(interval=200, max_keep_ckpts=1)
     cfg.custom_hooks = [
-        dict(type='ClassWeightHook', num_workers=0, cache_dir=str(folder / 'cache')),
+        dict(type='ClassWeightHook', num_workers=0, cache_dir=cache),
         dict(type='ClassBalanceHook', interval=10),
         dict(type='SubclassVisualizationHook', num_images=1),
         dict(type='EMAHook'),

@@ -216,7 +216,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(write_config, tmp_path, 
         cache = cache / 'of' / 'nobody'
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if fault == 'full':
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # no file gets longer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file gets longer
     try:
         assert count(config, cache, capsys) == want
     finally:
@@ -345,11 +345,11 @@ def test_the_code_in_a_checkpoint_is_not_run(write_config, tmp_path, command):
     torch.save(dict(state_dict={}, meta=Payload(mark)), checkpoint)
     (tmp_path / 'work' / 'last_checkpoint').write_text(str(checkpoint))
     arguments = dict(
-        test=[checkpoint, '--work-dir', tmp_path / 'test'],
-        subclasses=[checkpoint, '--out', tmp_path / 'page'],
-        train=['--resume', '--work-dir', tmp_path / 'work'],
+        test=[config, checkpoint, '--work-dir', tmp_path / 'test'],
+        subclasses=[checkpoint, config, '--out', tmp_path / 'page.html'],
+        train=[config, '--resume', '--work-dir', tmp_path / 'work'],
     )[command]
-    process = start(sys.executable, '-m', 'mmseg_imbalance', command, config, *arguments, folder=tmp_path)
+    process = start(sys.executable, '-m', 'mmseg_imbalance', command, *arguments, folder=tmp_path)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert 'it holds more than weights and loading it could run code' in output
