@@ -46,8 +46,8 @@ class ClassWatcher:
         self.sums: Tensor | None = None  # (4, C): pixels, correct ones, loss, square of the gradient's norm
         self.with_gradient = False
 
-    def __call__(self, pred: Tensor, stats: SoftStats, parts: Tensor) -> None:
-        """Take a batch: the head's logits, their sums, and the (C,) parts of the loss."""
+    def __call__(self, pred: Tensor, target: Tensor, stats: SoftStats, parts: Tensor) -> None:
+        """Take a batch: the head's logits and labels, their sums, and the (C,) parts of the loss."""
         if self.sums is None:
             self.sums = parts.new_zeros(4, len(parts))
         self.sums[0] += stats.class_count.sum(0)
@@ -108,15 +108,16 @@ class ClassBalanceHook(LoggedPartsHook):
                 'ClassBalanceHook has nothing to watch: it watches the losses of this package alone; '
                 "dict(type='WeightedCrossEntropyLoss') is MMSegmentation's cross-entropy"
             )
-        for loss in self.losses.values():
-            loss.watcher = ClassWatcher()
+        self.watchers = {name: ClassWatcher() for name in self.losses}
+        for name, loss in self.losses.items():
+            loss.watch(self.watchers[name])
         self.metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
         self.reports: dict[str, list[ClassBalance]] = {name: [] for name in self.losses}
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
         due = self.every_n_train_iters(runner, self.interval)
-        for loss in self.losses.values():
-            loss.watcher.with_gradient = due
+        for watcher in self.watchers.values():
+            watcher.with_gradient = due
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
@@ -125,7 +126,7 @@ class ClassBalanceHook(LoggedPartsHook):
         if not self.losses or not self.every_n_train_iters(runner, self.interval):
             return
         # a rank may not have called a loss, where its images have no label for it
-        watched = {name: loss.watcher for name, loss in self.losses.items()}
+        watched = self.watchers
         widths = [0 if watcher.sums is None else watcher.sums.shape[1] for watcher in watched.values()]
         numbers = torch.tensor(widths)
         all_reduce(numbers, 'max')
@@ -154,7 +155,7 @@ class ClassBalanceHook(LoggedPartsHook):
 
     def after_train(self, runner) -> None:
         for loss in self.losses.values():
-            loss.watcher = None
+            loss.unwatch(ClassWatcher)
         reports = {name: history for name, history in self.reports.items() if history}
         if reports and is_main_process():
             number = max(len(history[0].recall) for history in reports.values())

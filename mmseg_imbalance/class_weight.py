@@ -36,6 +36,8 @@ class WeightRecord:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
         options: of the scheme.
         max_images: size of the sample that was asked for; None: all.
+        image_share: C numbers, the mean over the images of the class's share in an image: what a random crop
+            is expected to hold.
     """
 
     classes: list[str]
@@ -48,6 +50,7 @@ class WeightRecord:
     scheme: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     max_images: int | None = None
+    image_share: list[float] | None = None
 
     @classmethod
     def count(
@@ -70,6 +73,7 @@ class WeightRecord:
             scheme,
             dict(options or {}),
             max_images,
+            image_share=frequency.image_share.tolist(),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,18 +126,30 @@ class ClassWeight:
             path of a file of :class:`WeightRecord`; or 'auto': the hook calls :meth:`set_weights`.
         with_prior: whether the loss asks for the prior; then the hook calls :meth:`set_pixels`.
         owner: name of the loss, for messages.
+        mean_of_1: scale the weights to sum_c f_c w_c = 1, f_c the share of each class in the training pixels,
+            which the hook hands over too; those of a file are taken from the file.
 
     Raises:
         ValueError: a weight that is negative, NaN or infinite, or all of them 0.
         FileNotFoundError: there is no file at the path.
     """
 
-    def __init__(self, spec: ClassWeightSpec = None, with_prior: bool = False, owner: str = 'a loss') -> None:
+    def __init__(
+        self,
+        spec: ClassWeightSpec = None,
+        with_prior: bool = False,
+        owner: str = 'a loss',
+        mean_of_1: bool = False,
+    ) -> None:
         self.spec = spec
         self.owner = owner
         self.with_prior = with_prior
+        self.mean_of_1 = mean_of_1 and spec is not None
         self.values: Tensor | None = None  # (C,) float32
+        self.record: WeightRecord | None = None  # of a file
         self._log_prior: Tensor | None = None  # (C,) float32, ln f_c
+        self._pixels: list[float] | None = None
+        self._scaled: Tensor | None = None  # (C,) float32, with a mean of 1 over the pixels
         self._by_name: dict[str, float] | None = None  # until the class names are known
         self._file_classes: list[str] | None = None  # until they were compared with the data set's
         if isinstance(spec, Mapping):
@@ -142,9 +158,11 @@ class ClassWeight:
             self._by_name = dict(spec)
         elif isinstance(spec, str | Path):
             if spec != 'auto':
-                record = self._load(spec)
+                self.record = record = self._load(spec)
                 self.set_weights(record.weights)
                 self._file_classes = record.classes
+                if self.mean_of_1 and not with_prior and record.pixels is not None:
+                    self.set_pixels(record.pixels)
         elif hasattr(spec, '__iter__'):
             self.set_weights(spec)
         elif spec is not None:
@@ -167,31 +185,49 @@ class ClassWeight:
     @property
     def waiting(self) -> bool:
         """Whether the weights are 'auto' and have not been set yet."""
-        return self.values is None and isinstance(self.spec, str) and self.spec == 'auto'
+        return self.values is None and self.auto
+
+    @property
+    def by_counts(self) -> bool:
+        """Whether it relies on what the hook has counted."""
+        own_pixels = self.record is not None and self.record.pixels is not None
+        return self.auto or self.with_prior or (self.mean_of_1 and not own_pixels)
+
+    @property
+    def auto(self) -> bool:
+        return isinstance(self.spec, str) and self.spec == 'auto'
 
     @property
     def needs_pixels(self) -> bool:
-        """Whether the loss asks for a prior and the class frequency has not been set yet."""
-        return self.with_prior and self._log_prior is None
+        """Whether the loss asks for the class frequency, which has not been set yet."""
+        return (self.with_prior or self.mean_of_1) and self._pixels is None
+
+    def given(self) -> list[float] | None:
+        """The weights in the order of the classes; None where all are 1, or not known yet."""
+        if self._by_name is not None and class_names() is not None:
+            return in_class_order(self._by_name, 1.0, 'class_weight')
+        return None if self.values is None else self.values.tolist()
 
     def set_weights(self, weights: Sequence[float] | Tensor | np.ndarray) -> None:
         """Use these weights, one number >= 0 per class, from the next call on."""
         weights = weights.tolist() if hasattr(weights, 'tolist') else list(weights)
         check_weights(weights, f'class_weight={weights}')
-        self.values = torch.tensor(weights, dtype=torch.float32)
-        self._by_name = self._file_classes = None
+        self.values = _single(weights)
+        self._by_name = self._file_classes = self._scaled = None
 
     def set_pixels(self, pixels: Sequence[float] | Tensor | np.ndarray) -> None:
-        """Take the prior from these pixels of each class in the training data."""
+        """Take the prior and the scale of the weights from the pixels of each class in the training."""
         pixels = pixels.tolist() if hasattr(pixels, 'tolist') else list(pixels)
         check_weights(pixels, f'class pixels {pixels}')
-        self._log_prior = torch.from_numpy(log_prior(pixels)).float()
+        self._pixels, self._scaled = pixels, None
+        self._log_prior = _single(log_prior(pixels).tolist())
 
     def for_logits(self, logits: Tensor) -> Tensor | None:
         """(C,) weights on the device of the logits (B, C, ...); None: all 1.
 
         Raises:
-            RuntimeError: 'auto' that nobody has filled, or names without a data set.
+            RuntimeError: 'auto' that nobody has filled, names without a data set, or no class frequency to
+                scale them by.
             ValueError: another number of classes than the logits have, or other classes than the data set.
         """
         if self.waiting:
@@ -218,9 +254,23 @@ class ClassWeight:
                 f'class_weight holds {len(self.values)} numbers, '
                 f'{self.values.tolist()}, but the head predicts {logits.shape[1]} classes'
             )
-        if self.values.device != logits.device:
-            self.values = self.values.to(logits.device)
+        if self.mean_of_1:
+            if self._scaled is None:
+                self._scaled = _single(self._with_mean_of_1(self.values.tolist()))
+            self._scaled = _on(logits.device, self._scaled)
+            return self._scaled
+        self.values = _on(logits.device, self.values)
         return self.values
+
+    def _with_mean_of_1(self, weights: list[float]) -> list[float]:
+        pixels = self._known_pixels(len(weights))
+        mean = sum(w * n for w, n in zip(weights, pixels, strict=True)) / sum(pixels)
+        if mean == 0:
+            raise ValueError(
+                f'class_weight={weights} is 0 for every class that has a pixel in the training '
+                f'data, {pixels}, so its mean over the pixels cannot be 1; give one of them a weight'
+            )
+        return [w / mean for w in weights]
 
     def logit_bias(self, logits: Tensor, tau: float) -> Tensor | None:
         """(C,) tau ln f_c, f_c the share of each class in the training pixels; None where tau is 0.
@@ -243,21 +293,38 @@ class ClassWeight:
         return noise.mul_(rarity.to(noise)[:, None, None])
 
     def _prior(self, logits: Tensor) -> Tensor:
-        if self._log_prior is None:
+        self._known_pixels(logits.shape[1])
+        self._log_prior = _on(logits.device, self._log_prior)
+        return self._log_prior
+
+    def _known_pixels(self, num_classes: int) -> list[float]:
+        if self._pixels is None:
             raise RuntimeError(
-                f'logit_adjustment and logit_variation of {self.owner} have no class frequency yet. '
-                "Add custom_hooks = [dict(type='ClassWeightHook')] to the config: it counts the "
+                f'logit_adjustment, logit_variation and divide_by of {self.owner} have no class frequency '
+                "yet. Add custom_hooks = [dict(type='ClassWeightHook')] to the config: it counts the "
                 'training annotations before the first iteration. Outside a runner, call '
                 'class_weight.set_pixels of the loss'
             )
-        if len(self._log_prior) != logits.shape[1]:
+        if len(self._pixels) != num_classes:
             raise ValueError(
-                f'the class frequency is that of {len(self._log_prior)} classes, but the head predicts '
-                f'{logits.shape[1]}'
+                f'the class frequency is that of {len(self._pixels)} classes, but the head predicts '
+                f'{num_classes}'
             )
-        if self._log_prior.device != logits.device:
-            self._log_prior = self._log_prior.to(logits.device)
-        return self._log_prior
+        return self._pixels
+
+
+# Training may follow a first call in inference mode, whose tensors no backward takes.
+
+
+def _single(numbers: Sequence[float]) -> Tensor:
+    """Not by way of a double tensor, which some devices do not have."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _on(device: torch.device, x: Any) -> Tensor:
+    with torch.inference_mode(False):
+        return x.to(device)  # itself where it lies there
 
 
 def class_names() -> list[str] | None:

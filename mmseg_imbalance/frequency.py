@@ -87,6 +87,18 @@ class ClassFrequency:
         """Share of each class in the valid pixels, (C,) float64; zeros if there are none."""
         return self.pixels / max(int(self.pixels.sum()), 1)
 
+    @property
+    def image_share(self) -> np.ndarray:
+        """Mean over the images of the share of each class in the valid pixels of an image, (C,) float64.
+
+        `share` where only totals are known; images without a valid pixel are left out.
+        """
+        if self.counts is None or self.repeats is None:
+            return self.share
+        valid = self.counts.sum(axis=1)
+        once = np.divide(self.repeats, valid, out=np.zeros(len(valid)), where=valid > 0)
+        return once @ self.counts / max(int(self.repeats[valid > 0].sum()), 1)
+
     def __add__(self, other: ClassFrequency) -> ClassFrequency:
         """Counts of both data sets together; per-image rows only if both have them."""
         if self.classes != other.classes:

@@ -12,7 +12,10 @@ from mmseg_imbalance.ops import SoftStats
 
 
 def cross_entropy(
-    stats: SoftStats, class_weight: Tensor | None = None, label_smoothing: float = 0.0
+    stats: SoftStats,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    divide_by: str = 'weights',
 ) -> Tensor:
     """Weighted mean of the negative log-likelihood: sum_c w_c nll_c / sum_c w_c truth_c over the batch.
 
@@ -22,15 +25,19 @@ def cross_entropy(
         stats: with ``log_prob`` where ``label_smoothing`` > 0.
         class_weight: (C,), >= 0; None: all 1.
         label_smoothing: in [0, 1), the share of the label spread evenly over all classes.
+        divide_by: 'weights', or 'pixels': sum_c w_c nll_c / sum_c truth_c, linear in the weights.
 
     Returns:
         Scalar; 0 where no pixel has any weight.
     """
-    return cross_entropy_parts(stats, class_weight, label_smoothing).sum()
+    return cross_entropy_parts(stats, class_weight, label_smoothing, divide_by).sum()
 
 
 def cross_entropy_parts(
-    stats: SoftStats, class_weight: Tensor | None = None, label_smoothing: float = 0.0
+    stats: SoftStats,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    divide_by: str = 'weights',
 ) -> Tensor:
     """What each class adds to :func:`cross_entropy`, (C,): w_c nll_c / sum_k w_k truth_k.
 
@@ -43,7 +50,7 @@ def cross_entropy_parts(
             raise ValueError('label_smoothing needs the field log_prob; call soft_stats with_log_prob=True')
         even = -(weight * stats.log_prob).sum(0) / len(weight)
         total = (1 - label_smoothing) * total + label_smoothing * even
-    norm = (weight * stats.truth).sum()
+    norm = stats.truth.sum() if divide_by == 'pixels' else (weight * stats.truth).sum()
     return total / norm.where(norm > 0, torch.inf)
 
 

@@ -12,6 +12,7 @@ the ``super().loss_by_feat`` of heads with several outputs (DAHead) or labels of
 
 from __future__ import annotations
 
+import inspect
 from contextlib import suppress
 from functools import cache
 
@@ -30,6 +31,48 @@ from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import soft_stats, valid_pixels
 
 
+def can_be_called(loss: nn.Module) -> bool:
+    """Whether a loss takes what a decode head hands it: logits, labels, ``weight`` and ``ignore_index``."""
+    try:
+        inspect.signature(loss.forward).bind(None, None, weight=None, ignore_index=255)
+    except TypeError:
+        return False
+    return True
+
+
+def cannot_be_called(loss: nn.Module, head: nn.Module) -> str:
+    return (
+        f'{type(head).__name__} calls its losses with logits, labels, weight and ignore_index, but '
+        f'{type(loss).__name__} takes {inspect.signature(loss.forward)}: it is made for a head that calls it '
+        'in another way, as PIDHead calls BoundaryLoss. Take it out of loss_decode'
+    )
+
+
+def check_heads(model: nn.Module) -> None:
+    """Refuse, before training, what MMSegmentation's own heads cannot do with a loss of this package.
+
+    Raises:
+        TypeError: a loss beside it that the head cannot call.
+        ValueError: an OHEM sampler on the softmax of one output channel.
+    """
+    for name, head in model.named_modules():
+        if not isinstance(head, BaseDecodeHead) or isinstance(head, LowResolutionLogitHead):
+            continue
+        losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+        if not any(isinstance(loss, WeightedLoss) for loss in losses):
+            continue
+        if head.out_channels == 1 and getattr(head.sampler, 'thresh', None) is not None:
+            raise ValueError(
+                f'{name}: the sampler of {type(head).__name__} takes the softmax of the logits, which needs '
+                "two channels, but out_channels=1. Take dict(type='FeatureHead', "
+                f"base='{type(head).__name__}', ...), which hands it both, or out_channels=2"
+            )
+        if type(head).loss_by_feat is BaseDecodeHead.loss_by_feat:
+            for loss in losses:
+                if not can_be_called(loss):
+                    raise TypeError(f'{name}: {cannot_be_called(loss, head)}')
+
+
 class LowResolutionLogitHead(BaseDecodeHead):
     """Losses and accuracy of low-resolution logits: names, order and values as in MMSegmentation's heads."""
 
@@ -46,7 +89,11 @@ class LowResolutionLogitHead(BaseDecodeHead):
             size = label.shape[2:]
             resized = resize(seg_logits, size, mode='bilinear', align_corners=self.align_corners)
         if self.sampler is not None:
-            weight = self.sampler.sample(resized, label)
+            shown = resized
+            # a threshold is one on the softmax; without, the sampler hands the logits to the losses
+            if self.out_channels == 1 and getattr(self.sampler, 'thresh', None) is not None:
+                shown = torch.cat([torch.zeros_like(resized), resized], 1)
+            weight = self.sampler.sample(shown, label)
         label = label.squeeze(1)
         losses: dict[str, Tensor] = {}
         for module in modules:
@@ -54,6 +101,8 @@ class LowResolutionLogitHead(BaseDecodeHead):
             if isinstance(module, WeightedLoss):
                 logits = seg_logits
                 arguments.update(align_corners=self.align_corners, features=self._features_for(module))
+            elif not can_be_called(module):
+                raise TypeError(cannot_be_called(module, self))
             value = module(logits, label, **arguments)
             name = module.loss_name
             parts = module.take_logged() if isinstance(module, WeightedLoss) else {}

@@ -19,6 +19,8 @@ from torch import nn
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.heads import check_heads
+from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
@@ -34,8 +36,10 @@ class ClassWeightHook(LoggedPartsHook):
     Losses with ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are
     counted once and the counts cached, so another scheme or run costs nothing. Logs a table and writes
     ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes the weights from
-    its checkpoint, unless the options below have changed. The parts of a combined loss go into the log too
-    where the head is MMSegmentation's own, see :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
+    its checkpoint, unless the options below have changed. In the first iterations it holds the labels that
+    arrive against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. The parts of a combined
+    loss go into the log too where the head is MMSegmentation's own, see
+    :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
 
     Args:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
@@ -68,6 +72,8 @@ class ClassWeightHook(LoggedPartsHook):
     def before_train(self, runner) -> None:
         # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
         super().before_train(runner)
+        check_heads(unwrapped(runner.model))
+        self.label_check = LabelCheck(runner)
         model = unwrapped(runner.model)
         ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
         auto = [name for name, loss in ours.items() if loss.class_weight.waiting]
@@ -102,6 +108,16 @@ class ClassWeightHook(LoggedPartsHook):
                 loss.class_weight.set_pixels(record.pixels)
         if auto:
             runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(auto)}')
+
+    def after_train_iter(
+        self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        self.label_check.after_iteration(runner)
+
+    def after_train(self, runner) -> None:
+        super().after_train(runner)
+        self.label_check.remove()
 
     def _of_checkpoint(self, runner) -> WeightRecord | None:
         """The record of a resumed run, unless it is of other classes or other options."""

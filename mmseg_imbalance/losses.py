@@ -21,6 +21,7 @@ from mmseg_imbalance.options import (
 )
 from mmseg_imbalance.terms import CrossEntropy, Overlap, Term, pass_options
 
+Watcher = Callable[[Tensor, Tensor, SoftStats, Tensor], None]
 INDEX_OPTIONS = [name for name in Overlap.OPTIONS if name not in ('alpha', 'beta')]
 
 
@@ -87,7 +88,11 @@ class WeightedLoss(nn.Module):
         self.logit_adjustment = logit_adjustment
         self.logit_variation = logit_variation
         self.class_weight = ClassWeight(
-            class_weight, logit_adjustment > 0 or logit_variation > 0, type(self).__name__
+            class_weight,
+            logit_adjustment > 0 or logit_variation > 0,
+            type(self).__name__,
+            # an overlap is a ratio, in which the scale of the weights cancels out
+            mean_of_1=any(getattr(term, 'divide_by', None) == 'pixels' for term, _ in terms.values()),
         )
         self.loss_weight = loss_weight
         self.backend = backend
@@ -108,8 +113,8 @@ class WeightedLoss(nn.Module):
         self.correct: Tensor | None = None
         # scalars for the log beside the loss, without 'loss' in their names, so that none is added to it
         self.logged: dict[str, Tensor] = {}
-        # shown each batch while training; ClassBalanceHook puts it here
-        self.watcher: Callable[[Tensor, SoftStats, Tensor], None] | None = None
+        # shown (pred, target, stats, parts) of each batch while training; see watch
+        self.watchers: list[Watcher] = []
 
     def __getitem__(self, index: object) -> None:
         raise TypeError(
@@ -144,18 +149,18 @@ class WeightedLoss(nn.Module):
             align_corners: of the resize where (h, w) != (H, W).
             features: (B, D, h', w') what entered the head's classifier, where the loss ``needs_features``.
         """
-        refuse_other_reductions(type(self).__name__, avg_factor, reduction_override)
+        refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
         logits, target, weight = _as_images(pred, target, weight)
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
-        watcher = self.watcher if self.training else None
+        watchers = self.watchers if self.training else []
         stats = soft_stats(
             logits,
             target,
             ignore_index=ignore_index,
             align_corners=align_corners,
             logit_bias=self.class_weight.logit_bias(logits, self.logit_adjustment),
-            with_recall=watcher is not None,
+            with_recall=bool(watchers),
             backend=self.backend,
             **self.pass_options,
             **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
@@ -163,8 +168,8 @@ class WeightedLoss(nn.Module):
         self.correct = None if self.changes_logits else stats.correct
         parts, value = self.combine(stats, self.class_weight.for_logits(logits))
         self.learn(stats)
-        if watcher is not None:
-            watcher(pred, stats, parts.detach())
+        for watcher in watchers:
+            watcher(pred, target, stats, parts.detach())
         return self.loss_weight * value
 
     def weigh_pixels(
@@ -195,6 +200,14 @@ class WeightedLoss(nn.Module):
             self.logged |= self._named(dict(zip(names, s.detach(), strict=True)))
         weighed = sum(factor * part for factor, part in zip(factors, parts, strict=True))
         return weighed, weighed.sum() + offset
+
+    def watch(self, watcher: Watcher) -> None:
+        """Show it every batch while training, in place of an earlier one of its class."""
+        self.unwatch(type(watcher))
+        self.watchers.append(watcher)
+
+    def unwatch(self, kind: type) -> None:
+        self.watchers = [watcher for watcher in self.watchers if type(watcher) is not kind]
 
     def learn(self, stats: SoftStats) -> None:
         """Called with the sums of each batch; for losses that have a state."""
@@ -229,8 +242,8 @@ class WeightedCrossEntropyLoss(WeightedLoss):
 
     Args:
         class_weight: see :class:`WeightedLoss`.
-        **options: focal_gamma and label_smoothing of :class:`~mmseg_imbalance.terms.CrossEntropy`; those of
-            :class:`WeightedLoss`.
+        **options: focal_gamma, label_smoothing and divide_by of
+            :class:`~mmseg_imbalance.terms.CrossEntropy`; those of :class:`WeightedLoss`.
     """
 
     term_options = CrossEntropy.OPTIONS
@@ -249,17 +262,18 @@ class WeightedFocalLoss(WeightedLoss):
     Args:
         class_weight: here also known as the per-class alpha.
         gamma: >= 0; 0 is cross-entropy.
-        **options: label_smoothing; those of :class:`WeightedLoss`.
+        **options: label_smoothing and divide_by of :class:`~mmseg_imbalance.terms.CrossEntropy`; those of
+            :class:`WeightedLoss`.
 
     Source: Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 5, there of two classes.
     """
 
-    term_options = ('label_smoothing',)
+    term_options = ('label_smoothing', 'divide_by')
 
     def __init__(self, class_weight: ClassWeightSpec = None, *, gamma: float = 2.0, **options: Any) -> None:
         check_at_least_0(gamma=gamma)
-        term = CrossEntropy(gamma, options.pop('label_smoothing', 0.0))
-        super().__init__({'focal': (term, 1.0)}, class_weight, **options)
+        own = {name: options.pop(name) for name in self.term_options if name in options}
+        super().__init__({'focal': (CrossEntropy(gamma, **own), 1.0)}, class_weight, **options)
 
 
 @MODELS.register_module()
@@ -339,7 +353,7 @@ class CombinedWeightedLoss(WeightedLoss):
     Args:
         ce_weight, dice_weight: >= 0, factors on the first and the second term, whichever they are.
         region: 'dice', 'jaccard', 'tversky' or 'generalized_dice'.
-        **options: focal_gamma and label_smoothing of :class:`WeightedCrossEntropyLoss`; those of
+        **options: focal_gamma, label_smoothing and divide_by of :class:`WeightedCrossEntropyLoss`; those of
             :class:`WeightedTverskyLoss` and :class:`WeightedDiceLoss` for the second term; those of
             :class:`WeightedLoss`. With sync_region, cross-entropy is a ratio of sums over all ranks as well.
     """

@@ -58,11 +58,12 @@ def unknown_options(unknown: Mapping[str, object], loss: Any, base: type) -> str
     return f'{message}Its options are {", ".join(allowed)}'
 
 
-def refuse_other_reductions(loss: str, avg_factor: object, reduction_override: object) -> None:
-    """Raise a ValueError unless a head asks for the mean over the batch."""
+def refuse_other_reductions(loss: str, avg_factor: object, reduction_override: object, channels: int) -> None:
+    """Raise a ValueError unless a head, with so many output channels, asks for the mean over the batch."""
     if avg_factor is not None or reduction_override not in (None, 'mean'):
+        one = ' in a Feature head, or with out_channels=2' if channels == 1 else ''
         raise ValueError(
             f'{loss} is a mean over its own pixels and classes; it takes no avg_factor={avg_factor} and no '
             f'reduction_override={reduction_override!r}. An OHEMPixelSampler asks for the loss of each pixel '
-            "unless it has a threshold: sampler=dict(type='OHEMPixelSampler', thresh=0.7)"
+            f"unless it has a threshold: sampler=dict(type='OHEMPixelSampler', thresh=0.7){one}"
         )

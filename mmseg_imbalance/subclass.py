@@ -143,6 +143,10 @@ class SimilaritySubclassifiedLoss(WeightedLoss):
                     'paper_exact=True is plain cross-entropy, weighted; it takes no label_smoothing, got '
                     f'{term.label_smoothing}'
                 )
+            if term.divide_by == 'pixels':
+                raise ValueError(
+                    "paper_exact=True divides by all pixels, ignored ones too; it takes no divide_by='pixels'"
+                )
             term = NLLSum(term.focal_gamma)
         super().__init__({'subclass': (term, 1.0)}, class_weight, **options)
         self.threshold = threshold

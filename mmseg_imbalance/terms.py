@@ -43,28 +43,36 @@ class CrossEntropy:
         focal_gamma: >= 0; above 0 each pixel counts (1 - p_y)^focal_gamma times (Lin et al. 2017,
             https://arxiv.org/abs/1708.02002, equation 5).
         label_smoothing: in [0, 1), as in ``F.cross_entropy``.
+        divide_by: 'weights', as PyTorch does: a mean in which a pixel counts by its class's weight. 'pixels':
+            sum_c w_c nll_c / sum_c truth_c, the weights scaled to sum_c f_c w_c = 1, f_c the share of the
+            class in the training pixels. Batches of as many valid pixels then add up: four batches of 1 have
+            the mean gradient of one batch of 4.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    OPTIONS: ClassVar = dict(focal_gamma='focal_gamma', label_smoothing='label_smoothing')  # see take
+    OPTIONS: ClassVar = dict(  # see take
+        focal_gamma='focal_gamma', label_smoothing='label_smoothing', divide_by='divide_by'
+    )
 
     focal_gamma: float = 0.0
     label_smoothing: float = 0.0
+    divide_by: str = 'weights'
 
     def __post_init__(self) -> None:
         check_at_least_0(focal_gamma=self.focal_gamma)
         check_at_least_0(label_smoothing=self.label_smoothing)
         if not self.label_smoothing < 1:
             raise ValueError(f'label_smoothing must lie in [0, 1), got {self.label_smoothing}')
+        check_choice('divide_by', self.divide_by, ('weights', 'pixels'))
 
     def needs(self) -> dict[str, Any]:
         smooths = dict(with_log_prob=True) if self.label_smoothing > 0 else {}
         return dict(focal_gamma=self.focal_gamma, **smooths)
 
     def parts(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
-        return functional.cross_entropy_parts(stats, class_weight, self.label_smoothing)
+        return functional.cross_entropy_parts(stats, class_weight, self.label_smoothing, self.divide_by)
 
 
 @dataclass(frozen=True)

@@ -263,16 +263,16 @@ def test_losses_are_watched_in_training_alone_and_can_be_copied_and_pickled(make
     loss = CombinedWeightedLoss()
     watched = Watched(Model(decode_head=loss), interval=10)
     watched.iteration(lambda: loss(*make_batch()))
-    before = loss.watcher.sums.clone()
+    before = loss.watchers[0].sums.clone()
     loss.eval()(*make_batch())
     loss.train()
-    assert torch.equal(loss.watcher.sums, before)
+    assert torch.equal(loss.watchers[0].sums, before)
     for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         copied(*make_batch())
-        assert torch.equal(copied.watcher.sums[:3], 2 * before[:3])
-    assert torch.equal(loss.watcher.sums, before)
+        assert torch.equal(copied.watchers[0].sums[:3], 2 * before[:3])
+    assert torch.equal(loss.watchers[0].sums, before)
     watched.hook.after_train(watched.runner)
-    assert loss.watcher is None
+    assert loss.watchers == []
 
 
 def test_nothing_waits_for_the_device_between_reports(make_batch, monkeypatch):
@@ -400,7 +400,7 @@ def test_a_run_leaves_scalars_of_every_head_and_a_picture(small_config, tmp_path
     picture = np.array(Image.open(Path(runner.work_dir, 'class_balance.png')))
     shown = Path(runner._log_dir, 'vis_data', 'vis_image', 'class_balance_4.png')
     np.testing.assert_array_equal(picture[..., :3], np.array(Image.open(shown)))
-    assert all(getattr(module, 'watcher', None) is None for module in runner.model.modules())
+    assert not any(getattr(module, 'watchers', ()) for module in runner.model.modules())
 
 
 def test_a_run_shorter_than_the_interval_ends_without_a_picture(make_batch, tmp_path):
@@ -430,7 +430,7 @@ def test_half_precision_gradients_are_added_up_in_single():
     watcher.with_gradient = True
     logits = torch.zeros(1, 3, 200, 200, dtype=torch.float16, requires_grad=True)
     nothing = torch.zeros(1, 3)
-    watcher(logits, SimpleNamespace(class_count=nothing, class_correct=nothing), nothing[0])
+    watcher(logits, None, SimpleNamespace(class_count=nothing, class_correct=nothing), nothing[0])
     logits.backward(torch.full_like(logits, 300))
     np.testing.assert_allclose(watcher.sums[3], 300.0**2 * 200**2, rtol=1e-3)
 

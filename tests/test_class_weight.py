@@ -137,6 +137,19 @@ def test_a_record_holds_the_weights_exactly_in_its_file(tmp_path):
     assert {name: content[name] for name in made} == made
 
 
+@pytest.mark.usefixtures('dataset_meta')
+@pytest.mark.parametrize('spec', [WEIGHT, dict(a=2.0), 'auto'], ids=['list', 'dict', 'auto'])
+def test_training_follows_a_first_call_in_inference_mode(make_batch, spec):
+    logits, target = make_batch()
+    loss = WeightedCrossEntropyLoss(spec, divide_by='pixels', logit_adjustment=1.0)
+    if spec == 'auto':
+        loss.class_weight.set_weights(WEIGHT)
+    loss.class_weight.set_pixels([5, 4, 3, 2, 1])
+    with torch.inference_mode():
+        loss(logits, target)
+    loss(logits.requires_grad_(), target).backward()
+
+
 def test_what_is_still_to_be_filled():
     given, auto, prior = ClassWeight([1.0, 2.0]), ClassWeight('auto'), ClassWeight(with_prior=True)
     assert [weight.waiting for weight in (given, auto, prior)] == [False, True, False]

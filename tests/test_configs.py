@@ -105,7 +105,7 @@ def test_rare_class_sampling_changes_the_sampler_and_the_crop_alone(name):
     )
     sampler = ours['train_dataloader'].pop('sampler')
     assert base['train_dataloader'].pop('sampler')['type'] == 'InfiniteSampler'
-    assert sampler == dict(type='RareClassSampler', min_pixels=sampler['min_pixels'])
+    assert sampler == dict(type='RareClassSampler', uniform=0, min_pixels=sampler['min_pixels'])
     assert ours['train_pipeline'] == ours['train_dataloader']['dataset']['pipeline']
     for config in (ours, base):
         config['train_pipeline'] = None

@@ -187,6 +187,76 @@ def test_a_sampler_that_asks_for_the_loss_of_each_pixel_is_refused_as_in_any_hea
         step(head)
 
 
+@pytest.mark.parametrize('loss', ['BoundaryLoss', 'OhemCrossEntropy', 'SiLogLoss'])
+def test_a_loss_that_a_head_cannot_call_is_named_with_it(loss):
+    theirs, feature = pair('SegformerHead', [COMBINED, dict(type=loss)])
+    message = f'SegformerHead calls its losses with logits, .* but {loss} takes .*Take it out of loss_decode'
+    with pytest.raises(TypeError, match='Feature' + message):
+        step(feature)
+    with pytest.raises(TypeError, match='decode_head: ' + message):
+        heads.check_heads(torch.nn.ModuleDict(dict(decode_head=theirs)))
+
+
+ONE_CHANNEL = dict(num_classes=2, out_channels=1, threshold=0.5)
+OHEM = dict(type='OHEMPixelSampler', thresh=0.6, min_kept=50)
+
+
+@pytest.mark.filterwarnings('ignore:For binary segmentation')
+def test_heads_that_work_pass_the_check():
+    mixed = [COMBINED, THEIRS, dict(type='DiceLoss'), dict(type='LovaszLoss', per_image=True)]
+    boundary = [dict(type='CrossEntropyLoss'), dict(type='BoundaryLoss')]  # not ours, not our concern
+    for head in (
+        *pair('FCNHead', mixed, sampler=OHEM),
+        ours('FCNHead', COMBINED, sampler=OHEM, **ONE_CHANNEL),
+        *pair('FCNHead', boundary),
+    ):
+        heads.check_heads(torch.nn.ModuleList([head]))
+    theirs, _ = pair('FCNHead', COMBINED, sampler=OHEM, **ONE_CHANNEL)
+    with pytest.raises(ValueError, match=r"0: the sampler of FCNHead .* out_channels=1.*base='FCNHead'"):
+        heads.check_heads(torch.nn.ModuleList([theirs]))
+
+
+def test_an_ohem_sampler_takes_one_output_channel_as_two():
+    loss = dict(type='CombinedWeightedLoss', class_weight=[1, 5])
+    one = MODELS.build(
+        dict(
+            type='FeatureHead',
+            base='FCNHead',
+            **HEADS['FCNHead'],
+            **ONE_CHANNEL,
+            channels=8,
+            dropout_ratio=0,
+            sampler=OHEM,
+            norm_cfg=dict(type='BN'),
+            loss_decode=loss,
+        )
+    )
+    two = MODELS.build(
+        dict(
+            type='FeatureHead',
+            base='FCNHead',
+            **HEADS['FCNHead'],
+            num_classes=2,
+            channels=8,
+            dropout_ratio=0,
+            sampler=OHEM,
+            norm_cfg=dict(type='BN'),
+            loss_decode=loss,
+        )
+    )
+    state = one.state_dict()
+    for name in ('conv_seg.weight', 'conv_seg.bias'):
+        state[name] = torch.cat([torch.zeros_like(state[name]), state[name]])
+    two.load_state_dict(state)
+    (losses, _), (expected, _) = (step(head.double().train()) for head in (one, two))
+    torch.testing.assert_close(losses['loss_combined'], expected['loss_combined'])
+    one.sampler.thresh = 1.1  # all pixels
+    assert step(one)[0]['loss_combined'] != losses['loss_combined']
+    one.sampler.thresh = None
+    with pytest.raises(ValueError, match=r'thresh=0.7\) in a Feature head, or with out_channels=2'):
+        step(one)
+
+
 @pytest.mark.parametrize('ignore_index', [7, 255, None])
 def test_the_heads_own_ignore_index_counts(ignore_index):
     maps, samples = batch()

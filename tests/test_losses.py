@@ -1,3 +1,6 @@
+import functools
+import itertools
+import json
 import math
 
 import oracle
@@ -5,11 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModel
+from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmseg_imbalance.class_balance import ClassWatcher
+from mmseg_imbalance.label_check import LabelCounter
 from mmseg_imbalance.losses import (
     CombinedWeightedLoss,
     GeneralizedDiceLoss,
@@ -17,8 +24,10 @@ from mmseg_imbalance.losses import (
     WeightedDiceLoss,
     WeightedFocalLoss,
     WeightedJaccardLoss,
+    WeightedLoss,
     WeightedTverskyLoss,
 )
+from mmseg_imbalance.ops import soft_stats
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 
@@ -432,6 +441,245 @@ def test_options_of_one_loss_are_not_those_of_another():
             loss(**option)
     with pytest.raises(ValueError, match='two terms or more'):
         WeightedDiceLoss(balance='uncertainty')
+
+
+def by_pixels(loss, **options):
+    """A loss that divides by the number of pixels; the weights given do not have mean 1 over PIXELS."""
+    options |= dict(divide_by='pixels')
+    made = loss(class_weight=WEIGHT, **options)
+    made.class_weight.set_pixels(PIXELS)
+    return made
+
+
+BY_PIXELS = [
+    WeightedCrossEntropyLoss,
+    WeightedFocalLoss,
+    functools.partial(WeightedCrossEntropyLoss, label_smoothing=0.1, focal_gamma=1.5),
+    functools.partial(CombinedWeightedLoss, region='tversky', absent_classes='ignore'),
+    functools.partial(CombinedWeightedLoss, balance='uncertainty', logit_adjustment=1.0),
+]
+
+
+def equally_valid(make_batch):
+    """Four images of as many valid pixels, but of other classes."""
+    logits, target = make_batch(batch=4)
+    target[target == 255] = 0
+    target[:, :3] = 255
+    target[1][target[1] == 1] = 2
+    target[2, 3:9] = 0
+    return logits, target
+
+
+@pytest.mark.parametrize('loss', BY_PIXELS)
+def test_divided_by_pixels_four_batches_of_one_have_the_gradient_of_one_batch_of_four(make_batch, loss):
+    logits, target = equally_valid(make_batch)
+    one, four = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    whole = by_pixels(loss)(one, target)
+    whole.backward()
+    values = [by_pixels(loss)(four[i : i + 1], target[i : i + 1]) / 4 for i in range(4)]
+    sum(values).backward()
+    torch.testing.assert_close(sum(values), whole, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(four.grad, one.grad, rtol=1e-12, atol=1e-16)
+    weights = loss(class_weight=WEIGHT)
+    if weights.class_weight.needs_pixels:
+        weights.class_weight.set_pixels(PIXELS)
+    pytorch = [weights(four[i : i + 1], target[i : i + 1]) / 4 for i in range(4)]
+    assert abs(sum(pytorch) - weights(one, target)) > 1e-3  # what it is for
+
+
+def test_divided_by_pixels_is_a_mean_over_valid_pixels_of_weights_with_mean_1(make_batch):
+    logits, target = make_batch()
+    share = torch.tensor(PIXELS, dtype=torch.float64) / sum(PIXELS)
+    weight = torch.tensor(WEIGHT, dtype=torch.float64)
+    weight = weight / (share @ weight)
+    nll = F.cross_entropy(logits, target, weight, ignore_index=255, reduction='none')
+    expected = nll.sum() / (target != 255).sum()
+    torch.testing.assert_close(
+        by_pixels(WeightedCrossEntropyLoss)(logits, target), expected, rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        WeightedCrossEntropyLoss(divide_by='pixels')(logits, target),
+        WeightedCrossEntropyLoss()(logits, target),
+    )
+    # a pixel of weight k is k pixels
+    half = torch.full(target.shape, 0.5)
+    torch.testing.assert_close(
+        by_pixels(WeightedCrossEntropyLoss)(logits, target, weight=half), expected, rtol=1e-6, atol=0
+    )
+
+
+def test_divided_by_pixels_the_overlap_beside_it_stays_as_it_is(make_batch):
+    batch = make_batch()
+    plain, scaled = CombinedWeightedLoss(class_weight=WEIGHT), by_pixels(CombinedWeightedLoss)
+    plain(*batch), scaled(*batch)
+    torch.testing.assert_close(
+        scaled.logged['combined_dice'], plain.logged['combined_dice'], rtol=1e-6, atol=0
+    )
+
+
+def test_divided_by_pixels_it_says_what_is_missing_or_impossible(make_batch, tmp_path):
+    batch = make_batch()
+    with pytest.raises(RuntimeError, match='divide_by of WeightedFocalLoss have no class frequency yet'):
+        WeightedFocalLoss(WEIGHT, divide_by='pixels')(*batch)
+    loss = WeightedCrossEntropyLoss([0, 0, 0, 1, 0], divide_by='pixels')
+    loss.class_weight.set_pixels(PIXELS)
+    with pytest.raises(ValueError, match=r'is 0 for every class that has a pixel .*9000000'):
+        loss(*batch)
+    loss.class_weight.set_pixels([1, 2])
+    with pytest.raises(ValueError, match='frequency is that of 2 classes, but the head predicts 5'):
+        loss(*batch)
+    with pytest.raises(ValueError, match=r"divide_by must be one of \('weights', 'pixels'\), got 'pixel'"):
+        CombinedWeightedLoss(divide_by='pixel')
+    with pytest.raises(
+        ValueError, match="divides by all pixels, ignored ones too; it takes no divide_by='pix"
+    ):
+        SimilaritySubclassifiedLoss(paper_exact=True, divide_by='pixels')
+
+
+def test_divided_by_pixels_a_file_brings_its_own_pixels_and_later_weights_are_scaled_anew(
+    make_batch, tmp_path
+):
+    batch = make_batch()
+    path = tmp_path / 'weights.json'
+    path.write_text(json.dumps(dict(classes=list('abcde'), weights=WEIGHT, pixels=PIXELS)))
+    of_file = WeightedCrossEntropyLoss(str(path), divide_by='pixels')
+    assert not of_file.class_weight.needs_pixels
+    given = by_pixels(WeightedCrossEntropyLoss)
+    torch.testing.assert_close(of_file(*batch), given(*batch))
+    before = given(*batch)
+    given.class_weight.set_weights([2 * w for w in WEIGHT])
+    torch.testing.assert_close(given(*batch), before)
+    path.write_text(json.dumps(dict(classes=list('abcde'), weights=WEIGHT)))
+    assert WeightedCrossEntropyLoss(str(path), divide_by='pixels').class_weight.needs_pixels
+    assert WeightedCrossEntropyLoss('auto', divide_by='pixels').class_weight.needs_pixels
+    assert not WeightedCrossEntropyLoss(divide_by='pixels').class_weight.needs_pixels
+
+
+# whatever a batch holds, and whatever the device
+
+
+def subclassified(**options):
+    """With a state from two earlier batches, so that subclasses weigh."""
+    options |= dict(num_subclasses=2, warmup_iters=0, ramp_iters=0, momentum=0.5, divide_by='pixels')
+    loss = SubclassifiedLoss(**options)
+    loss.class_weight.set_pixels(PIXELS)
+    for seed in (5, 6):
+        generator = torch.Generator().manual_seed(seed)
+        target = torch.randint(0, 5, (2, 13, 17), generator=generator)
+        pred = torch.randn(2, 5, 13, 17, generator=generator)
+        loss(pred, target, features=torch.randn(2, 3, 5, 7, generator=generator))
+    return loss
+
+
+EVERY_LOSS = {
+    **{loss.__name__: loss for loss in LOSSES},
+    'focal, by pixels': functools.partial(by_pixels, WeightedFocalLoss),
+    'focal and generalized Dice': functools.partial(
+        CombinedWeightedLoss, region='generalized_dice', focal_gamma=2.0, gamma=0.5, region_reduction='batch'
+    ),
+    'generalized Dice, smooth 0': functools.partial(GeneralizedDiceLoss, smooth=0.0, absent_classes='ignore'),
+    'Dice, smooth 0': functools.partial(WeightedDiceLoss, smooth=0.0, absent_classes='ignore', gamma=0.5),
+    'V-Net': functools.partial(WeightedDiceLoss, square_denominator=True, region_reduction='batch'),
+    'smoothed': functools.partial(CombinedWeightedLoss, label_smoothing=0.1, focal_gamma=0.5),
+    'adjusted': functools.partial(WeightedFocalLoss, logit_adjustment=1.0, logit_variation=2.0),
+    'SubclassifiedLoss': subclassified,
+    'SimilaritySubclassifiedLoss': SimilaritySubclassifiedLoss,
+    'paper_exact': functools.partial(SimilaritySubclassifiedLoss, paper_exact=True),
+}
+BATCHES = dict(
+    void=lambda target: target.fill_(255),
+    one_void_image=lambda target: target[0].fill_(255),
+    one_valid_pixel=lambda target: target.fill_(255)[0, 3, 4].fill_(1),
+    only_classes_of_weight_0=lambda target: target.fill_(3),
+    weight_0_and_void=lambda target: target.fill_(3)[1].fill_(255),
+    one_class=lambda target: target.fill_(0),
+)
+
+
+def made(name, **options):
+    kind = EVERY_LOSS[name]
+    if getattr(kind, 'func', None) is by_pixels:
+        loss = kind(**options)
+    else:
+        loss = kind(class_weight=WEIGHT, **options)
+    if loss.class_weight.needs_pixels:
+        loss.class_weight.set_pixels(PIXELS)
+    return loss
+
+
+def test_the_battery_holds_every_registered_loss():
+    registered = {c for c in MODELS.module_dict.values() if isinstance(c, type)} | {
+        c for c in ROOT_MODELS.module_dict.values() if isinstance(c, type)
+    }
+    ours = {
+        c for c in registered if issubclass(c, WeightedLoss) and c.__module__.startswith('mmseg_imbalance')
+    }
+    assert ours
+    assert ours <= {type(made(name)) for name in EVERY_LOSS}
+
+
+@pytest.mark.parametrize('precision', ['float32', 'large', 'float16', 'bfloat16', 'autocast'])
+@pytest.mark.parametrize('name', EVERY_LOSS)
+def test_value_and_gradient_are_finite_whatever_the_batch_holds(make_batch, name, precision):
+    loss = made(name)
+    for pixels, weigh in itertools.product(BATCHES, (None, 0.0, 1e-30)):
+        logits, target = make_batch((7, 9), dtype=torch.float32)
+        BATCHES[pixels](target)
+        if precision == 'large':
+            logits *= 1e3
+        if precision in ('float16', 'bfloat16'):
+            logits = logits.to(getattr(torch, precision))
+        leaf = logits.requires_grad_()
+        features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).to(logits.dtype)
+        weight = None if weigh is None else torch.full(target.shape, weigh)
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'autocast'):
+            value = loss(leaf, target, weight=weight, features=features)
+        value.backward()
+        assert value.isfinite(), (pixels, weigh)
+        assert value.dtype == torch.float32
+        assert leaf.grad.isfinite().all(), (pixels, weigh)
+        assert all(x.isfinite().all() for x in loss.take_logged().values()), (pixels, weigh)
+    for parameter in loss.parameters():
+        assert parameter.grad.isfinite().all()
+    assert all(x.isfinite().all() for x in loss.buffers() if x.is_floating_point())
+
+
+class NoDoubles(TorchDispatchMode):
+    """A device without float64, as Apple's."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+                raise TypeError(f'{function} makes a float64 tensor')
+        return result
+
+
+@pytest.mark.parametrize('name', EVERY_LOSS)
+def test_outside_of_the_one_pass_a_loss_makes_no_double_tensor(make_batch, name, monkeypatch):
+    """What the backends of soft_stats do, test_soft_stats pins."""
+    logits, target = make_batch((7, 9), dtype=torch.float32)
+    leaf = logits.requires_grad_()
+    features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    loss = made(name)
+    loss.watch(LabelCounter())
+    loss.watch(ClassWatcher())
+    weigh, learn = loss.weigh_pixels, loss.learn
+
+    def outside(function):
+        def call(*args, **options):
+            with torch.utils._python_dispatch._disable_current_modes():
+                return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr('mmseg_imbalance.losses.soft_stats', outside(soft_stats))
+    monkeypatch.setattr(loss, 'weigh_pixels', outside(weigh))
+    monkeypatch.setattr(loss, 'learn', outside(learn))
+    with NoDoubles():
+        value = loss(leaf, target, features=features)
+    value.backward()
+    assert leaf.grad.isfinite().all()
 
 
 # in MMSegmentation's heads

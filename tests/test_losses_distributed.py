@@ -9,10 +9,13 @@ from torch.nn.parallel import DistributedDataParallel
 from mmseg_imbalance.losses import (
     CombinedWeightedLoss,
     GeneralizedDiceLoss,
+    WeightedCrossEntropyLoss,
     WeightedDiceLoss,
+    WeightedFocalLoss,
     WeightedTverskyLoss,
 )
 from mmseg_imbalance.ops import sum_over_ranks
+from mmseg_imbalance.subclass import SubclassifiedLoss
 
 pytestmark = pytest.mark.slow
 
@@ -85,3 +88,64 @@ def summed():
 
 def test_the_gradient_of_the_sum_over_ranks_is_summed_too():
     assert on_ranks(2, summed) == [([3.0] * 3, [3.0, 6.0, 9.0])] * 2
+
+
+def step_by_pixels(images):
+    """(value, gradient) of losses that divide by the number of pixels, without a sum over ranks."""
+    x, target = batch()
+    target[target == 255] = 1
+    target[:, :2] = 255  # every image has as many valid pixels
+    target[0, 2:] = 0
+    x, target = x[images], target[images]
+    results = {}
+    for name, kind in (('cross-entropy', WeightedCrossEntropyLoss), ('focal and Dice', CombinedWeightedLoss)):
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 5, 3, padding=1).double()
+        if dist.is_initialized():
+            model = DistributedDataParallel(model)
+        loss = kind(class_weight=WEIGHT, divide_by='pixels', focal_gamma=1.0)
+        loss.class_weight.set_pixels([50, 4, 30, 20, 1])
+        value = loss(model(x), target)
+        value.backward()
+        results[name] = value.item(), next(model.parameters()).grad.numpy()
+    return results
+
+
+def share_by_pixels():
+    return step_by_pixels(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+
+
+def test_divided_by_pixels_the_gradient_of_two_ranks_is_that_of_one_without_a_sum_over_ranks():
+    alone = step_by_pixels(slice(None))
+    ranks = on_ranks(2, share_by_pixels)
+    for name, (value, gradient) in alone.items():
+        assert np.mean([rank[name][0] for rank in ranks]) == pytest.approx(value, rel=1e-12), name
+        for rank in ranks:
+            np.testing.assert_allclose(rank[name][1], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
+
+
+def void_on_the_last_rank():
+    """Of each case, whether value and gradient are finite where a rank has void or weight 0 alone."""
+    more = {
+        'focal': lambda: WeightedFocalLoss(class_weight=WEIGHT, divide_by='pixels'),
+        'subclass': lambda: SubclassifiedLoss([0.2, 3.0, 1.0, 0.5, 0.0], num_subclasses=2),
+    }
+    finite = {}
+    for name, case in (CASES | more).items():
+        loss = case()
+        loss.class_weight.set_pixels([50, 4, 30, 20, 1])
+        for label in (255, 4):
+            x, target = batch()
+            if dist.get_rank() == 1:
+                target.fill_(label)
+            logits = nn.functional.pad(x, (0, 0, 0, 0, 0, 2)).requires_grad_()
+            value = loss(logits, target, features=x)
+            value.backward()
+            finite[name, label] = bool(value.isfinite() and logits.grad.isfinite().all())
+    return finite
+
+
+def test_a_rank_without_a_valid_pixel_has_a_finite_value_and_gradient_and_the_others_too():
+    for finite in on_ranks(2, void_on_the_last_rank):
+        assert finite == dict.fromkeys(finite, True)
+        assert len(finite) == 2 * (len(CASES) + 2)

@@ -49,9 +49,10 @@ class StepTrial:
             if isinstance(module, WeightedLoss):
                 module.class_weight.set_weights(weight)
                 if watched:
-                    module.watcher = ClassWatcher()
-                    module.watcher.with_gradient = True
-                    self.watchers.append(module.watcher)
+                    watcher = ClassWatcher()
+                    watcher.with_gradient = True
+                    module.watch(watcher)
+                    self.watchers.append(watcher)
             if formula and hasattr(module, 'loss_decode'):
                 module.loss_decode = FormulaLoss(formula, weight, module.loss_decode.loss_weight)
 
