@@ -59,6 +59,7 @@ class Watched:
             work_dir=work_dir,
             train_dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=CLASSES))),
             logger=SimpleNamespace(warning=self.warnings.append),
+            message_hub=SimpleNamespace(log_scalars={}),
             visualizer=SimpleNamespace(
                 add_scalars=lambda scalars, step: self.records.append((step, scalars)),
                 add_image=lambda name, image, step: self.images.append((name, image, step)),
