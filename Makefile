@@ -2,6 +2,7 @@
 # make test           the tests, on the maintained fork of MMSegmentation
 # make test-fast      the tests without those that take seconds, for the loop while developing
 # make test-openmmlab the tests, on upstream MMSegmentation; builds mmcv, about 10 minutes the first time
+# make test-matrix    the tests on the oldest and the newest of Python, torch and both stacks; ends with a table
 # make test-gpu       the tests of kernels, heads and subclasses on a CUDA device, without Triton's interpreter
 # make docs           the documentation, docs/_build/html/index.html; warnings are errors
 # make lint           ruff and mypy
@@ -15,7 +16,7 @@ WORKERS ?= logical
 PIP = -m pip install --quiet --disable-pip-version-check
 PYTEST = -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
-.PHONY: demo test test-fast test-openmmlab test-gpu docs lint clean
+.PHONY: demo test test-fast test-openmmlab test-matrix test-gpu docs lint clean
 
 demo: .venv/installed
 	.venv/bin/python tools/demo.py
@@ -28,6 +29,10 @@ test-fast: .venv/installed
 
 test-openmmlab: .venv-openmmlab/installed
 	.venv-openmmlab/bin/python $(PYTEST)
+
+test-matrix:
+	PYTEST_ADDOPTS="--numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(PYTEST_ADDOPTS)" \
+	    $(PYTHON) tests/matrix.py $(ROWS)
 
 test-gpu: .venv/installed
 	.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")'
@@ -57,4 +62,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openmmlab demo docs/_build docs/api/generated
+	rm -rf .venv .venv-* demo docs/_build docs/api/generated

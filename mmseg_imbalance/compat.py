@@ -1,12 +1,15 @@
-"""What the two stacks of MMSegmentation, and training without a GPU, need; no function is replaced.
+"""What the two stacks of MMSegmentation, and training without a GPU, need; all by registration.
 
 - The fork is installed as onedl-mmsegmentation, but MMEngine looks for the configs of ``mmseg::`` bases in
   the distribution mmsegmentation. A registration in MMEngine's table of names mends it.
 - Upstream cannot resume with torch >= 2.6, which refuses to unpickle MMEngine's log history unless its
   classes are registered as safe.
+- The fork unpickles whole what torch refuses to load as weights alone, and so runs the code in it. A loader
+  of local checkpoints that leaves it at torch's refusal is registered in place of MMEngine's.
 - MMEngine's distributed wrapper and SyncBN ask for a GPU, and so does its mixed precision.
 """
 
+import os
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pickle import UnpicklingError
@@ -22,6 +25,7 @@ from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +35,20 @@ def _history_method(owner: object, name: str) -> object:
     if owner is not HistoryBuffer or name not in vars(HistoryBuffer):
         raise UnpicklingError(f'a log history has no use for {name!r} of {owner!r}')
     return getattr(owner, name)
+
+
+def load_from_local(filename: str, map_location: object = None) -> object:
+    """A local checkpoint; torch loads no more than weights and what is registered as safe."""
+    filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f'{filename}: there is no such checkpoint. Check the path.')
+    try:
+        return torch.load(filename, map_location=map_location)
+    except UnpicklingError as error:
+        raise RuntimeError(
+            f'{filename} is damaged, or it holds more than weights and loading it could run code. If you '
+            f'trust it, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment: all of it loads. {error}'
+        ) from error
 
 
 def _register() -> None:
@@ -46,7 +64,10 @@ def _register() -> None:
         safe = {HistoryBuffer, reconstruct, scalar, np.ndarray, np.dtype, *dtypes}
         # by name: the fork's loader registers most of them as they are for each load, and takes them back
         named = [(value, f'{value.__module__}.{value.__qualname__}') for value in safe]
+        for core in ('core', '_core'):  # NumPy 2 has other names than those before
+            named += [(value, f'numpy.{core}.multiarray.{value.__name__}') for value in (reconstruct, scalar)]
         torch.serialization.add_safe_globals([*named, (_history_method, 'builtins.getattr')])
+        CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
 
 
 _register()

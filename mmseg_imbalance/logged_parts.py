@@ -6,6 +6,8 @@ MMSegmentation's own heads a hook of this package does it, in the iterations tha
 
 from __future__ import annotations
 
+import math
+
 import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMSegmentation
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from mmseg_imbalance.ignored_label import follow_ignored_label
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.monitored import check_monitored_keys
+
+# Iterations in a row: mixed precision may meet a few and goes on, weights that are NaN stay so.
+NOT_FINITE = 10
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -57,22 +62,28 @@ class LoggedPartsHook(Hook):
     Before training it also sees to what the parts of a run must agree on:
     :func:`~mmseg_imbalance.ignored_label.follow_ignored_label` and
     :func:`~mmseg_imbalance.monitored.check_monitored_keys`.
+
+    It also ends a training whose loss has not been finite in 10 iterations in a row: the weights of the model
+    are NaN then, on all ranks, and stay so.
     """
 
     def before_train(self, runner) -> None:
         self.interval_of_logger = 0  # of no use unless this hook is the first and there is a logger
+        self.not_finite = 0  # iterations in a row
         logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
-        first = next(hook for hook in runner.hooks if isinstance(hook, LoggedPartsHook))
-        if first is self:
+        self.first = next(hook for hook in runner.hooks if isinstance(hook, LoggedPartsHook)) is self
+        if self.first:
             follow_ignored_label(runner)
             check_monitored_keys(runner)
-        if first is self and logger is not None:
+        if self.first and logger is not None:
             self.interval_of_logger = logger.interval
             self.by_head = losses_by_head(unwrapped(runner.model))
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
+        if self.first:
+            self._end_where_not_finite(runner, outputs)
         interval = self.interval_of_logger
         if not interval or not (
             self.every_n_inner_iters(batch_idx, interval)
@@ -89,3 +100,19 @@ class LoggedPartsHook(Hook):
             numbers = torch.stack([value.float() for value in values.values()]).tolist()
             for key, number in zip(values, numbers, strict=True):
                 runner.message_hub.update_scalar(f'train/{key}', number)
+
+    def _end_where_not_finite(self, runner, outputs: dict | None) -> None:
+        if 'train/loss' not in runner.message_hub.log_scalars:  # MMEngine's RuntimeInfoHook is switched off
+            return
+        # a number that MMEngine has taken from the device already
+        latest = float(runner.message_hub.get_scalar('train/loss').current())
+        self.not_finite = 0 if math.isfinite(latest) else self.not_finite + 1
+        if self.not_finite == NOT_FINITE:
+            which = [key for key, value in (outputs or {}).items() if not math.isfinite(value)]
+            raise RuntimeError(
+                f'the loss has not been finite in {NOT_FINITE} iterations in a row, up to iteration '
+                f'{runner.iter + 1}: {", ".join(which)}. Training does not recover from that. Resume from a '
+                'checkpoint before, with a smaller learning rate or clipped gradients '
+                '(optim_wrapper.clip_grad). If it comes at the same iteration again, look at the images and '
+                'labels of that batch'
+            )

@@ -161,7 +161,8 @@ def uninitialised_is_nan():
     """Every fresh allocation is filled with NaN, so that a value nobody wrote cannot go unnoticed."""
     # on a device, eager and strips use operations that have no deterministic form
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    if hasattr(torch.utils, 'deterministic'):  # torch 2.2; the row with an older one does without
+        torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
 

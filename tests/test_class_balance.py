@@ -62,6 +62,7 @@ class Watched:
             ),
             val_loop=None,
             logger=SimpleNamespace(warning=self.warnings.append),
+            message_hub=SimpleNamespace(log_scalars={}),
             visualizer=SimpleNamespace(
                 add_scalars=lambda scalars, step: self.records.append((step, scalars)),
                 add_image=lambda name, image, step: self.images.append((name, image, step)),

@@ -16,16 +16,15 @@ from torch import nn
 
 from mmseg_imbalance.compat import adapt_to_cpu
 
+weights_only = pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.6'),
+    reason='before torch 2.6 nothing is to be registered: checkpoints are unpickled whole',
+)
+
 
 def test_configs_of_the_framework_are_found_under_mmseg(tmp_path):
     (tmp_path / 'config.py').write_text("_base_ = 'mmseg::_base_/models/segformer_mit-b0.py'")
     assert Config.fromfile(tmp_path / 'config.py').model.type == 'EncoderDecoder'
-
-
-weights_only = pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version('2.6'),
-    reason='this PyTorch loads checkpoints whole by default and knows no safe classes',
-)
 
 
 @weights_only
@@ -60,6 +59,53 @@ def test_that_opens_no_way_to_other_attributes(tmp_path):
     torch.save(Escaping(), tmp_path / 'checkpoint.pth')
     with pytest.raises(Exception, match='__globals__'):
         torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
+
+
+class Payload:
+    """A pickle of it writes a file when it is loaded whole."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@weights_only
+def test_a_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path):
+    path, mark = tmp_path / 'checkpoint.pth', tmp_path / 'run'
+    torch.save(dict(state_dict={}, extra=Payload(mark)), path)
+    with pytest.raises(RuntimeError, match=r'(?s)checkpoint.pth is damaged, or it holds .*mkdir'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert not mark.exists()
+
+
+@weights_only
+def test_a_trusted_one_is_loaded_whole_by_torchs_own_switch(tmp_path, monkeypatch):
+    path, mark = tmp_path / 'checkpoint.pth', tmp_path / 'run'
+    torch.save(dict(extra=Payload(mark)), path)
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    with pytest.warns(UserWarning, match='TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert mark.exists()
+
+
+@weights_only
+@pytest.mark.parametrize('core', ['core', '_core'])
+def test_a_log_history_written_with_another_numpy_is_loaded(tmp_path, core):
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(dict(loss=HistoryBuffer([0.5, 0.25], [1, 2])), path, _use_new_zipfile_serialization=False)
+    content, here = path.read_bytes(), np.arange(2.0).__reduce__()[0].__module__
+    name = f'c{here}\n'.encode()
+    assert name in content
+    path.write_bytes(content.replace(name, f'cnumpy.{core}.multiarray\n'.encode()))
+    assert CheckpointLoader.load_checkpoint(str(path), 'cpu')['loss'].statistics('max') == 0.5
+
+
+@weights_only
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='there is no such checkpoint'):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'nothing.pth'), 'cpu')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU, and nothing to adapt')

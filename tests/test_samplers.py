@@ -334,7 +334,7 @@ def test_without_a_pixel_of_any_class_nothing_can_be_drawn(root, tmp_path):
         shutil.copytree(root / kind, tmp_path / kind)
     for path in (tmp_path / 'ann').iterdir():
         Image.fromarray(np.full(SIZE, 255, np.uint8)).save(path)
-    with pytest.raises(ValueError, match='none of 5 classes occurs .* All labels are 255'):
+    with pytest.raises(ValueError, match=r'none of 5 classes occurs .* All labels are 255'):
         make_sampler(tmp_path, min_pixels=None)
 
 

@@ -82,13 +82,16 @@ def main(argv: list[str] | None = None) -> int:
     for message, schemes in said.items():
         concerned = '' if len(schemes) == len(SCHEMES) else f'{", ".join(schemes)}: '
         print(f'warning: {concerned}{message}')
-    if args.out:
-        chosen = weights[args.scheme]
-        WeightRecord.count(frequency, chosen, args.scheme, max_images=args.max_images).save(args.out)
-        print(f'{args.scheme} weights: {args.out}')
-    if args.plot:
-        from mmseg_imbalance.plots import plot_class_weights
+    try:
+        if args.out:
+            chosen = weights[args.scheme]
+            WeightRecord.count(frequency, chosen, args.scheme, max_images=args.max_images).save(args.out)
+            print(f'{args.scheme} weights: {args.out}')
+        if args.plot:
+            from mmseg_imbalance.plots import plot_class_weights
 
-        plot_class_weights(frequency, weights[args.scheme], args.plot, label=f'{args.scheme} weight')
-        print(f'chart: {args.plot}')
+            plot_class_weights(frequency, weights[args.scheme], args.plot, label=f'{args.scheme} weight')
+            print(f'chart: {args.plot}')
+    except OSError as error:  # a full disk, a folder that cannot be written
+        options.exit(1, f'{options.prog}: {error}\n')
     return 0
