@@ -11,7 +11,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 from test_counting import mosaic, numbers
 
-from mmseg_imbalance import cityscapes as module
+from mmseg_imbalance.counting import cityscapes as module
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.counting.cityscapes import CITYSCAPES_CITIES, LOOKED_AT, looks_like_it
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN

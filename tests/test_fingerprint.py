@@ -19,7 +19,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import ConfigDict
 from mmseg.datasets.transforms import LoadAnnotations
 
-from mmseg_imbalance import fingerprint as fingerprint_module
+from mmseg_imbalance.counting import fingerprint as fingerprint_module
 from mmseg_imbalance.counting.fingerprint import fingerprint, packages
 
 
