@@ -22,8 +22,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader, Sampler
 
-from mmseg_imbalance.annotations import dataset_rows
 from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.counting.annotations import dataset_rows
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.tables import table_text
 

@@ -7,9 +7,9 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
-from mmseg_imbalance.annotations import find_annotations
 from mmseg_imbalance.counting import count_classes
-from mmseg_imbalance.pixel_counts import count_pixels, notes_text
+from mmseg_imbalance.counting.annotations import find_annotations
+from mmseg_imbalance.counting.pixel_counts import count_pixels, notes_text
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 from test_counting import mosaic, numbers
 
-from mmseg_imbalance import cityscapes as module
-from mmseg_imbalance.cityscapes import CITYSCAPES_CITIES, LOOKED_AT, looks_like_it
+from mmseg_imbalance.counting import cityscapes as module
 from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.counting.cityscapes import CITYSCAPES_CITIES, LOOKED_AT, looks_like_it
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN
 
 CITIES = tuple(sorted(CITYSCAPES_CITIES))
@@ -127,7 +127,7 @@ def stop(*_, **__):
 
 @pytest.mark.parametrize('options', [{'per_image': True}, {'max_images': 2975}])
 def test_who_wants_the_files_counted_gets_them_counted(full, monkeypatch, options):
-    monkeypatch.setattr('mmseg_imbalance.counting._count_part', stop)
+    monkeypatch.setattr('mmseg_imbalance.counting.counts.count_rows', stop)
     with pytest.raises(FileNotFoundError, match='files are counted'):
         count_classes(cityscapes(full), **options)
 
@@ -175,7 +175,7 @@ EDITED = {
 def test_edited_labels_are_counted_with_a_warning(links, edit, logged, monkeypatch):
     folder, change = links
     change(range(2975), EDITED[edit])
-    monkeypatch.setattr('mmseg_imbalance.counting._count_part', stop)
+    monkeypatch.setattr('mmseg_imbalance.counting.counts.count_rows', stop)
     with pytest.raises(FileNotFoundError, match='files are counted'):
         count_classes(cityscapes(folder))
     assert logged == [(logging.WARNING, logged[0][1])]

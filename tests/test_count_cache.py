@@ -26,15 +26,15 @@ from test_counting import (
     spoil,
 )
 
-from mmseg_imbalance import count_cache, counting
-from mmseg_imbalance.count_cache import (
+from mmseg_imbalance.counting import cache as count_cache
+from mmseg_imbalance.counting import count_classes, rows, training_frequency
+from mmseg_imbalance.counting.cache import (
     RECOUNTED,
     cached_counts,
     clear,
     default_cache_dir,
     store_counts,
 )
-from mmseg_imbalance.counting import count_classes, training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
 
 
@@ -65,9 +65,9 @@ def warned(logged):
 def decoded(monkeypatch):
     """Paths of the annotations that were read."""
     paths = []
-    count_pixels = counting.count_pixels
+    count_pixels = rows.count_pixels
     monkeypatch.setattr(
-        counting,
+        rows,
         'count_pixels',
         lambda annotation, *args: (paths.append(annotation.path), count_pixels(annotation, *args))[1],
     )
@@ -460,17 +460,17 @@ def test_without_a_home_folder_counts_are_not_kept(root, monkeypatch, warned):
 
 KILLED = """
 import os, signal, sys
-from mmseg_imbalance import counting
+from mmseg_imbalance.counting import count_classes, rows
 from test_counting import make
-count = counting.count_pixels
+count = rows.count_pixels
 seen = []
 def until_killed(annotation, *args):
     seen.append(annotation)
     if len(seen) == 20:
         os.kill(os.getpid(), signal.SIGKILL)
     return count(annotation, *args)
-counting.count_pixels = until_killed
-counting.count_classes(make({root!r}), cache_dir={cache!r})
+rows.count_pixels = until_killed
+count_classes(make({root!r}), cache_dir={cache!r})
 """
 
 

@@ -26,12 +26,13 @@ from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmseg_imbalance import counting
-from mmseg_imbalance.annotations import dataset_rows
 from mmseg_imbalance.counting import (
     count_classes,
+    counts,
+    rows,
     training_frequency,
 )
+from mmseg_imbalance.counting.annotations import dataset_rows
 from mmseg_imbalance.frequency import ClassFrequency
 
 CAMVID = Path(__file__).resolve().parents[2] / 'shared' / 'camvid'
@@ -237,7 +238,7 @@ def ended():
 def test_where_workers_die_this_process_counts_the_rest(tmp_path, monkeypatch, warned, work):
     root = make_labels(tmp_path / 'data', images=40)
     want = count_classes(make(root))
-    count_pixels, in_workers = counting.count_pixels, []
+    count_pixels, in_workers = rows.count_pixels, []
 
     def count(annotation, *args):
         if torch.utils.data.get_worker_info() is not None:
@@ -246,7 +247,7 @@ def test_where_workers_die_this_process_counts_the_rest(tmp_path, monkeypatch, w
                 work()
         return count_pixels(annotation, *args)
 
-    monkeypatch.setattr(counting, 'count_pixels', count)
+    monkeypatch.setattr(rows, 'count_pixels', count)
     for workers in (1, 2):
         same(count_classes(make(root), num_workers=workers), want)
     assert len(warned) == 2
@@ -269,7 +270,7 @@ def test_a_loader_that_no_process_can_be_given_is_used_in_this_one(root, monkeyp
     class Local(LoadAnnotations):
         """Of a function, so it cannot be pickled for a process that starts anew."""
 
-    monkeypatch.setattr(counting, 'DataLoader', partial(DataLoader, multiprocessing_context='spawn'))
+    monkeypatch.setattr(rows, 'DataLoader', partial(DataLoader, multiprocessing_context='spawn'))
     same(count_classes(make(root, loader=Local()), num_workers=2), count_classes(make(root)))
     assert len(warned) == 1
     assert "Can't pickle local object" in warned[0] or 'cannot pickle' in warned[0].lower()
@@ -318,13 +319,13 @@ def test_numbers_that_cannot_be_are_refused(root, options, words):
 @pytest.mark.parametrize('workers', [0, 3])
 def test_workers_are_by_default_those_of_the_train_dataloader(labels, tmp_path, monkeypatch, workers):
     used = []
-    count_part = counting._count_part
+    count_part = counts.count_rows
 
     def count(counted, part, num_workers, show):
         used.append(num_workers)
         return count_part(counted, part, 0, show)
 
-    monkeypatch.setattr(counting, '_count_part', count)
+    monkeypatch.setattr(counts, 'count_rows', count)
     cfg = config(labels)
     cfg.train_dataloader.num_workers = workers
     loader = SimpleNamespace(dataset=make(labels), num_workers=workers)

@@ -9,8 +9,8 @@ from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
-from mmseg_imbalance.annotations import dataset_rows, find_annotations
 from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.counting.annotations import dataset_rows, find_annotations
 
 NAMES = ('sky', 'road', 'tree')
 

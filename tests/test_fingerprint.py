@@ -19,8 +19,8 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import ConfigDict
 from mmseg.datasets.transforms import LoadAnnotations
 
-from mmseg_imbalance import fingerprint as fingerprint_module
-from mmseg_imbalance.fingerprint import fingerprint, packages
+from mmseg_imbalance.counting import fingerprint as fingerprint_module
+from mmseg_imbalance.counting.fingerprint import fingerprint, packages
 
 
 def of(value):

@@ -14,7 +14,7 @@ from mmseg.datasets.transforms import LoadAnnotations, PackSegInputs
 from PIL import Image
 
 from mmseg_imbalance.counting import count_classes
-from mmseg_imbalance.label_files import lossy_format, value_counts
+from mmseg_imbalance.counting.label_files import lossy_format, value_counts
 
 NAMES = ('background', 'road', 'tree')
 

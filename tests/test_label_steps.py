@@ -31,9 +31,8 @@ from mmseg.datasets.transforms import (
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmseg_imbalance import label_steps
 from mmseg_imbalance.commands import class_weights
-from mmseg_imbalance.counting import count_classes, training_frequency
+from mmseg_imbalance.counting import count_classes, label_steps, training_frequency
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.samplers import RareClassSampler
@@ -668,6 +667,7 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
         logger=logging.getLogger('x'),
         message_hub=MessageHub('x'),
         train_dataloader=DataLoader(dataset),
+        val_loop=None,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmseg_imbalance.hooks.training_frequency', count)

@@ -152,7 +152,9 @@ def check_backend(call, backend):
         )
     assert gradient.isfinite().all()
     assert gradient.dtype == logits.dtype
-    torch.testing.assert_close(gradient.double(), truth, **GRADIENTS.get(logits.dtype, SINGLE))
+    largest = max(1.0, float(truth.abs().max()))  # where large terms cancel their rounding is left
+    tolerance = GRADIENTS.get(logits.dtype, SINGLE)
+    torch.testing.assert_close(gradient.double() / largest, truth / largest, **tolerance)
     if logits.shape[2:] == target.shape[1:] and options['ignore_index'] is not None:
         ignored = target.long() == options['ignore_index']
         assert (gradient.movedim(1, 3)[ignored] == 0).all()

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmseg_imbalance.commands.options import command_parser
-from mmseg_imbalance.count_cache import (
+from mmseg_imbalance.counting.cache import (
     MAX_BYTES,
     MAX_FILES,
     CachedCounts,

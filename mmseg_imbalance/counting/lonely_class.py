@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 
-from mmseg_imbalance.annotations import Annotation
+from mmseg_imbalance.counting.annotations import Annotation
+from mmseg_imbalance.counting.pixel_counts import not_run
+from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.pixel_counts import not_run
 
 __all__ = ['refuse_lonely_class']
 
@@ -35,14 +35,14 @@ def refuse_lonely_class(frequency: ClassFrequency, annotations: Sequence[Annotat
         if frequency.ignored:
             cause = _cause(frequency, annotations[0]) + not_run(annotations[0].steps)
             raise ValueError(f'{found}, so there is nothing to learn. {cause}')
-        _warn(f'{found}. Nothing can be learnt from one class alone: check annotations and classes.')
+        warn(f'{found}. Nothing can be learnt from one class alone: check annotations and classes.')
         return
     if len(parts) == 1:
         return
     datasets = {annotation.dataset: annotation for annotation in annotations}  # in the order of the parts
     for (name, part), one in zip(parts, datasets.values(), strict=True):
         if np.count_nonzero(part.pixels) < 2 and part.ignored:
-            _warn(
+            warn(
                 f'in {name}: {_what_is_found(part)}. Other data sets hold more classes, so this may be as it '
                 f'should be. {_cause(part, one)}'
             )
@@ -77,9 +77,3 @@ def _cause(frequency: ClassFrequency, annotation: Annotation) -> str:
         f'an object, write the number of its class into the files in place of {ignored}, or let '
         f'get_label_map of the data set return {{{ignored}: 1}}.'
     )
-
-
-def _warn(message: str) -> None:
-    from mmengine.logging import print_log
-
-    print_log(message, logger='current', level=logging.WARNING)

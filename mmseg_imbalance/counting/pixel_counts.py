@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.annotations import Annotation, option_naming
-from mmseg_imbalance.label_files import decode, lossy_file, reading, value_counts, whole_numbers
-from mmseg_imbalance.label_steps import LabelSteps, loads_images, names
+from mmseg_imbalance.counting.annotations import Annotation, option_naming
+from mmseg_imbalance.counting.label_files import decode, lossy_file, reading, value_counts, whole_numbers
+from mmseg_imbalance.counting.label_steps import LabelSteps, loads_images, names
 
 __all__ = ['Note', 'PixelCount', 'count_pixels', 'not_run', 'notes_text', 'one_class_alone']
 

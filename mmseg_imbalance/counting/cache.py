@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -14,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.annotations import Annotation
-from mmseg_imbalance.fingerprint import fingerprint, packages
+from mmseg_imbalance.counting.annotations import Annotation
+from mmseg_imbalance.counting.fingerprint import fingerprint, packages
+from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.frequency import ClassFrequency
 
 __all__ = [
@@ -115,13 +115,13 @@ def load_counts(
     except FileNotFoundError:  # another run has made room
         return None
     except Exception as error:
-        _warn(f'class counts in {path} are damaged ({error}), counting again.')
+        warn(f'class counts in {path} are damaged ({error}), counting again.')
         return None
     positions, counts, ignored = recount(RECOUNTED)
     differ = (counts != all_counts[positions]).any(axis=1) | (ignored != all_ignored[positions])
     if differ.any():
         first = positions[differ.argmax()]
-        _warn(
+        warn(
             f'class counts in {path} are stale: {differ.sum()} of {len(positions)} images that were counted '
             f'again have other pixels now, such as {annotations[first].path}, although neither size nor time '
             'of the files nor the code that loads them have changed. All are counted again.'
@@ -157,7 +157,7 @@ def store_counts(frequency: ClassFrequency, path: Path) -> None:
     try:
         frequency.save(path)
     except (OSError, ValueError) as error:  # ValueError: a half-written archive cannot be closed
-        _warn(f'class counts are not cached, {path} cannot be written: {error}')
+        warn(f'class counts are not cached, {path} cannot be written: {error}')
         return
     with suppress(OSError):  # others' files; the next run tries again
         _make_room(path)
@@ -213,9 +213,3 @@ def clear(folder: str | os.PathLike[str]) -> int:
     for path in files:
         path.unlink(missing_ok=True)
     return len(files)
-
-
-def _warn(message: str) -> None:
-    from mmengine.logging import print_log
-
-    print_log(message, logger='current', level=logging.WARNING)

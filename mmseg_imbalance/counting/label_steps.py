@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mmseg_imbalance.label_files import reading, value_counts
+from mmseg_imbalance.counting.label_files import reading, value_counts
 
 __all__ = ['LabelSteps', 'find_steps', 'loads_images', 'names']
 
@@ -52,7 +52,7 @@ class LabelSteps(NamedTuple):
         """Results with the labels as loaded, from the data info of a row; None: the pipeline drops the image.
 
         Raises:
-            FileNotFoundError, ValueError: as :func:`~mmseg_imbalance.label_files.reading`.
+            FileNotFoundError, ValueError: as :func:`~mmseg_imbalance.counting.label_files.reading`.
         """
         with reading(path):
             return _run(self.load, info)
@@ -116,7 +116,7 @@ def find_steps(
     """What makes the labels in a pipeline, found by running it on the data info of one row.
 
     Args:
-        transforms: of :meth:`~mmseg_imbalance.dataset_parts.Part.pipeline`.
+        transforms: of :meth:`~mmseg_imbalance.counting.dataset_parts.Part.pipeline`.
         info, path: of an image, from :meth:`BaseDataset.get_data_info`, and of its annotation.
         wanted: names of transforms after the loading one that change labels; None: those that are not known
             to keep them and need no image.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.dataset_parts import part_repeats, part_rows, part_starts
-from mmseg_imbalance.label_steps import LabelSteps, find_steps, names
+from mmseg_imbalance.counting.dataset_parts import part_repeats, part_rows, part_starts
+from mmseg_imbalance.counting.label_steps import LabelSteps, find_steps, names
+from mmseg_imbalance.counting.ranks import warn
 
 __all__ = ['Annotation', 'dataset_rows', 'find_annotations', 'option_naming']
 
@@ -135,19 +135,16 @@ def _path(info: dict[str, Any], needed: bool = False) -> str:
 
 def _warn_of_left_out(left_out: dict[str, str], run: list[str]) -> None:
     from mmengine.dist import is_main_process
-    from mmengine.logging import print_log
 
     if not left_out or not is_main_process():
         return
     listed = ', '.join(f'{name} ({reason})' for name, reason in left_out.items())
     wanted = option_naming([*run, *left_out])
-    print_log(
+    warn(
         f"the labels are counted as they are before {listed}. Transforms that are not MMSegmentation's may "
         'change what a label means, and counting, where no image is loaded, could not run these. If they do, '
         f'the counts are wrong: name all that do, {wanted} of ClassWeightHook, RareClassSampler and others. '
-        'They are run with the image then. label_transforms=() runs none and silences this.',
-        logger='current',
-        level=logging.WARNING,
+        'They are run with the image then. label_transforms=() runs none and silences this.'
     )
 
 

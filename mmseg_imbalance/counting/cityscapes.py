@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmseg_imbalance.annotations import Annotation
+from mmseg_imbalance.counting.annotations import Annotation
+from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN
 
 __all__ = ['CITYSCAPES_CITIES', 'is_cityscapes_train', 'looks_like_it']
@@ -44,11 +44,9 @@ def is_cityscapes_train(
     if not all(os.path.isfile(annotation.path) for annotation in annotations):
         return False  # the counting names the first that is not there
     if not looks_like_it(*recount(LOOKED_AT)[1:]):
-        print_log(
+        warn(
             f'{len(annotations)} label files have the names of Cityscapes train, but {LOOKED_AT} of them '
-            'have other sizes, labels or shares of the classes. They are counted as those of any data set.',
-            logger='current',
-            level=logging.WARNING,
+            'have other sizes, labels or shares of the classes. They are counted as those of any data set.'
         )
         return False
     print_log(

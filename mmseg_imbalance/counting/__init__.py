@@ -1,0 +1,12 @@
+"""Counting the classes of a data set, from its annotations alone.
+
+`training` finds what a run trains on; `counts` counts a data set on all ranks, `rows` its annotations one by
+one. Below them, `annotations` lists the label files, `label_steps` finds the transforms that load and change
+labels, `label_files` decodes a file and `pixel_counts` counts it. `cache` and `fingerprint` keep the counts.
+"""
+
+from mmseg_imbalance.counting.cache import default_cache_dir
+from mmseg_imbalance.counting.counts import check_counting, count_classes
+from mmseg_imbalance.counting.training import training_frequency
+
+__all__ = ['check_counting', 'count_classes', 'default_cache_dir', 'training_frequency']
