@@ -76,6 +76,21 @@ class WeightRecord:
             image_share=frequency.image_share.tolist(),
         )
 
+    def changes(self, frequency: ClassFrequency) -> list[str]:
+        """Where counts differ from those that the weights come from, one line per class; empty if nowhere.
+
+        They must be of the same classes. A record without pixels is of no counts.
+        """
+        if self.pixels is None:
+            return []
+        images = frequency.images.tolist() if self.images is None else self.images
+        return [
+            f'{name}: {self.pixels[c]:,} pixels in {images[c]:,} images, now {frequency.pixels[c]:,} in '
+            f'{frequency.images[c]:,}'
+            for c, name in enumerate(self.classes)
+            if (self.pixels[c], images[c]) != (frequency.pixels[c], frequency.images[c])
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and text, for JSON and for MMEngine's message hub."""
         return asdict(self)
@@ -89,7 +104,7 @@ class WeightRecord:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, which ``class_weight='FILE'`` of a loss reads."""
         with write_atomically(path) as file:
-            json.dump(self.to_dict(), file, indent=2)
+            json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WeightRecord:

@@ -1,7 +1,7 @@
 """Splitting each class into subclasses by clustering features, followed from batch to batch.
 
-The state lies in buffers: shares, losses and centroids of the subclasses. It knows no loss; the weights that
-it gives are those of :class:`~mmseg_imbalance.subclass.SubclassifiedLoss`.
+It knows no loss; the weights that it gives are those of :class:`~mmseg_imbalance.subclass.SubclassifiedLoss`.
+What it keeps from batch to batch is a :class:`~mmseg_imbalance.subclass_state.SubclassState`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmseg_imbalance.class_weight import in_class_order
-from mmseg_imbalance.kmeans import kmeans, lloyd
+from mmseg_imbalance.kmeans import draw_uniform, kmeans, like, lloyd
 from mmseg_imbalance.ops import SoftStats, gather_from_ranks, rank_and_number, sum_over_ranks
 from mmseg_imbalance.options import check_choice
+from mmseg_imbalance.subclass_state import SubclassState
 
 # cells of a class, over all ranks, among which its first centroids are sought
 START_CELLS = 256
@@ -39,7 +39,7 @@ class SubclassTable(NamedTuple):
         return SubclassTable(*(np.asarray(values.cpu()) for values in self))
 
 
-class SubclassClustering(nn.Module):
+class SubclassClustering(SubclassState):
     """Splits each class into K_c subclasses by clustering features; the state lies in buffers.
 
     A pixel of subclass s weighs w_s = r_s / sum_t f_t r_t with r_s = f_s^-a l_s^b: f is the share of the
@@ -72,15 +72,6 @@ class SubclassClustering(nn.Module):
         ValueError: an argument out of its range.
     """
 
-    # C classes, K the largest K_c, D channels of the features, R cells
-    centroid: Tensor  # (C, K, D)
-    pixels: Tensor  # (C, K) average over batches; 0: there is no such subclass yet
-    loss: Tensor  # (C, K) average over batches of the sum of -log p_y
-    starved: Tensor  # (C, K) int64, batches for which the share has been too small
-    iteration: Tensor  # () int64
-    reservoir: Tensor  # (C, R, D), of 'kmeans'
-    reserved: Tensor  # (C, R) bool, which of its cells are filled
-
     def __init__(
         self,
         num_subclasses: int | Sequence[int] | Mapping[str, int] = 3,
@@ -96,19 +87,9 @@ class SubclassClustering(nn.Module):
         min_share: float = 0.02,
         normalize_features: bool = False,
     ) -> None:
-        super().__init__()
-        numbers = num_subclasses
-        if isinstance(numbers, Mapping):
-            numbers = [1, *numbers.values()]
-        elif not isinstance(numbers, Sequence):
-            numbers = [numbers]
-        if not numbers or not all(isinstance(k, int) and 1 <= k <= 255 for k in numbers):
-            raise ValueError(
-                'num_subclasses must be an int from 1 to 255, a list of them, one for each class, or a dict '
-                f'of them by class name, got {num_subclasses!r}'
-            )
-        largest = max(numbers)
         check_choice('update', update, ('ema', 'kmeans'))
+        super().__init__(num_subclasses, reservoir_size if update == 'kmeans' else 0)
+        largest = self.largest
         for name, value, allowed, what in (
             ('momentum', momentum, 0 < momentum <= 1, 'lie in (0, 1]'),
             ('update_freq', update_freq, update_freq >= 1, 'be at least 1'),
@@ -122,12 +103,9 @@ class SubclassClustering(nn.Module):
         ):
             if not allowed:
                 raise ValueError(f'{name} must {what}, got {value!r}')
-        self.num_subclasses = num_subclasses
-        self.largest = largest
         self.update_rule = update
         self.momentum = momentum
         self.update_freq = update_freq
-        self.reservoir_size = reservoir_size
         self.frequency_power = frequency_power
         self.difficulty_power = difficulty_power
         self.warmup_iters = warmup_iters
@@ -135,51 +113,7 @@ class SubclassClustering(nn.Module):
         self.max_ratio = max_ratio
         self.min_share = min_share
         self.normalize_features = normalize_features
-        self._exists: Tensor | None = None
         self._batch: tuple[Tensor, ...] | None = None  # what the state learns from once the losses are known
-        for name in ('centroid', 'pixels', 'loss', 'starved', 'iteration', 'reservoir', 'reserved'):
-            self.register_buffer(name, None)
-
-    def allocate(self, num_classes: int, channels: int, device: torch.device | None = None) -> None:
-        """Make the state for this many classes and channels of the features.
-
-        Raises:
-            ValueError: ``num_subclasses`` is a list of another length.
-        """
-        per_class = isinstance(self.num_subclasses, Sequence)
-        if per_class and len(self.num_subclasses) != num_classes:
-            raise ValueError(
-                f'num_subclasses holds {len(self.num_subclasses)} numbers, {self.num_subclasses}, but the '
-                f'head predicts {num_classes} classes'
-            )
-        shape = (num_classes, self.largest)
-        self.centroid = torch.zeros(*shape, channels, device=device)
-        self.pixels = torch.zeros(shape, device=device)
-        self.loss = torch.zeros(shape, device=device)
-        self.starved = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.iteration = torch.zeros((), dtype=torch.int64, device=device)
-        if self.update_rule == 'kmeans':
-            shape = (num_classes, self.reservoir_size)
-            self.reservoir = torch.zeros(*shape, channels, device=device)
-            self.reserved = torch.zeros(shape, dtype=torch.bool, device=device)
-
-    @property
-    def exists(self) -> Tensor:
-        """(C, K) bool: whether class c has a subclass k."""
-        if self._exists is None:
-            numbers = self.num_subclasses
-            if isinstance(numbers, Mapping):
-                numbers = in_class_order(numbers, 1, 'num_subclasses')
-            elif isinstance(numbers, int):
-                numbers = [numbers] * len(self.pixels)
-            if len(numbers) != len(self.pixels):
-                raise ValueError(
-                    f'num_subclasses is for {len(numbers)} classes, but the head predicts {len(self.pixels)}'
-                )
-            self._exists = torch.arange(self.largest) < torch.tensor(numbers)[:, None]
-        if self._exists.device != self.pixels.device:
-            self._exists = self._exists.to(self.pixels.device)
-        return self._exists
 
     def table(self) -> SubclassTable:
         """Share, mean loss and weight of every subclass, from the state as it is."""
@@ -223,8 +157,7 @@ class SubclassClustering(nn.Module):
         features = features.detach()
         if features.ndim == 3:  # of sampled points, as the logits
             features = features[:, :, None]
-        if self.centroid is None:
-            self.allocate(logits.shape[1], features.shape[1], logits.device)
+        self.prepare(logits.shape[1], features.shape[1], logits.device)
         expected = (len(logits), self.centroid.shape[2])
         if features.ndim != 4 or features.shape[:2] != expected or logits.shape[1] != len(self.centroid):
             raise ValueError(
@@ -327,6 +260,7 @@ class SubclassClustering(nn.Module):
                 'a smaller learning rate or clipped gradients (optim_wrapper.clip_grad) keep training stable'
             )
 
+        self.go_on()
         if self.update_rule == 'ema':
             step = (1 - kept) / new_pixels.where(new_pixels > 0, 1)  # (C, K)
             found = found.view_as(self.centroid)
@@ -368,10 +302,10 @@ class SubclassClustering(nn.Module):
         for image in range(images):
             # an image draws the same whichever rank holds it
             seed = iteration * 1_000_003 + rank_and_number()[0] * images + image
-            drawn.append(
-                torch.rand(cells, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            )
-        return torch.stack(drawn).log().to(by_cell)[:, None] / by_cell.sum(2)  # -inf where it has no pixels
+            drawn.append(draw_uniform((cells,), torch.Generator().manual_seed(seed)))
+        with np.errstate(divide='ignore'):
+            keys = like(np.log(drawn), by_cell)[:, None]
+        return keys / by_cell.sum(2)  # -inf where it has no pixels
 
     def _choose(self, features: Tensor, keys: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The cells of each class with the largest keys over all ranks, (C, n, D), and which are any."""

@@ -24,8 +24,10 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
+from torch.nn.parallel import DistributedDataParallel
 
 
 def _history_method(owner: object, name: str) -> object:
@@ -94,13 +96,22 @@ def adapt_to_cpu(cfg: Config) -> None:
         return
     if not dist.is_initialized():
         dist.init_process_group('gloo')
-    cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', device_ids=None))
+    wrapper = cfg.get('model_wrapper_cfg')
+    if wrapper is None:  # MMEngine's own, which it makes itself for GPUs alone
+        unused = cfg.get('find_unused_parameters', False)
+        wrapper = dict(broadcast_buffers=False, find_unused_parameters=unused)
+    wrapper.setdefault('type', 'MMDistributedDataParallel')
+    kind = MODEL_WRAPPERS.get(wrapper['type']) if isinstance(wrapper['type'], str) else wrapper['type']
+    if isinstance(kind, type) and issubclass(kind, DistributedDataParallel):
+        wrapper['device_ids'] = None
+    cfg.model_wrapper_cfg = wrapper
+    cfg.sync_bn = None
     _without_sync_bn(cfg.model)
 
 
 def _without_sync_bn(node: object) -> None:
     if isinstance(node, dict):
-        if node.get('type') == 'SyncBN':
+        if node.get('type') in ('SyncBN', 'MMSyncBN'):
             node['type'] = 'BN'
         node = list(node.values())
     if isinstance(node, list | tuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,14 @@ class ClassFrequency:
         ignored: pixels that belong to no class.
         num_images: images counted; fewer than `dataset_images` if this is a sample.
         dataset_images: images in the data set.
-        counts: (images, C) int64, pixels in each distinct image; None where only totals are known,
-            as are `repeats`, (images,) int64, how often each counts, and `image_keys`, their
-            annotation paths.
+        counts: (images, C) int64, pixels in each distinct image; None where only totals are known, as is
+            all that follows.
+        repeats: (images,) int64, how often each image counts.
+        image_keys: annotation path of each image.
+        ignored_counts: (images,) int64, pixels of each image that belong to no class.
+        sources: (images,) int64, the data set that each image is of, a position in `source_names`.
+        source_names: names of the data sets that were put together; one, if there is but one.
+        counted: when, in ISO format.
     """
 
     classes: tuple[str, ...]
@@ -41,6 +47,10 @@ class ClassFrequency:
     counts: np.ndarray | None = None
     repeats: np.ndarray | None = None
     image_keys: tuple[str, ...] | None = None
+    ignored_counts: np.ndarray | None = None
+    sources: np.ndarray | None = None
+    source_names: tuple[str, ...] | None = None
+    counted: str | None = None
 
     def __post_init__(self) -> None:
         for name in ('pixels', 'images', 'image_pixels'):
@@ -62,6 +72,8 @@ class ClassFrequency:
         image_keys: Sequence[str],
         repeats: np.ndarray | None = None,
         dataset_images: int | None = None,
+        sources: np.ndarray | None = None,
+        source_names: Sequence[str] = ('',),
     ) -> ClassFrequency:
         """Totals of rows: `counts` (images, C), `ignored`, `repeats` (images,); fields as above."""
         counts, ignored = np.array(counts, dtype=np.int64), np.array(ignored, dtype=np.int64)
@@ -80,6 +92,47 @@ class ClassFrequency:
             counts=counts,
             repeats=repeats,
             image_keys=tuple(image_keys),
+            ignored_counts=ignored,
+            sources=0 * once if sources is None else np.array(sources, dtype=np.int64),
+            source_names=tuple(source_names),
+            counted=datetime.now().isoformat(' ', 'seconds'),
+        )
+
+    def by_source(self) -> list[tuple[str, ClassFrequency]]:
+        """Name and counts of each data set that this is of; empty where only totals are known."""
+        counts, ignored, sources, names = self.counts, self.ignored_counts, self.sources, self.source_names
+        if counts is None or ignored is None or sources is None or not names:
+            return []
+        if len(names) == 1:
+            return [(names[0], self)]
+        if self.repeats is None or self.image_keys is None:
+            return []
+        parts = []
+        for number, name in enumerate(names):
+            rows = np.flatnonzero(sources == number)
+            keys = [self.image_keys[row] for row in rows]
+            part = ClassFrequency.from_rows(
+                self.classes, counts[rows], ignored[rows], keys, self.repeats[rows], source_names=[name]
+            )
+            parts.append((name, part))
+        return parts
+
+    @property
+    def unmet(self) -> np.ndarray:
+        """(C,) bool, classes without a pixel in a sample: nobody knows whether the data set has them."""
+        return (self.pixels == 0) & (self.num_images < self.dataset_images)
+
+    def with_unmet(self) -> ClassFrequency:
+        """The totals, in which a class that a sample did not meet has one pixel in one of its images."""
+        image = (int(self.pixels.sum()) + self.ignored) // max(self.num_images, 1)
+        return ClassFrequency(
+            self.classes,
+            self.pixels + self.unmet,
+            self.images + self.unmet,
+            self.image_pixels + self.unmet * max(image, 1),
+            self.ignored,
+            self.num_images,
+            self.dataset_images,
         )
 
     @property
@@ -109,9 +162,11 @@ class ClassFrequency:
         total: dict[str, Any] = {}
         for name in [field.name for field in fields(self)][1:]:
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is None or theirs is None:
+            if mine is None or theirs is None or name == 'counted':
                 total[name] = None
-            elif name in ('counts', 'repeats'):
+            elif name == 'sources':
+                total[name] = np.concatenate([mine, theirs + len(self.source_names or ())])
+            elif name in ('counts', 'repeats', 'ignored_counts'):
                 total[name] = np.concatenate([mine, theirs])
             else:
                 total[name] = mine + theirs
@@ -125,13 +180,15 @@ class ClassFrequency:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassFrequency:
-        """Read what `save` wrote; a damaged or missing file raises whatever NumPy does."""
+        """Read what `save` wrote, in older versions too; a damaged or missing file raises what NumPy does."""
         with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
             values: dict[str, Any] = {name: archive[name] for name in archive.files}
-        for name in {'classes', 'image_keys'} & values.keys():
+        for name in {'classes', 'image_keys', 'source_names'} & values.keys():
             values[name] = tuple(values[name].tolist())
         for name in ('ignored', 'num_images', 'dataset_images'):
             values[name] = int(values[name])
+        if 'counted' in values:
+            values['counted'] = str(values['counted'])
         return cls(**values)
 
 

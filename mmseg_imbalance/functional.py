@@ -43,7 +43,7 @@ def cross_entropy_parts(
 
     The even part of label smoothing adds to the class whose probability it asks for.
     """
-    weight = torch.ones_like(stats.nll[0]) if class_weight is None else class_weight.to(stats.nll)
+    weight = _one_each(class_weight, stats.nll)
     total = (weight * stats.nll).sum(0)
     if label_smoothing > 0:
         if stats.log_prob is None:
@@ -64,9 +64,20 @@ def tversky(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) ->
 
     Source: Salehi et al. 2017, https://arxiv.org/abs/1706.05721, equation 4; the smoothing is ours.
     """
+    _, area = _tversky_areas(stats, alpha, beta, smooth)
+    return torch.where(area > 0, (stats.intersection + smooth) / area.where(area > 0, 1), 1)
+
+
+def tversky_error(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) -> Tensor:
+    """1 - :func:`tversky` without its rounding: (alpha (P - I) + beta (T - I)) / (I + ... + s), (B, C)."""
+    wrong, area = _tversky_areas(stats, alpha, beta, smooth)
+    return wrong / area.where(area > 0, torch.inf)
+
+
+def _tversky_areas(stats: SoftStats, alpha: float, beta: float, smooth: float) -> tuple[Tensor, Tensor]:
     i, p, t = stats.intersection, stats.prediction, stats.truth
-    area = i + alpha * (p - i) + beta * (t - i) + smooth
-    return torch.where(area > 0, (i + smooth) / area.where(area > 0, 1), 1)
+    wrong = alpha * (p - i) + beta * (t - i)
+    return wrong, i + wrong + smooth
 
 
 def dice(stats: SoftStats, smooth: float = 1.0) -> Tensor:
@@ -122,7 +133,7 @@ def generalized_dice_parts(
     if gamma != 1:
         loss = errors.sum(1, keepdim=True)
         share = (errors / loss.where(loss > 0, torch.inf)).detach()
-        errors = loss.clamp_min(torch.finfo(loss.dtype).eps) ** gamma * share  # a finite slope at 0
+        errors = _power(loss, gamma) * share
     return errors.mean(0)
 
 
@@ -136,7 +147,7 @@ def _generalized_dice_errors(
         weight = torch.where(present, t, torch.inf).pow(-2)  # 0 where absent
         weight = torch.where(present, weight, weight.amax(1, keepdim=True))
     else:
-        weight = class_weight.to(t).expand_as(t)
+        weight = _one_each(class_weight, t).expand_as(t)
     if absent_classes == 'ignore':
         weight = weight * present
     area = (weight * t).sum(1, keepdim=True)
@@ -161,29 +172,52 @@ def region_loss(
         truth: (B, C) true pixels.
         class_weight: (C,), >= 0; None: all 1.
         gamma: > 0, applied to each class before the mean (Abraham & Khan 2018,
-            https://arxiv.org/abs/1810.07842, equation 4, with gamma for 1 / gamma).
+            https://arxiv.org/abs/1810.07842, equation 4, with gamma for 1 / gamma). Below 1, the power is a
+            straight line where 1 - index is near rounding, so that its slope is finite.
         absent_classes: 'include', or 'ignore' to leave classes without a true pixel out of the mean.
 
     Returns:
         Scalar; an image in which no class has any weight counts as 0.
     """
-    return region_parts(index, truth, class_weight, gamma=gamma, absent_classes=absent_classes).sum()
+    return region_parts(1 - index, truth, class_weight, gamma=gamma, absent_classes=absent_classes).sum()
 
 
 def region_parts(
-    index: Tensor,
+    error: Tensor,
     truth: Tensor,
     class_weight: Tensor | None = None,
     *,
     gamma: float = 1.0,
     absent_classes: str = 'include',
 ) -> Tensor:
-    """What each class adds to :func:`region_loss`, (C,)."""
-    loss = 1 - index
-    if gamma != 1:
-        loss = loss.clamp_min(torch.finfo(loss.dtype).eps) ** gamma  # a finite slope at index = 1
-    weight = torch.ones_like(loss) if class_weight is None else class_weight.to(loss).expand_as(loss)
+    """What each class adds to :func:`region_loss`, (C,), from (B, C) errors, which are 1 - index."""
+    loss = error if gamma == 1 else _power(error, gamma)
+    weight = _one_each(class_weight, loss).expand_as(loss)
     if absent_classes == 'ignore':
         weight = weight * (truth > 0)
     norm = weight.sum(1, keepdim=True)
     return (weight * loss / norm.where(norm > 0, torch.inf)).mean(0)
+
+
+def _power(error: Tensor, gamma: float) -> Tensor:
+    """error^gamma; for gamma < 1 a straight line near 0, where the power would be infinitely steep.
+
+    Rounding alone makes an error of eps or so, of which a small power is large: eps^0.1 = 0.2.
+    """
+    error = error.clamp_min(0)
+    if gamma >= 1:
+        return error**gamma
+    end = 32 * torch.finfo(error.dtype).eps  # of the line
+    return torch.where(error > end, error.clamp_min(end) ** gamma, error * end ** (gamma - 1))
+
+
+def _one_each(class_weight: Tensor | None, sums: Tensor) -> Tensor:
+    """The weights as (C,) numbers for sums (B, C); a single one would be spread over all classes."""
+    if class_weight is None:
+        return torch.ones_like(sums[0])
+    if class_weight.shape != sums.shape[1:]:
+        raise ValueError(
+            f'class_weight must be of shape ({sums.shape[1]},), one number per class, got '
+            f'{tuple(class_weight.shape)}'
+        )
+    return class_weight.to(sums)

@@ -27,6 +27,7 @@ from mmseg.registry import MODELS as FRAMEWORK_MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from mmseg_imbalance.ignored_label import pass_on_ignored_label
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import soft_stats, valid_pixels
 
@@ -154,6 +155,7 @@ class FeatureKeeper(BaseDecodeHead):
             known = hasattr(module, 'set_feature_shape') and hasattr(self, 'conv_seg')
             if known and module.needs_features:
                 module.set_feature_shape(max(self.out_channels, 2), self.conv_seg.in_channels)
+        pass_on_ignored_label(self)
 
     def loss(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         self._keep = any(getattr(module, 'needs_features', False) for module in self.modules())
@@ -195,7 +197,8 @@ class FeatureSegformerHead(FeatureKeeper, SegformerHead, LowResolutionLogitHead)
 def FeatureHead(base: str | type[BaseDecodeHead], **kwargs: object) -> BaseDecodeHead:
     """Any other decode head: ``dict(type='FeatureHead', base='UPerHead', ...)`` is a ``FeatureUPerHead``.
 
-    A head that calls its losses by position (DDRHead, PIDHead) stays as it is in MMSegmentation.
+    A head that calls its losses by position (DDRHead, PIDHead) stays as it is in MMSegmentation, but its
+    losses get its ``ignore_index``, which it does not pass on.
 
     Args:
         base: class derived from ``BaseDecodeHead``, or its registered name, with or without a scope.

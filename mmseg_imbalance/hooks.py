@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmseg_imbalance.registry import HOOKS
@@ -17,16 +18,17 @@ from mmengine.runner import autocast
 from torch import nn
 
 from mmseg_imbalance.class_weight import WeightRecord
-from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.counting import check_counting, training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.heads import check_heads
+from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
-from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
-from mmseg_imbalance.tables import class_table, names_and_colours, subclass_table, table_text
-from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior
+from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
+from mmseg_imbalance.tables import class_table, names_and_colours, source_table, subclass_table, table_text
+from mmseg_imbalance.weighting import SCHEMES, check_options, class_weights, log_prior
 
 
 @HOOKS.register_module()
@@ -36,17 +38,23 @@ class ClassWeightHook(LoggedPartsHook):
     Losses with ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are
     counted once and the counts cached, so another scheme or run costs nothing. Logs a table and writes
     ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes the weights from
-    its checkpoint, unless the options below have changed. In the first iterations it holds the labels that
-    arrive against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. The parts of a combined
-    loss go into the log too where the head is MMSegmentation's own, see
+    its checkpoint, unless the options below or the counts have changed. In the first iterations it holds the
+    labels that arrive against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. The parts of
+    a combined loss go into the log too where the head is MMSegmentation's own, see
     :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
 
     Args:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
         cache_dir: folder of the counts; None: see :func:`~mmseg_imbalance.counting.training_frequency`.
         max_images: count a random sample of so many images; None: all.
-        num_workers: worker processes of each rank.
+        num_workers: worker processes of each rank; None: as many as the train_dataloader has.
+        label_transforms: names of the transforms that change labels, see
+            :func:`~mmseg_imbalance.counting.count_classes`.
         **options: of the scheme: beta, unit, k, power, max_ratio.
+
+    Raises:
+        ValueError: an option out of its range.
+        TypeError: an unknown option.
     """
 
     def __init__(
@@ -54,7 +62,8 @@ class ClassWeightHook(LoggedPartsHook):
         scheme: str = 'sqrt_inv_freq',
         cache_dir: str | os.PathLike[str] | None = None,
         max_images: int | None = None,
-        num_workers: int = 2,
+        num_workers: int | None = None,
+        label_transforms: Sequence[str] | None = None,
         **options: object,
     ) -> None:
         if scheme not in SCHEMES:
@@ -63,10 +72,13 @@ class ClassWeightHook(LoggedPartsHook):
         known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(f'ClassWeightHook has no option {unknown}; those of the schemes are {known}')
+        check_options(**options)
+        check_counting(max_images, num_workers)
         self.scheme = scheme
         self.cache_dir = cache_dir
         self.max_images = max_images
         self.num_workers = num_workers
+        self.label_transforms = label_transforms
         self.options = options
 
     def before_train(self, runner) -> None:
@@ -85,22 +97,7 @@ class ClassWeightHook(LoggedPartsHook):
                 'logit_variation'
             )
             return
-        record = self._of_checkpoint(runner)
-        if record is None:
-            heads = {name.rpartition('loss_decode')[0].rstrip('.') for name in waiting}
-            frequency = training_frequency(
-                runner,
-                heads=[model.get_submodule(head) for head in heads],
-                max_images=self.max_images,
-                num_workers=self.num_workers,
-                cache_dir=self.cache_dir,
-            )
-            record = self._weigh(runner, frequency)
-            runner.message_hub.update_info('class_weights', record.to_dict())
-            if is_main_process():
-                record.save(os.path.join(runner.work_dir, 'class_weights.json'))
-        else:
-            runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {record.weights}')
+        record = self._find_record(runner)
         for name, loss in waiting.items():
             if name in auto:
                 loss.class_weight.set_weights(record.weights)
@@ -118,6 +115,45 @@ class ClassWeightHook(LoggedPartsHook):
     def after_train(self, runner) -> None:
         super().after_train(runner)
         self.label_check.remove()
+
+    def _find_record(self, runner) -> WeightRecord:
+        """The weights of the checkpoint where the counts are still the same, else those of the counts."""
+        old = self._of_checkpoint(runner)
+        try:
+            frequency = training_frequency(
+                runner,
+                max_images=self.max_images,
+                num_workers=self.num_workers,
+                cache_dir=self.cache_dir,
+                label_transforms=self.label_transforms,
+            )
+        except FileNotFoundError as error:
+            if old is None:
+                raise
+            runner.logger.warning(
+                'ClassWeightHook cannot compare the class counts with those of the checkpoint, whose weights '
+                f'stay: {error}'
+            )
+            return old
+        changes = [] if old is None else old.changes(frequency)
+        if old is not None and not changes:
+            runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {old.weights}')
+            return old
+        if old is not None:
+            kept = os.path.join(runner.work_dir, f'class_weights_until_{runner.iter}.json')
+            if is_main_process():
+                old.save(kept)
+            more = f'; and {len(changes) - 10} more classes' if len(changes) > 10 else ''
+            runner.logger.warning(
+                'ClassWeightHook: the training annotations are not those that the weights of the checkpoint '
+                f'come from, so these are weighed anew: {"; ".join(changes[:10])}{more}. To keep the old '
+                f'weights resume from the same checkpoint with class_weight={kept!r} in the losses.'
+            )
+        record = self._weigh(runner, frequency)
+        runner.message_hub.update_info('class_weights', record.to_dict())
+        if is_main_process():
+            record.save(os.path.join(runner.work_dir, 'class_weights.json'))
+        return record
 
     def _of_checkpoint(self, runner) -> WeightRecord | None:
         """The record of a resumed run, unless it is of other classes or other options."""
@@ -141,6 +177,8 @@ class ClassWeightHook(LoggedPartsHook):
         for warning in caught:
             runner.logger.warning(str(warning.message))
         runner.logger.info('\n' + table_text(class_table(frequency, {self.scheme: weights})))
+        if (sources := source_table(frequency)) is not None:
+            runner.logger.info('\n' + table_text(sources))
         if is_main_process():
             chart = os.path.join(runner.work_dir, 'class_weights.png')
             plot_class_weights(frequency, weights, chart, label=f'{self.scheme} weight')
@@ -167,7 +205,7 @@ class LogitAdjustmentHook(Hook):
 
     Args:
         tau: 0 changes nothing, 1 is the source's.
-        cache_dir, max_images, num_workers: see :class:`ClassWeightHook`.
+        cache_dir, max_images, num_workers, label_transforms: see :class:`ClassWeightHook`.
 
     Source: Menon et al. 2021, https://arxiv.org/abs/2007.07314, equation 9.
     """
@@ -177,15 +215,18 @@ class LogitAdjustmentHook(Hook):
         tau: float = 1.0,
         cache_dir: str | os.PathLike[str] | None = None,
         max_images: int | None = None,
-        num_workers: int = 2,
+        num_workers: int | None = None,
+        label_transforms: Sequence[str] | None = None,
     ) -> None:
         if not math.isfinite(tau):
             raise ValueError(f'tau must be a finite number, got {tau}')
+        check_counting(max_images, num_workers)
         self.tau = tau
         self.handle = None
         self.cache_dir = cache_dir
         self.max_images = max_images
         self.num_workers = num_workers
+        self.label_transforms = label_transforms
 
     def before_test(self, runner) -> None:
         model = runner.model
@@ -206,11 +247,19 @@ class LogitAdjustmentHook(Hook):
                 )
         frequency = training_frequency(
             runner.cfg,  # a runner that tests has no data set of training
-            heads=[head],
+            heads=decode_heads(runner.model),
             max_images=self.max_images,
             num_workers=self.num_workers,
             cache_dir=self.cache_dir,
+            label_transforms=self.label_transforms,
         )
+        if frequency.unmet.any():
+            unmet = [name for name, found in zip(frequency.classes, frequency.unmet, strict=True) if found]
+            runner.logger.warning(
+                f'classes that were not met in {frequency.num_images} of {frequency.dataset_images} images '
+                f'are taken for as rare as the rarest that was: {", ".join(unmet)}. A larger max_images '
+                'tells more.'
+            )
         shift = self.tau * torch.from_numpy(log_prior(frequency.pixels)).float()
         if len(shift) != head.num_classes:
             raise ValueError(
@@ -248,7 +297,8 @@ class SubclassVisualizationHook(Hook):
 
     A picture shows the image, the truth, the subclass of every pixel and its weight. It goes to the backends
     of the visualizer: files, TensorBoard, WandB. The model sees the whole image, also where it is tested on
-    sliding windows. Neither the model nor the training is changed.
+    sliding windows. Neither the model nor the training is changed. All ranks run it, since a module such as
+    SyncBN may wait for the others. Where the parameters are sharded, one warning takes the place of pictures.
 
     Args:
         num_images: at least 0; the first images of the validation loop on the main rank are drawn.
@@ -261,10 +311,18 @@ class SubclassVisualizationHook(Hook):
         self.drawn = 0
 
     def before_run(self, runner) -> None:
+        self.losses = {}
+        sharding = sharding_of(runner.model)
+        if sharding is not None:
+            runner.logger.warning(
+                f'SubclassVisualizationHook shows nothing: with {sharding} each rank holds a part of the '
+                'parameters, and heads cannot be run on their own. mmseg-imbalance subclasses shows them '
+                'from a checkpoint of the whole model'
+            )
+            return
         try:
             self.losses = find_subclassified(unwrapped(runner.model))
         except ValueError as error:
-            self.losses = {}
             runner.logger.warning(f'SubclassVisualizationHook has nothing to show: {error}')
 
     def before_val_epoch(self, runner) -> None:
@@ -283,15 +341,19 @@ class SubclassVisualizationHook(Hook):
                 runner.logger.info(f'subclasses of {name}, {runner.iter} iterations:\n{table}')
 
     def after_val_iter(self, runner, batch_idx: int, data_batch: dict, outputs: object = None) -> None:
-        if not self.losses or not is_main_process():
+        if not self.losses:
             return
-        model = unwrapped(runner.model)
-        for index in range(min(len(data_batch['inputs']), self.num_images - self.drawn)):
+        model, images = unwrapped(runner.model), len(data_batch['inputs'])
+        # as often on all ranks, also where the last batch is not as long on all of them
+        number = min(runner.val_dataloader.batch_size or images, self.num_images - self.drawn)
+        for index in range(number):
             with autocast(enabled=getattr(runner.val_loop, 'fp16', False)):
-                maps = subclass_maps(model, self.losses, data_batch, index)
-            image = Path(data_batch['data_samples'][index].get('img_path', str(self.drawn))).stem
+                maps = subclass_maps(model, self.losses, data_batch, min(index, images - 1))
+            self.drawn += 1
+            if index >= images or not is_main_process():
+                continue
+            image = Path(data_batch['data_samples'][index].get('img_path', str(self.drawn - 1))).stem
             for name, seen in maps.items():
                 state = subclasses(self.losses[name].loss)
                 picture = draw_subclasses(seen, self.classes, self.palette, state)
                 runner.visualizer.add_image(f'{name}_subclass_{image}', picture, step=runner.iter)
-            self.drawn += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +10,16 @@ from torch import Tensor
 STARTS = 4  # of which the best is kept
 CANDIDATES = 8  # for each seed
 ROUNDS = 10
+
+
+def draw_uniform(shape: tuple[int, ...], generator: torch.Generator) -> np.ndarray:
+    """What ``torch.rand(shape, dtype=torch.float64)`` draws, without a tensor that some devices lack."""
+    return torch.empty(shape, dtype=torch.int64).random_(0, 2**53, generator=generator).numpy() / 2**53
+
+
+def like(numbers: np.ndarray, x: Tensor) -> Tensor:
+    """Numbers as a tensor of the dtype of ``x``, on its device."""
+    return torch.from_numpy(numbers.astype(np.float64 if x.dtype == torch.float64 else np.float32)).to(x)
 
 
 def kmeans(
@@ -38,19 +49,21 @@ def kmeans(
     # closer than this two points are one
     same = 1e-5 * square.amax(2, keepdim=True) + 1e-10 * points.square().sum(2).amax(1)[:, None, None]
     shape = (exists.shape[1], sets, STARTS, CANDIDATES)
-    draws = torch.rand(shape, generator=generator, dtype=torch.float64).to(points.device)
+    draws = like(draw_uniform(shape, generator), x)
     nearest = torch.full((sets, STARTS, number), torch.inf, dtype=x.dtype, device=x.device)
     chance = valid[:, None].expand_as(nearest).to(x)  # even for the first
     seeds, made = [], []
     for draw, wanted in zip(draws, exists.unbind(1), strict=True):
-        until = chance.cumsum(2, dtype=torch.float64)  # (C, T, n)
-        drawn = torch.searchsorted(until, draw * until[:, :, -1:], right=True).clamp_max(number - 1)
+        until = chance.cumsum(2)  # (C, T, n)
+        total = until[:, :, -1:]
+        below = torch.minimum(draw * total, torch.nextafter(total, torch.zeros_like(total)))
+        drawn = torch.searchsorted(until, below, right=True).clamp_max(number - 1)
         seed = x[every[:, None, None], drawn]  # (C, T, L, D)
         away = square[:, None] - 2 * seed @ x.mT[:, None] + seed.square().sum(3, keepdim=True)
         away = torch.minimum(nearest[:, :, None], away).where(valid[:, None, None], 0)  # (C, T, L, n)
         least = away.sum(3).argmin(2)[..., None]  # of the candidates, (C, T, 1)
         seeds.append(seed.take_along_dim(least[..., None], 2)[:, :, 0])
-        made.append((until[:, :, -1] > 0) & wanted[:, None])
+        made.append((total[:, :, 0] > 0) & wanted[:, None])
         away = away.take_along_dim(least[..., None], 2)[:, :, 0]
         nearest = torch.where(made[-1][..., None], away, nearest)
         chance = torch.where(nearest > same, nearest, 0).where(valid[:, None], 0)

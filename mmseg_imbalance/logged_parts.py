@@ -15,7 +15,9 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from mmseg_imbalance.ignored_label import follow_ignored_label
 from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.monitored import check_monitored_keys
 
 # Iterations in a row: mixed precision may meet a few and goes on, weights that are NaN stay so.
 NOT_FINITE = 10
@@ -57,6 +59,10 @@ class LoggedPartsHook(Hook):
     several outputs (DAHead), they are of the last one. Where a run has several hooks of this kind the first
     one does it. Its priority must be above the logger's, as it is by default.
 
+    Before training it also sees to what the parts of a run must agree on:
+    :func:`~mmseg_imbalance.ignored_label.follow_ignored_label` and
+    :func:`~mmseg_imbalance.monitored.check_monitored_keys`.
+
     It also ends a training whose loss has not been finite in 10 iterations in a row: the weights of the model
     are NaN then, on all ranks, and stay so.
     """
@@ -66,6 +72,9 @@ class LoggedPartsHook(Hook):
         self.not_finite = 0  # iterations in a row
         logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
         self.first = next(hook for hook in runner.hooks if isinstance(hook, LoggedPartsHook)) is self
+        if self.first:
+            follow_ignored_label(runner)
+            check_monitored_keys(runner)
         if self.first and logger is not None:
             self.interval_of_logger = logger.interval
             self.by_head = losses_by_head(unwrapped(runner.model))

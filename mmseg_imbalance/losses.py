@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmseg_imbalance.class_weight import ClassWeight, ClassWeightSpec
-from mmseg_imbalance.ops import SoftStats, soft_stats
+from mmseg_imbalance.ops import SoftStats, check_arguments, soft_stats
 from mmseg_imbalance.options import (
     check_at_least_0,
     check_choice,
@@ -151,6 +151,7 @@ class WeightedLoss(nn.Module):
         """
         refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
         logits, target, weight = _as_images(pred, target, weight)
+        check_arguments(logits, target, weight)
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
         watchers = self.watchers if self.training else []
@@ -225,10 +226,10 @@ class WeightedLoss(nn.Module):
 
 def _as_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sampled points as images of one row, and a single output channel as the logits [0, z]."""
-    if pred.ndim == 3:
+    if pred.ndim == 3 and target.ndim == 2:
         pred, target = pred[:, :, None], target[:, None]
-        weight = None if weight is None else weight[:, None]
-    if pred.shape[1] == 1:
+        weight = None if weight is None or weight.ndim != 2 else weight[:, None]
+    if pred.ndim == 4 and pred.shape[1] == 1:
         pred = torch.cat([torch.zeros_like(pred), pred], 1)
     return pred, target, weight
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 from mmseg_imbalance.registry import METRICS
 
@@ -13,14 +20,17 @@ import numpy as np
 import torch
 from mmengine.logging import MMLogger, print_log
 from mmseg.evaluation import IoUMetric
-from rich.table import Table
 
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.ignored_label import UNSAID, current_config, label_of_evaluation
+from mmseg_imbalance.monitored import KEYS, framework_keys, keys_in_config, with_prefix
 from mmseg_imbalance.scores import (
     AREAS,
     GROUPS,
     SIZES,
+    check_groups,
+    class_areas,
     class_groups,
     fine_grained_iou,
     group_scores,
@@ -28,31 +38,108 @@ from mmseg_imbalance.scores import (
     ratio,
     save_image_scores,
 )
-from mmseg_imbalance.tables import table_text
+from mmseg_imbalance.tables import group_table, table_text
+
+T = TypeVar('T')
 
 
 @METRICS.register_module()
 class ClassIoUMetric(IoUMetric):
     """MMSegmentation's IoUMetric, which also returns the IoU of each class, for logs and files.
 
-    Adds ``IoU.NAME`` in per cent for every class that occurs in the labels or predictions; all arguments are
-    those of IoUMetric.
+    Adds ``IoU.NAME`` in per cent for every class. All keys are there at every evaluation. One that has no
+    value, such as that of a class that is in neither labels nor predictions, is NaN; if ``save_best``,
+    EarlyStoppingHook or a schedule watches it, it is 0 and a warning says so. Pixels are counted in integers;
+    MMSegmentation counts in float32, which is not exact above 2^24 pixels.
+
+    Args:
+        ignore_index: None: that of the data set evaluated, of the training data or of the decode head.
+        *args, **kwargs: of IoUMetric.
+
+    Raises:
+        TypeError: an option that IoUMetric does not have; it would take it and do nothing.
+        ValueError: an unknown name in ``iou_metrics``.
     """
 
+    def __init__(self, ignore_index: int | None = None, *args: object, **kwargs: object) -> None:
+        parameters = inspect.signature(IoUMetric.__init__).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != 'self']
+        if unknown := sorted(set(kwargs) - set(known)):
+            raise TypeError(
+                f'{type(self).__name__} has no option {unknown}; those of IoUMetric are {known}. What a '
+                'config inherits from its base goes away with dict(_delete_=True, ...)'
+            )
+        super().__init__(ignore_index, *args, **kwargs)
+        names = [self.metrics] if isinstance(self.metrics, str) else self.metrics
+        if wrong := [name for name in names if name not in KEYS]:
+            raise ValueError(f'iou_metrics are of {list(KEYS)}, got {wrong}')
+        self.watched: set[str] | None = None  # keys, with the prefix; None: nobody has told yet
+        self.named: set[str] = set()  # of what a warning has told already
+
+    intersect_and_union = staticmethod(class_areas)
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        if self.ignore_index is None:
+            self.ignore_index = _ask_config(label_of_evaluation, UNSAID, 'the ignored label')
+        done = len(self.results)
+        super().process(data_batch, data_samples)
+        for (*_, area), sample in zip(self.results[done:], data_samples, strict=False):
+            label = sample['gt_sem_seg']['data']
+            if 'labels' not in self.named and int((label != self.ignore_index).sum()) > int(area.sum()):
+                self.named.add('labels')
+                print_log(
+                    f'{type(self).__name__}: labels of {sample.get("img_path")} are neither one of the '
+                    f'{len(area)} classes nor the ignored label {self.ignore_index}: it holds '
+                    f'{label.unique().tolist()[:50]}. They count as errors of what is predicted there',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+
+    def expected_keys(self) -> list[str]:
+        """The keys of every evaluation, without the prefix."""
+        return [*framework_keys(self.metrics), *(f'IoU.{name}' for name in self.dataset_meta['classes'])]
+
+    def expect(self, key: str) -> None:
+        """From now on, this key with its prefix is watched; it has a number at every evaluation."""
+        self.watched = (self.watched or set()) | {key}
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        metrics = super().evaluate(size)
+        if self.watched is None:
+            self.watched = _ask_config(keys_in_config, set(), 'which keys are watched')
+        undefined = {key for key in self.watched if math.isnan(metrics.get(key, 0))}
+        missing = self.watched - metrics.keys()
+        if missing and not self.format_only:  # of groups that are not known
+            undefined |= missing & set(with_prefix(self.prefix, self.expected_keys()))
+        if new := sorted(undefined - self.named):
+            self.named.update(new)
+            print_log(
+                f'{type(self).__name__}: {new} have no value at this evaluation, so whoever watches them '
+                'gets 0. Labels and predictions hold no pixel to compute them of, or no groups are known',
+                logger='current',
+                level=logging.WARNING,
+            )
+        return metrics | dict.fromkeys(undefined, 0.0)
+
     def compute_metrics(self, results: Sequence[tuple]) -> dict[str, float]:
-        metrics = super().compute_metrics(results)
         if self.format_only:
-            return metrics
-        intersection, union = (sum(areas) for areas in list(zip(*results, strict=True))[:2])
-        for name, i, u in zip(self.dataset_meta['classes'], intersection, union, strict=True):
-            if u > 0:
-                metrics[f'IoU.{name}'] = round(100 * float(i / u), 2)
-        return metrics
+            return super().compute_metrics(results)
+        # float64 is exact up to 2^53, of which MMSegmentation makes the ratios
+        total = [sum(areas).double() for areas in zip(*results, strict=True)]
+        with np.errstate(invalid='ignore'), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Mean of empty slice')
+            metrics = super().compute_metrics([total])
+        metrics = {key: float(value) for key, value in metrics.items()}
+        iou = ratio(total[0].numpy(), total[1].numpy())
+        if self.nan_to_num is not None:
+            iou = np.nan_to_num(iou, nan=self.nan_to_num)
+        names = [f'IoU.{name}' for name in self.dataset_meta['classes']]
+        return metrics | dict(zip(names, map(_per_cent, iou), strict=True))
 
 
 @METRICS.register_module()
 class ImbalanceIoUMetric(ClassIoUMetric):
-    """IoUMetric with numbers that show class imbalance: its own keys, ``IoU.NAME``, then these, in per cent.
+    """ClassIoUMetric with numbers that show class imbalance: its keys, then these, in per cent.
 
     - ``mIoU.GROUP``, ``mPrecision.GROUP``, ``mRecall.GROUP``: mean over the head, body or tail classes
     - ``mIoU.low``, ``mIoU.high``, ``mIoU.GROUP.low``, ...: 95 % bootstrap interval over the tested images
@@ -60,9 +147,10 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     - ``mRecall.SIZE``, ``Recall.SIZE.NAME``: share of the pixels of small, medium, large objects
 
     A mean is over the classes that have the number, as in MMSegmentation: a class that the labels do not hold
-    has no recall, a class that is never predicted has no precision. If no class has it, there is no key. The
+    has no recall, a class that is never predicted has no precision. If no class has it, the mean is NaN. The
     pixels of each image go to ``image_scores.npz`` beside the log file, see
-    :func:`~mmseg_imbalance.scores.load_image_scores`.
+    :func:`~mmseg_imbalance.scores.load_image_scores`; those of a second such metric in the evaluator to
+    ``image_scores_PREFIX.npz``.
 
     Args:
         groups: 'thirds', see :func:`~mmseg_imbalance.scores.class_groups`, or lists of class names,
@@ -71,8 +159,15 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         object_areas: pixels that medium and large objects have at least, by default COCO's; an object is an
             8-connected piece of the label. None: no recall by size.
         bootstrap: resamples of the intervals; 0: none.
-        *args, **kwargs: of IoUMetric.
+        *args, **kwargs: of ClassIoUMetric.
+
+    Raises:
+        TypeError, ValueError: an option out of range; names in ``groups`` that are no classes, as soon as the
+            data set is known.
     """
+
+    _alive: WeakSet[ImbalanceIoUMetric] = WeakSet()
+    _numbers = count()
 
     def __init__(
         self,
@@ -85,7 +180,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     ) -> None:
         super().__init__(*args, **kwargs)
         if groups != 'thirds':
-            _check_groups(groups)
+            check_groups(groups)
         if wrong := [q for q in quantiles if not 0 < q <= 100]:
             raise ValueError(f'quantiles are per cent above 0 and up to 100, got {wrong}')
         if object_areas is not None and not (
@@ -95,23 +190,30 @@ class ImbalanceIoUMetric(ClassIoUMetric):
                 'object_areas are two limits in pixels, the smaller one first, such as (1024, 9216), or '
                 f'None, got {object_areas}'
             )
-        if bootstrap < 0:
+        if not isinstance(bootstrap, int) or bootstrap < 0:
             raise ValueError(f'bootstrap is a number of resamples or 0, got {bootstrap}')
         self.groups = groups
         self.quantiles = quantiles
         self.object_areas = object_areas
         self.bootstrap = bootstrap
         self.train_pixels: np.ndarray | None = None  # (C,) int64; (0,) if they cannot be had; None: not tried
+        self.number = next(self._numbers)
+        self._alive.add(self)
+
+    @ClassIoUMetric.dataset_meta.setter
+    def dataset_meta(self, meta: dict | None) -> None:
+        # a runner tells it before the first iteration
+        ClassIoUMetric.dataset_meta.fset(self, meta)
+        if self.groups != 'thirds' and (meta or {}).get('classes'):
+            check_groups(self.groups, meta['classes'])
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         classes = self.dataset_meta['classes']
-        if self.groups != 'thirds':
-            _check_groups(self.groups, classes)
         done = len(self.results)
         super().process(data_batch, data_samples)
         # (name, (C, 4) or with the objects (C, 10) int64): all that is kept of an image
         for at, sample in zip(range(done, len(self.results)), data_samples, strict=False):
-            rows = torch.stack(self.results[at], 1).long()
+            rows = torch.stack(self.results[at], 1)
             if self.object_areas is not None:
                 rows = torch.cat([rows, torch.from_numpy(self._objects(sample, len(classes)))], 1)
             self.results[at] = (str(sample.get('img_path') or ''), rows)
@@ -134,64 +236,96 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         np.add.at(rows[1], where, areas)
         return np.concatenate(rows[:, :classes], 1)
 
+    def expected_keys(self) -> list[str]:
+        classes = len(self.dataset_meta['classes'])
+        width = len(AREAS) if self.object_areas is None else len(AREAS) + 2 * len(SIZES)
+        groups = self._class_indices(np.zeros(classes)) if self.groups == 'thirds' else self._class_indices()
+        nothing = np.zeros((1, classes, width), np.int64)
+        return [*super().expected_keys(), *self._scores(nothing, groups)]
+
+    def expect(self, key: str) -> None:
+        super().expect(key)
+        of_group = re.match(rf'm\w+\.({"|".join(GROUPS)})\b', key.removeprefix(f'{self.prefix}/'))
+        if of_group and self.groups == 'thirds' and self.train_pixels is None:
+            try:
+                self.train_pixels = self._count_train_pixels()
+            except Exception as error:
+                raise ValueError(
+                    f'{key!r} is watched, but the classes of the training annotations cannot be counted '
+                    f'({type(error).__name__}: {error}). Give groups=dict(head=[NAME, ...], ...) to '
+                    f'{type(self).__name__}, or watch another key'
+                ) from error
+
     def evaluate(self, size: int) -> dict[str, float]:
         if self.train_pixels is None and not self.format_only:
             # here, where all ranks are, as the counting is shared; compute_metrics is the main rank's alone
-            self.train_pixels = self._count_train_pixels()
+            try:
+                self.train_pixels = self._count_train_pixels()
+            except Exception as error:  # whatever it is, the rest of the evaluation is worth more
+                self._name_failure(error)
+                self.train_pixels = np.empty(0, np.int64)
         return super().evaluate(size)
 
     def _count_train_pixels(self) -> np.ndarray:
-        """(C,) int64, of the training annotations of the run's config; (0,) and a warning if impossible."""
+        """(C,) int64, of the training annotations of the run's config."""
         classes = tuple(self.dataset_meta['classes'])
-        try:
-            frequency = training_frequency()
-        except Exception as error:  # whatever it is, the rest of the evaluation is worth more
-            failure = f'{type(error).__name__}: {error}'
-        else:
-            if frequency.classes == classes:
-                return frequency.pixels
-            failure = f'training has the classes {list(frequency.classes)}, the test {list(classes)}'
-        message = f'ImbalanceIoUMetric cannot count the classes of the training annotations ({failure})'
+        frequency = training_frequency()
+        if frequency.classes != classes:
+            raise ValueError(f'training has the classes {list(frequency.classes)}, the test {list(classes)}')
+        return frequency.pixels
+
+    def _name_failure(self, error: Exception) -> None:
+        message = (
+            f'{type(self).__name__} cannot count the classes of the training annotations '
+            f'({type(error).__name__}: {error})'
+        )
         level = logging.INFO
         if self.groups == 'thirds':
             message += '. There will be no head, body and tail; groups=dict(head=[NAME, ...], ...) names them'
             level = logging.WARNING
         print_log(message, logger='current', level=level)
-        return np.empty(0, np.int64)
 
     def compute_metrics(self, results: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
         if self.format_only:
             return super().compute_metrics(results)
-        metrics = super().compute_metrics([rows[:, : len(AREAS)].float().unbind(1) for _, rows in results])
+        metrics = super().compute_metrics([rows[:, : len(AREAS)].unbind(1) for _, rows in results])
         # a fixed order, so that loaders and ranks don't matter; the main rank gets them in the data set's
         named = [(name or f'{at:06}', rows.numpy()) for at, (name, rows) in enumerate(results)]
         named.sort(key=lambda pair: (pair[0], pair[1].tolist()))
         rows = np.stack([rows for _, rows in named])  # (N, C, 4) or (N, C, 10)
-        areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
-        groups, classes = self._class_indices(), self.dataset_meta['classes']
+        known = self.train_pixels is not None and len(self.train_pixels)
+        groups = self._class_indices(self.train_pixels if known else None)
+        scores = self._scores(rows, groups)
+        metrics |= {key: _per_cent(value) for key, value in scores.items()}
 
-        scores = group_scores(areas, groups, self.bootstrap)
-        scores |= fine_grained_iou(areas['intersect'], areas['union'], areas['label'], self.quantiles)
-        sizes = dict(all=len(classes)) | {group: len(members) for group, members in groups.items()}
+        sizes = dict(all=rows.shape[1]) | {group: len(members) for group, members in groups.items()}
         if self.object_areas is not None:
-            right, pixels = np.split(rows[..., len(AREAS) :].sum(0), 2, 1)  # (C, 3)
-            recall = dict(zip(SIZES, ratio(right, pixels).T, strict=True))
-            sizes |= {size: int(np.isfinite(values).sum()) for size, values in recall.items()}
-            scores |= {f'mRecall.{size}': present_mean(values) for size, values in recall.items()}
-            for size, values in recall.items():
-                scores |= zip([f'Recall.{size}.{name}' for name in classes], values, strict=True)
-        metrics |= {key: round(100 * float(value), 2) for key, value in scores.items() if np.isfinite(value)}
-
+            of_size = {size: [f'Recall.{size}.{c}' for c in self.dataset_meta['classes']] for size in SIZES}
+            sizes |= {size: sum(map(math.isfinite, map(scores.get, keys))) for size, keys in of_size.items()}
         logger = MMLogger.get_current_instance()
-        logger.info('\n' + table_text(_table(metrics, sizes)))
+        logger.info('\n' + table_text(group_table(metrics, sizes)))
+        areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
         self._save(logger, [name for name, _ in named], areas, groups)
         return metrics
 
-    def _class_indices(self) -> dict[str, np.ndarray]:
-        """The classes of each group that has any; none where the groups are not known."""
+    def _scores(self, rows: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Shares, NaN where one has no value, of (N, C, 4) or (N, C, 10) pixels in N images."""
+        areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
+        scores = group_scores(areas, groups, self.bootstrap)
+        scores |= fine_grained_iou(areas['intersect'], areas['union'], areas['label'], self.quantiles)
+        if self.object_areas is not None:
+            right, pixels = np.split(rows[..., len(AREAS) :].sum(0), 2, 1)  # (C, 3)
+            recall = dict(zip(SIZES, ratio(right, pixels).T, strict=True))
+            scores |= {f'mRecall.{size}': present_mean(values) for size, values in recall.items()}
+            for size, values in recall.items():
+                names = [f'Recall.{size}.{name}' for name in self.dataset_meta['classes']]
+                scores |= zip(names, values, strict=True)
+        return scores
+
+    def _class_indices(self, pixels: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The classes of each group that has any; of thirds none where (C,) pixels are not known."""
         if self.groups == 'thirds':
-            known = self.train_pixels is not None and len(self.train_pixels)
-            groups = class_groups(self.train_pixels) if known else {}
+            groups = {} if pixels is None else class_groups(pixels)
         else:
             classes = list(self.dataset_meta['classes'])
             groups = {
@@ -200,6 +334,16 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             }
         return {group: members for group, members in groups.items() if len(members)}
 
+    def _file_name(self) -> str:
+        """Another one for each metric of an evaluator, which gives one object to all of them."""
+        siblings = [m for m in {*self._alive, self} if m.dataset_meta is self.dataset_meta]
+        siblings.sort(key=lambda metric: metric.number)
+        names: list[str] = []
+        for metric in siblings:
+            name = 'image_scores' + (re.sub(r'\W+', '_', f'_{metric.prefix}') if names else '')
+            names.append(f'{name}_{len(names) + 1}' if name in names else name)
+        return f'{names[siblings.index(self)]}.npz'
+
     def _save(
         self,
         logger: MMLogger,
@@ -207,7 +351,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         areas: Mapping[str, np.ndarray],
         groups: Mapping[str, np.ndarray],
     ) -> None:
-        """Write ``image_scores.npz`` into the folder of the log file, if there is one."""
+        """Write the pixels of each image into the folder of the log file, if there is one."""
         files = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
         if not files:
             return
@@ -215,7 +359,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         group = np.full(len(self.dataset_meta['classes']), '', '<U4')
         for name, members in groups.items():
             group[members] = name
-        file = Path(files[0].baseFilename).with_name('image_scores.npz')
+        file = Path(files[0].baseFilename).with_name(self._file_name())
         try:
             save_image_scores(
                 file,
@@ -229,34 +373,22 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             logger.warning(f'the scores of the images are not saved, {file} cannot be written: {error}')
 
 
-def _check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
-    kinds = 'thirds, or lists of class names: dict(head=[...], body=[...], tail=[...])'
-    if not isinstance(groups, Mapping) or any(isinstance(names, str) for names in groups.values()):
-        raise TypeError(f'groups must be {kinds}; got {groups!r}')
-    if wrong := sorted(set(groups) - set(GROUPS)):
-        raise ValueError(f'groups must be {kinds}; got {wrong}')
-    names = [name for members in groups.values() for name in members]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f'a class can be in one of the groups only, but {twice} are named twice')
-    if classes is not None and (unknown := sorted(set(names) - set(classes))):
-        raise ValueError(f'groups has the classes {unknown}, but the data set has {list(classes)}')
+def _per_cent(share: float) -> float:
+    return round(100 * float(share), 2)
 
 
-def _table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:
-    """A row for all classes, for each group and for each object size; ``sizes``: how many classes it has."""
+def _ask_config(question: Callable[[Mapping[str, Any]], T], otherwise: T, what: str) -> T:
+    """The answer of the runner's config; another one, and a warning, where it has none.
 
-    def shown(key: str) -> str:
-        return f'{metrics[key]:.2f}' if key in metrics else '-'
-
-    table = Table()
-    table.add_column('')
-    for column in ('classes', 'mIoU', '95 % interval', 'mPrecision', 'mRecall'):
-        table.add_column(column, justify='right')
-    for name, number in sizes.items():
-        suffix = '' if name == 'all' else f'.{name}'
-        interval = '-'
-        if f'mIoU{suffix}.low' in metrics:
-            interval = ' to '.join(shown(f'mIoU{suffix}.{end}') for end in ('low', 'high'))
-        numbers = [shown(f'{key}{suffix}') for key in ('mIoU', 'mPrecision', 'mRecall')]
-        table.add_row(name, str(number), numbers[0], interval, *numbers[1:])
-    return table
+    A training should not end at its first validation for it.
+    """
+    try:
+        return question(current_config() or {})
+    except Exception as error:  # no text that can be read again, or data sets and heads that disagree
+        print_log(
+            f'the config of the run does not tell {what} ({type(error).__name__}: {error}); the metric takes '
+            f'{otherwise}',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return otherwise

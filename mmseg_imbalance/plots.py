@@ -15,6 +15,7 @@ import numpy as np
 
 from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.fonts import fonts_for
 from mmseg_imbalance.frequency import ClassFrequency
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def plot_class_weights(
     frequency: ClassFrequency, weights: np.ndarray, path: str | os.PathLike[str], label: str = 'weight'
 ) -> None:
     """Bar chart of each class's share of the pixels (log scale) beside its (C,) weight, rarest last."""
+    with fonts_for(frequency.classes):
+        _save(_weights_figure(frequency, weights, label), path, dpi=120)
+
+
+def _weights_figure(frequency: ClassFrequency, weights: np.ndarray, label: str) -> Figure:
     from matplotlib.figure import Figure
 
     order = np.argsort(frequency.pixels)
@@ -59,7 +65,7 @@ def plot_class_weights(
         axes.grid(axis='x', color='0.9')
         axes.set_axisbelow(True)
     figure.suptitle(f'{frequency.num_images:,} images')
-    _save(figure, path, dpi=120)
+    return figure
 
 
 def _save(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
@@ -96,6 +102,13 @@ def draw_subclasses(
         palette: (C, 3) RGB, 0 to 255.
         state: of the subclasses; None: the loss has none, and there is no such panel.
     """
+    with fonts_for(classes):
+        return _subclass_picture(maps, classes, palette, state)
+
+
+def _subclass_picture(
+    maps: SubclassMaps, classes: Sequence[str], palette: np.ndarray, state: SubclassTable | None
+) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.legend_handler import HandlerTuple
@@ -183,12 +196,20 @@ def plot_class_balance(
     Returns:
         The picture, (h, w, 3) uint8 RGB.
     """
+    with fonts_for([*classes, *reports]):
+        figure = _balance_figure(classes, reports)
+        figure.canvas.draw()
+        _save(figure, path, dpi=110)
+        return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _balance_figure(classes: Sequence[str], reports: Mapping[str, Sequence[Any]]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     heights = [1.3 + 0.27 * len(history[0].recall) for history in reports.values()]
     figure = Figure((13, sum(heights)), dpi=110, layout='constrained')
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(h_pad=0.1, wspace=0.03)
     grid = figure.subplots(len(heights), 2, squeeze=False, width_ratios=[1, 1.1], height_ratios=heights)
     for (shares, recall), (name, history) in zip(grid, reports.items(), strict=True):
@@ -197,9 +218,7 @@ def plot_class_balance(
         shares.set_title(name, loc='left', fontweight='bold')
         shown = _draw_recall(recall, history, order)
         figure.colorbar(shown, ax=recall, location='right', pad=0.02, aspect=30)
-    canvas.draw()
-    _save(figure, path, dpi=110)
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure
 
 
 def _draw_shares(axes: Axes, names: list[str], history: Sequence[Any], order: np.ndarray) -> None:

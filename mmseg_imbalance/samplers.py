@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmseg_imbalance.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
@@ -80,6 +80,8 @@ class RareClassSampler(Sampler):
         num_workers: processes of each rank that count; None: as :func:`training_frequency` has it.
         uniform: share of the draws that take any image, at least 0 and below 1.
         ignore_index: the label that is no class; None: each data set's own.
+        label_transforms: names of the transforms that change labels, see
+            :func:`~mmseg_imbalance.counting.count_classes`. It does not see those of a ClassWeightHook.
 
     Raises:
         ValueError: a number out of range, or no image holds `min_pixels` of any class.
@@ -98,6 +100,7 @@ class RareClassSampler(Sampler):
         num_workers: int | None = None,
         uniform: float = 0.25,
         ignore_index: int | None = None,
+        label_transforms: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(temperature, int | float) or not 0 < temperature < np.inf:
             raise ValueError(f'temperature={temperature!r}, allowed are finite numbers above 0, as 0.01.')
@@ -113,9 +116,10 @@ class RareClassSampler(Sampler):
         frequency = training_frequency(
             dataset,
             heads=None if ignore_index is None else [dict(ignore_index=ignore_index)],
-            num_workers=2 if num_workers is None else num_workers,
+            num_workers=num_workers,
             cache_dir=cache_dir,
             per_image=True,
+            label_transforms=label_transforms,
         )
         labels = sorted(_ignored_labels(dataset)) if ignore_index is None else [ignore_index]
         self.ignore_index = labels[0] if len(labels) == 1 else tuple(labels)  # what was no class
@@ -127,8 +131,6 @@ class RareClassSampler(Sampler):
         short = _too_small(frequency, found)
         remedy = f'no image holds min_pixels={min_pixels} of {short}. Lower min_pixels to draw them.'
         if not found.any():
-            if not short:
-                remedy = f'no pixel is of a class, all are of ignored labels ({self.ignore_index}).'
             raise ValueError(f'RareClassSampler cannot draw: {remedy}')
         self.probability = class_probability(frequency.share, temperature, found)
         # Copies of an image are alike: the first stands for all, and is as likely as they are together.

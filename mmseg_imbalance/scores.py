@@ -7,7 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from mmseg_imbalance.files import write_atomically
 
@@ -32,6 +34,44 @@ def class_groups(pixels: np.ndarray) -> dict[str, np.ndarray]:
     number = len(order)
     cuts = [math.ceil(number / 3), number - max(number // 3, int(number > 1))]
     return dict(zip(GROUPS, np.split(order, cuts), strict=True))
+
+
+def check_groups(groups: object, classes: Sequence[str] | None = None) -> None:
+    """Raise a TypeError or ValueError unless these are lists of class names by group, of these classes."""
+    kinds = 'thirds, or lists of class names: dict(head=[...], body=[...], tail=[...])'
+    lists = isinstance(groups, Mapping) and all(isinstance(g, list | tuple) for g in groups.values())
+    if not lists or not all(isinstance(name, str) for members in groups.values() for name in members):
+        raise TypeError(f'groups must be {kinds}; got {groups!r}')
+    if wrong := sorted(set(groups) - set(GROUPS)):
+        raise ValueError(f'groups must be {kinds}; got {wrong}')
+    names = [name for members in groups.values() for name in members]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'a class can be in one of the groups only, but {twice} are named twice')
+    if classes is not None and (unknown := sorted(set(names) - set(classes))):
+        raise ValueError(f'groups has the classes {unknown}, but the data set has {list(classes)}')
+
+
+def class_areas(
+    pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels of each class in intersection, union, prediction and label, (C,) int64 each, on the CPU.
+
+    MMSegmentation's ``intersect_and_union`` with exact counts: ``torch.histc`` counts in float32.
+
+    Args:
+        pred_label, label: (H, W) class indices; what is out of range counts for no class.
+        num_classes: C.
+        ignore_index: pixels of this label are left out.
+    """
+    valid = label != ignore_index
+    pred_label, label = pred_label[valid].long(), label[valid].long()
+
+    def pixels(indices: Tensor) -> Tensor:
+        outside = (indices < 0) | (indices >= num_classes)
+        return torch.bincount(indices.masked_fill(outside, num_classes), minlength=num_classes + 1)[:-1].cpu()
+
+    intersect, pred, truth = pixels(label[pred_label == label]), pixels(pred_label), pixels(label)
+    return intersect, pred + truth - intersect, pred, truth
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -82,8 +122,10 @@ def group_scores(
             scores[f'mIoU{suffix}'] = present_mean(iou[members])
             for key, whole in (('mPrecision', 'pred'), ('mRecall', 'label')):
                 scores[key + suffix] = present_mean(ratio(total['intersect'], total[whole])[members])
-        if resamples and np.isfinite(iou[members]).any():
-            low, high = np.nanpercentile(present_mean(resampled[:, members].T), [2.5, 97.5])
+        if resamples:
+            means = present_mean(resampled[:, members].T)
+            known = np.isfinite(means)
+            low, high = np.percentile(means[known], [2.5, 97.5]) if known.any() else (np.nan, np.nan)
             scores |= {f'mIoU{suffix}.low': low, f'mIoU{suffix}.high': high}
     return scores
 

@@ -8,8 +8,10 @@ import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMS
 
 import mmcv
 import torch
+from mmengine.model import is_model_wrapper
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.heads import FeatureKeeper
@@ -56,9 +58,24 @@ def find_subclassified(model: nn.Module) -> dict[str, LossOfHead]:
     return found
 
 
+def sharding_of(model: object) -> str | None:
+    """What leaves this rank with a part of the parameters, so that no head runs on its own; None: nothing."""
+    if is_model_wrapper(model) and not isinstance(model, DataParallel | DistributedDataParallel):
+        return type(model).__name__
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ == 'FullyShardedDataParallel':
+                return kind.__name__
+        if any(hasattr(parameter, 'device_mesh') for parameter in module.parameters(recurse=False)):
+            return 'DTensor'
+    return None
+
+
 def subclasses(loss: Subclassified) -> SubclassTable | None:
-    """The subclasses of a loss as arrays; None of a SimilaritySubclassifiedLoss, which has none."""
-    return loss.weighting.table().numpy() if isinstance(loss, SubclassifiedLoss) else None
+    """The subclasses of a loss as arrays; None if it has none: not yet, or a SimilaritySubclassifiedLoss."""
+    if not isinstance(loss, SubclassifiedLoss) or loss.weighting.centroid is None:
+        return None
+    return loss.weighting.table().numpy()
 
 
 @torch.no_grad()

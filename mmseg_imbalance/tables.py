@@ -1,7 +1,8 @@
-"""Tables, as text, of class frequencies, class weights and subclasses; names and colours of classes."""
+"""Tables, as text, of class frequencies, weights, subclasses and scores; names and colours of classes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from io import StringIO
 
@@ -44,6 +45,21 @@ def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) ->
     return table
 
 
+def source_table(frequency: ClassFrequency) -> Table | None:
+    """One row per class, its pixels in each data set that was put together; None where there is but one."""
+    parts = frequency.by_source()
+    if len(parts) < 2:
+        return None
+    table = Table(title=f'pixels of each class in {len(parts)} data sets; - where it has none')
+    table.add_column('class')
+    for name, part in parts:
+        table.add_column(f'{escape(name)}\n{part.num_images:,} images', justify='right')
+    for c, name in enumerate(frequency.classes):
+        pixels = [int(part.pixels[c]) for _, part in parts]
+        table.add_row(escape(name), *(f'{count:,}' if count else '-' for count in pixels))
+    return table
+
+
 def table_text(table: Table) -> str:
     """The table as plain text as wide as it needs, for log files and pipes."""
     out = StringIO()
@@ -80,3 +96,23 @@ def names_and_colours(metainfo: Mapping[str, object], number: int) -> tuple[list
     more = np.resize(COLOURS, (number, 3))[len(palette) :]
     names += [f'class {c}' for c in range(len(names), number)]
     return names[:number], np.concatenate([palette, more])[:number].astype(np.uint8)
+
+
+def group_table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table:
+    """A row for all classes, for each group and for each object size; ``sizes``: how many classes it has."""
+
+    def shown(key: str) -> str:
+        return f'{metrics[key]:.2f}' if math.isfinite(metrics.get(key, math.nan)) else '-'
+
+    table = Table()
+    table.add_column('')
+    for column in ('classes', 'mIoU', '95 % interval', 'mPrecision', 'mRecall'):
+        table.add_column(column, justify='right')
+    for name, number in sizes.items():
+        suffix = '' if name == 'all' else f'.{name}'
+        interval = '-'
+        if shown(f'mIoU{suffix}.low') != '-':
+            interval = ' to '.join(shown(f'mIoU{suffix}.{end}') for end in ('low', 'high'))
+        numbers = [shown(f'{key}{suffix}') for key in ('mIoU', 'mPrecision', 'mRecall')]
+        table.add_row(name, str(number), numbers[0], interval, *numbers[1:])
+    return table

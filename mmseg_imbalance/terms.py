@@ -84,7 +84,8 @@ class Overlap:
         alpha: >= 0, weighs false positives; of 'tversky' only; None: 0.3.
         beta: >= 0, weighs false negatives (missed pixels); of 'tversky' only; None: 0.7.
         gamma: > 0, on each class before the mean; other than 1 it is a focal overlap loss. Below 1 it raises
-            what well-segmented classes count, above 1 what badly segmented ones do.
+            what well-segmented classes count, above 1 what badly segmented ones do. Errors near rounding,
+            below 4e-6 in single precision, count in proportion, so that a perfect prediction costs 0.
         smooth: >= 0, in pixels.
         square_denominator: the predicted area sums p^2, as in V-Net; not for 'tversky'.
         reduction: 'image' (loss of each image, then the mean) or 'batch' (sums over the batch first).
@@ -155,12 +156,12 @@ class Overlap:
         if self.index == 'generalized_dice':
             return functional.generalized_dice_parts(stats, class_weight, self.smooth, **options)
         if self.index == 'tversky':
-            index = functional.tversky(stats, self.alpha or 0.0, self.beta or 0.0, self.smooth)
+            error = functional.tversky_error(stats, self.alpha or 0.0, self.beta or 0.0, self.smooth)
         elif self.index == 'jaccard':
-            index = functional.jaccard(stats, self.smooth)
+            error = functional.tversky_error(stats, 1.0, 1.0, self.smooth)
         else:
-            index = functional.dice(stats, self.smooth)
-        return functional.region_parts(index, stats.truth, class_weight, **options)
+            error = functional.tversky_error(stats, 0.5, 0.5, self.smooth / 2)
+        return functional.region_parts(error, stats.truth, class_weight, **options)
 
 
 def pass_options(terms: Mapping[str, Term]) -> dict[str, Any]:

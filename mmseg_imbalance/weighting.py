@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = ['SCHEMES', 'class_weights', 'log_prior']
+__all__ = ['SCHEMES', 'check_options', 'class_weights', 'log_prior']
 
 SCHEMES = ('inverse_freq', 'sqrt_inv_freq', 'effective_num', 'median_freq', 'log_inv_freq')
+# A class so many times as heavy as the lightest, with fewer images or pixels behind it, is warned of.
+RATIO, FEW_IMAGES, FEW_PIXELS = 100, 10, 1000
 
 
 def class_weights(
@@ -26,6 +30,8 @@ def class_weights(
     max_ratio: float | None = None,
 ) -> np.ndarray:
     """Weight of each class, (C,) float64, with mean 1 over the classes that occur, 0 for others.
+
+    A class that a sample did not meet may occur: it counts as one pixel in one image of the sample.
 
     n_c pixels of class c, N their sum, f_c = n_c / N, C classes that occur:
     inverse_freq N / (C n_c); sqrt_inv_freq 1 / sqrt(f_c); effective_num (1 - b) / (1 - b^n_c);
@@ -46,16 +52,14 @@ def class_weights(
     """
     if scheme not in SCHEMES:
         raise ValueError(f'scheme={scheme!r} is unknown. Choose one of {", ".join(SCHEMES)}.')
-    _check(beta, unit, k, power, max_ratio)
-    occurs = frequency.pixels > 0
-    if not occurs.any():
+    check_options(beta=beta, unit=unit, k=k, power=power, max_ratio=max_ratio)
+    if not frequency.pixels.any():
         raise ValueError(
-            f'none of the {len(occurs)} classes has a pixel, so there is nothing to weigh. Check '
-            'the annotations, classes and ignore_index of the data set that was counted.'
+            f'none of the {len(frequency.classes)} classes has a pixel, so there is nothing to weigh. '
+            'Check the annotations, classes and ignore_index of the data set that was counted.'
         )
-    if not occurs.all():
-        absent = [name for name, found in zip(frequency.classes, occurs, strict=True) if not found]
-        warnings.warn(f'classes that never occur get weight 0: {", ".join(absent)}', stacklevel=2)
+    sample, frequency = frequency, frequency.with_unmet()
+    occurs = frequency.pixels > 0
     pixels = frequency.pixels[occurs].astype(np.float64)
     share = pixels / pixels.sum()
     if scheme == 'inverse_freq':
@@ -76,14 +80,16 @@ def class_weights(
         ratio = np.minimum(ratio, max_ratio)
     result = np.zeros(len(occurs))
     result[occurs] = ratio / ratio.mean()
+    for message in (*_without_pixels(sample), *_doubtful(sample, result)):
+        warnings.warn(message, stacklevel=2)
     return result
 
 
 def log_prior(pixels: ArrayLike) -> np.ndarray:
     """ln f_c, (C,) float64, f_c the share of each class in (C,) pixels.
 
-    A class that never occurs counts as the rarest that does: its own -inf, subtracted at test time, would
-    make it the prediction everywhere.
+    A class that never occurs, or that a sample did not meet, counts as the rarest that does: its own -inf,
+    or ln of one pixel, subtracted at test time, would make it the prediction everywhere.
 
     Raises:
         ValueError: no class occurs.
@@ -109,15 +115,59 @@ def _inverse_effective_number(number: np.ndarray, beta: float, unit: str) -> np.
     return weights
 
 
-def _check(beta: float, unit: str, k: float, power: float, max_ratio: float | None) -> None:
-    """Raise for an option out of its range; NaN is in none."""
-    if not 0 <= beta < 1:
-        raise ValueError(f'beta={beta}, allowed is [0, 1). Take e.g. 0.9999; near 1, n_c counts more.')
+def _without_pixels(frequency: ClassFrequency) -> Iterator[str]:
+    """Messages about the classes without a pixel."""
+    unmet = [frequency.classes[c] for c in np.flatnonzero(frequency.unmet)]
+    absent = [frequency.classes[c] for c in np.flatnonzero((frequency.pixels == 0) & ~frequency.unmet)]
+    if absent:
+        ignored = ''
+        if frequency.ignored:
+            ignored = f'. {frequency.ignored:,} pixels have the ignored label; are they of these classes?'
+        yield f'classes that never occur get weight 0: {", ".join(absent)}{ignored}'
+    if unmet:
+        yield (
+            f'classes that were not met in {frequency.num_images} of {frequency.dataset_images} images are '
+            f'weighed as if one of their pixels had been: {", ".join(unmet)}. A larger max_images tells more.'
+        )
+
+
+def _doubtful(frequency: ClassFrequency, weights: np.ndarray) -> Iterator[str]:
+    """A message about classes of large weight with few pixels or images behind it."""
+    ratio = weights / weights[weights > 0].min()
+    few = (frequency.images < FEW_IMAGES) | (frequency.pixels < FEW_PIXELS)
+    listed = [
+        f'{frequency.classes[c]} {ratio[c]:,.0f} times, from {frequency.pixels[c]:,} pixels in '
+        f'{frequency.images[c]:,} images'
+        for c in np.flatnonzero((ratio > RATIO) & few)
+    ]
+    if listed:
+        lightest = frequency.classes[int(np.where(weights > 0, weights, np.inf).argmin())]
+        yield (
+            f'classes weigh more than {RATIO} times as much as {lightest}, and that from little data: '
+            f'{"; ".join(listed)}. Their few pixels, and errors in them, will steer the training. '
+            f'max_ratio={RATIO} limits the weight, power=0.5 brings all closer together.'
+        )
+
+
+def check_options(
+    beta: float = 0.9999,
+    unit: str = 'image',
+    k: float = 1.02,
+    power: float = 1.0,
+    max_ratio: float | None = None,
+) -> None:
+    """Raise a ValueError for an option of :func:`class_weights` out of its range; NaN is in none."""
+    if not (_is_number(beta) and 0 <= beta < 1):
+        raise ValueError(f'beta={beta!r}, allowed is [0, 1). Take e.g. 0.9999; near 1, n_c counts more.')
     if unit not in ('image', 'pixel'):
         raise ValueError(f"unit={unit!r}, allowed are 'image' and 'pixel'. Take 'image'.")
-    if not 1 < k < math.inf:
-        raise ValueError(f'k={k}, but 1 / ln(k + f_c) needs a finite k above 1. Take e.g. 1.02.')
-    if not 0 <= power < math.inf:
-        raise ValueError(f'power={power}, allowed are finite numbers from 0. Take 1 to change nothing.')
-    if max_ratio is not None and not max_ratio >= 1:
-        raise ValueError(f'max_ratio={max_ratio}, allowed is 1 and more. Take None to clip nothing.')
+    if not (_is_number(k) and 1 < k < math.inf):
+        raise ValueError(f'k={k!r}, but 1 / ln(k + f_c) needs a finite k above 1. Take e.g. 1.02.')
+    if not (_is_number(power) and 0 <= power < math.inf):
+        raise ValueError(f'power={power!r}, allowed are finite numbers from 0. Take 1 to change nothing.')
+    if max_ratio is not None and not (_is_number(max_ratio) and max_ratio >= 1):
+        raise ValueError(f'max_ratio={max_ratio!r}, allowed is 1 and more. Take None to clip nothing.')
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,22 +1,68 @@
+"""Which annotations a data set has, of which classes."""
+
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
+from mmengine.dataset import ConcatDataset
+from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations
+from PIL import Image
 
-from mmseg_imbalance.annotations import value_counts
+from mmseg_imbalance.annotations import find_annotations
+from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.pixel_counts import count_pixels, notes_text
 
 
-@given(
-    st.integers(0, 70),
-    st.integers(1, 70),
-    st.integers(1, 256),
-    st.integers(1, 40),
-    st.sampled_from([np.uint8, np.int64, np.uint16, bool]),
-    st.integers(0, 2**32 - 1),
-)
-def test_value_counts_equal_numpy(height, width, values, run, dtype, seed):
-    labels = np.random.default_rng(seed).integers(0, values, height * width)
-    labels = np.repeat(labels, run)[: height * width].reshape(height, width).astype(dtype)
-    for array in (labels, labels.T, labels[::2]):
-        got = value_counts(array)
-        want = np.unique(array, return_counts=True)
-        assert [x.tolist() for x in got] == [x.astype(int).tolist() for x in want]
+@pytest.fixture
+def save(tmp_path):
+    """Write a label image of each list of values; the folder of the data set."""
+
+    def write(*files):
+        for name in ('img', 'ann'):
+            (tmp_path / name).mkdir(exist_ok=True)
+        for at, values in enumerate(files):
+            labels = np.repeat(np.array(values), 6).reshape(-1, 3)
+            Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
+            (tmp_path / 'img' / f'{at}.jpg').touch()
+        return tmp_path
+
+    return write
+
+
+def make(root, classes, pipeline=None, **options):
+    return BaseSegDataset(
+        data_root=str(root),
+        data_prefix={'img_path': 'img', 'seg_map_path': 'ann'},
+        metainfo={'classes': classes},
+        pipeline=pipeline or [LoadAnnotations()],
+        **options,
+    )
+
+
+@pytest.mark.parametrize('classes', ['water', 'w'])
+def test_a_string_for_the_classes_is_refused_with_the_comma(save, classes):
+    dataset = make(save([0, 1]), classes)
+    with pytest.raises(TypeError, match=rf"classes='{classes}' is a string.*path.*\('{classes}',\)"):
+        count_classes(dataset)
+    with pytest.raises(TypeError, match='comma'):
+        find_annotations(ConcatDataset([dataset]))
+
+
+def test_a_file_of_names_is_what_mmengine_makes_of_it(save, tmp_path):
+    root = save([0, 1])
+    (tmp_path / 'names.txt').write_text('background\nwater\n')
+    assert count_classes(make(root, str(tmp_path / 'names.txt'))).classes == ('background', 'water')
+
+
+def test_an_annotation_tells_the_data_set_that_it_is_of(save):
+    root = save([0, 1], [1, 1])
+    first, second = make(root, ('a', 'b'), indices=[1]), make(root, ('a', 'b'), reduce_zero_label=True)
+    classes, annotations = find_annotations(ConcatDataset([first, second], ignore_keys='reduce_zero_label'))
+    assert classes == ('a', 'b')
+    assert [(a.dataset, a.row) for a in annotations] == [(first, 0), (second, 0), (second, 1)]
+    counts = [count_pixels(annotation, 2) for annotation in annotations]
+    assert [(count.pixels.tolist(), count.ignored) for count in counts] == [
+        ([0, 12], 0),
+        ([6, 0], 6),
+        ([12, 0], 0),
+    ]
+    assert notes_text(note for count in counts for note in count.notes) == ''

@@ -57,7 +57,10 @@ class Watched:
             hooks=[],
             iter=0,
             work_dir=work_dir,
-            train_dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=CLASSES))),
+            train_dataloader=SimpleNamespace(
+                dataset=SimpleNamespace(metainfo=dict(classes=CLASSES)), sampler=None
+            ),
+            val_loop=None,
             logger=SimpleNamespace(warning=self.warnings.append),
             message_hub=SimpleNamespace(log_scalars={}),
             visualizer=SimpleNamespace(

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,6 +151,26 @@ def test_training_follows_a_first_call_in_inference_mode(make_batch, spec):
     loss(logits.requires_grad_(), target).backward()
 
 
+def test_a_record_says_where_other_counts_differ():
+    record = WeightRecord.count(CITYSCAPES_TRAIN, class_weights(CITYSCAPES_TRAIN))
+    assert record.changes(CITYSCAPES_TRAIN) == []
+    pixels, images = CITYSCAPES_TRAIN.pixels.copy(), CITYSCAPES_TRAIN.images.copy()
+    pixels[1] += 1
+    images[18] = 0
+    assert record.changes(replace(CITYSCAPES_TRAIN, pixels=pixels, images=images)) == [
+        'sidewalk: 336,090,793 pixels in 2,811 images, now 336,090,794 in 2,811',
+        'bicycle: 22,861,233 pixels in 1,646 images, now 22,861,233 in 0',
+    ]
+    assert WeightRecord(CLASSES, WEIGHT).changes(CITYSCAPES_TRAIN) == []
+
+
+def test_a_file_of_weights_has_the_class_names_in_any_script(tmp_path):
+    record = WeightRecord(['道路', 'Straße', '🚗'], [1.0, 2.0, 3.0])
+    record.save(tmp_path / 'weights.json')
+    assert WeightRecord.load(tmp_path / 'weights.json') == record
+    assert '"道路"' in (tmp_path / 'weights.json').read_text(encoding='utf-8')
+
+
 def test_what_is_still_to_be_filled():
     given, auto, prior = ClassWeight([1.0, 2.0]), ClassWeight('auto'), ClassWeight(with_prior=True)
     assert [weight.waiting for weight in (given, auto, prior)] == [False, True, False]
@@ -164,3 +185,26 @@ def test_what_is_still_to_be_filled():
     assert auto.for_logits(logits).tolist() == [1.0, 2.0]
     assert prior.for_logits(logits) is None
     torch.testing.assert_close(prior.logit_bias(logits, 2.0), 2 * torch.tensor([0.75, 0.25]).log())
+
+
+def test_names_that_a_call_in_inference_mode_looks_up_can_be_trained_with():
+    hub = MessageHub.get_instance('inference')
+    hub.update_info('dataset_meta', dict(classes=('a', 'b', 'c')))
+    loss = WeightedCrossEntropyLoss(class_weight=dict(b=3.0))
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    with torch.inference_mode():
+        loss(logits, target)
+    logits.requires_grad_()
+    loss(logits, target).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_what_a_call_in_inference_mode_moves_can_be_trained_with():
+    weight = ClassWeight([1.0, 2.0, 3.0], True, 'loss')
+    weight.set_pixels([10, 20, 30])
+    with torch.inference_mode():
+        logits = torch.empty(1, 3, 2, 2, device='meta')
+        moved = weight.for_logits(logits), weight.logit_bias(logits, 2.0)
+    assert all(x.device.type == 'meta' for x in moved)
+    assert not weight.values.is_inference()
+    assert not weight.logit_bias(logits, 2.0).is_inference()

@@ -1,17 +1,22 @@
+import logging
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPOSITORY
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import digit_version
+from ranks import on_ranks
+from torch import nn
 
 from mmseg_imbalance.compat import adapt_to_cpu
 
-needs_safe_globals = pytest.mark.skipif(
+weights_only = pytest.mark.skipif(
     digit_version(torch.__version__) < digit_version('2.6'),
     reason='before torch 2.6 nothing is to be registered: checkpoints are unpickled whole',
 )
@@ -22,7 +27,7 @@ def test_configs_of_the_framework_are_found_under_mmseg(tmp_path):
     assert Config.fromfile(tmp_path / 'config.py').model.type == 'EncoderDecoder'
 
 
-@needs_safe_globals
+@weights_only
 def test_a_log_history_is_loaded_as_safe_weights_only(tmp_path):
     buffer = HistoryBuffer([0.5, 0.25], [1, 2])
     torch.save(dict(loss=buffer), tmp_path / 'checkpoint.pth')
@@ -31,7 +36,7 @@ def test_a_log_history_is_loaded_as_safe_weights_only(tmp_path):
     assert loaded.statistics('max') == 0.5
 
 
-@needs_safe_globals
+@weights_only
 def test_it_still_is_after_the_framework_has_loaded_a_checkpoint(tmp_path):
     # the fork's loader takes back what it allows, whoever else had allowed it
     path = tmp_path / 'checkpoint.pth'
@@ -41,7 +46,7 @@ def test_it_still_is_after_the_framework_has_loaded_a_checkpoint(tmp_path):
         assert torch.load(path, weights_only=True)['loss'].statistics('max') == 0.5
 
 
-@needs_safe_globals
+@weights_only
 def test_that_opens_no_way_to_other_attributes(tmp_path):
     class Foreign:
         def __reduce__(self):
@@ -66,7 +71,7 @@ class Payload:
         return os.mkdir, (str(self.mark),)
 
 
-@needs_safe_globals
+@weights_only
 def test_a_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path):
     path, mark = tmp_path / 'checkpoint.pth', tmp_path / 'run'
     torch.save(dict(state_dict={}, extra=Payload(mark)), path)
@@ -75,7 +80,7 @@ def test_a_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path):
     assert not mark.exists()
 
 
-@needs_safe_globals
+@weights_only
 def test_a_trusted_one_is_loaded_whole_by_torchs_own_switch(tmp_path, monkeypatch):
     path, mark = tmp_path / 'checkpoint.pth', tmp_path / 'run'
     torch.save(dict(extra=Payload(mark)), path)
@@ -85,7 +90,7 @@ def test_a_trusted_one_is_loaded_whole_by_torchs_own_switch(tmp_path, monkeypatc
     assert mark.exists()
 
 
-@needs_safe_globals
+@weights_only
 def test_what_checkpoints_of_ordinary_runs_hold_is_loaded(tmp_path):
     path = tmp_path / 'checkpoint.pth'
     meta = dict(
@@ -106,7 +111,7 @@ def test_what_checkpoints_of_ordinary_runs_hold_is_loaded(tmp_path):
     assert loaded['logs']['loss'].current() == 1
 
 
-@needs_safe_globals
+@weights_only
 @pytest.mark.parametrize('core', ['core', '_core'])
 def test_a_log_history_written_with_another_numpy_is_loaded(tmp_path, core):
     path = tmp_path / 'checkpoint.pth'
@@ -118,7 +123,7 @@ def test_a_log_history_written_with_another_numpy_is_loaded(tmp_path, core):
     assert CheckpointLoader.load_checkpoint(str(path), 'cpu')['loss'].statistics('max') == 0.5
 
 
-@needs_safe_globals
+@weights_only
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no such checkpoint'):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'nothing.pth'), 'cpu')
@@ -130,6 +135,54 @@ def test_on_a_cpu_amp_becomes_bfloat16_and_nothing_else_changes():
     adapt_to_cpu(cfg)
     assert cfg.to_dict() == dict(optim_wrapper=dict(type='CPUAmpOptimWrapper', clip_grad=None))
     adapt_to_cpu(Config(dict(optim_wrapper=None)))  # as configs that only test have it
+
+
+class TwoParts(nn.Module):
+    """The second part belongs to every other batch alone; the buffer is each rank's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 1), nn.Linear(1, 1)
+        self.register_buffer('seen', torch.zeros(()))
+
+    def forward(self, x, both):
+        self.seen += dist.get_rank()
+        y = self.first(x)
+        return (self.second(y) if both else y).sum()
+
+
+def wrapped_on_a_rank(options):
+    """What MMEngine's runner makes of the adapted config: two steps, options and buffer of the wrapper."""
+    os.environ['LOCAL_RANK'] = str(dist.get_rank())
+    norm = dict(type='SyncBN', requires_grad=True)
+    cfg = Config(
+        dict(launcher='pytorch', sync_bn='torch', model=dict(heads=[dict(norm_cfg=norm)]), **options)
+    )
+    adapt_to_cpu(cfg)
+    runner = SimpleNamespace(cfg=cfg, distributed=True, logger=logging.getLogger('test'))
+    model = Runner.wrap_model(runner, cfg.model_wrapper_cfg, TwoParts())
+    for both in (False, True):
+        model(torch.ones(1, 2), both).backward()
+    kinds = model.find_unused_parameters, model.broadcast_buffers
+    return type(model).__name__, *kinds, model.module.seen.item(), cfg.model.heads[0].norm_cfg.type
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU, and nothing to adapt')
+def test_ranks_on_a_cpu_are_wrapped_as_mmengine_does_on_gpus():
+    name = 'MMDistributedDataParallel'
+    for options in (
+        dict(find_unused_parameters=True),
+        dict(find_unused_parameters=True, model_wrapper_cfg=None),
+        dict(model_wrapper_cfg=dict(find_unused_parameters=True, broadcast_buffers=False, device_ids=[0])),
+    ):
+        ranks = on_ranks(2, wrapped_on_a_rank, options)
+        assert ranks == [(name, True, False, 2.0 * rank, 'BN') for rank in range(2)], options
+    own = dict(type=name, find_unused_parameters=True)  # PyTorch's defaults where it says nothing
+    ranks = on_ranks(2, wrapped_on_a_rank, dict(model_wrapper_cfg=own))
+    assert [rank[:3] for rank in ranks] == [(name, True, True)] * 2
+    errors = on_ranks(2, wrapped_on_a_rank, dict(find_unused_parameters=False))
+    assert all('find_unused_parameters=True' in str(error) for error in errors)
 
 
 def test_nothing_of_mmcv_ops_is_imported():

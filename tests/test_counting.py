@@ -1,11 +1,15 @@
 """Counts equal a slow loop through the real pipeline, or there is one clear error."""
 
+import logging
 import multiprocessing
 import os
 import runpy
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,18 +21,18 @@ from mmengine.config import Config
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
-from mmseg.datasets import BaseSegDataset, CityscapesDataset, MultiImageMixDataset
+from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from mmseg_imbalance import counting
 from mmseg_imbalance.annotations import dataset_rows
 from mmseg_imbalance.counting import (
-    CITYSCAPES_CITIES,
     count_classes,
-    default_cache_dir,
     training_frequency,
 )
-from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
+from mmseg_imbalance.frequency import ClassFrequency
 
 CAMVID = Path(__file__).resolve().parents[2] / 'shared' / 'camvid'
 NAMES = ('sky', 'road', 'tree', 'car', 'sign')
@@ -125,8 +129,21 @@ def root(tmp_path):
 @pytest.fixture
 def warned(monkeypatch):
     messages = []
-    monkeypatch.setattr('mmengine.logging.print_log', lambda message, **_: messages.append(message))
+
+    def log(message, logger=None, level=logging.INFO):
+        if level == logging.WARNING:
+            messages.append(message)
+
+    monkeypatch.setattr('mmengine.logging.print_log', log)
     return messages
+
+
+def same(first, second):
+    for name in ('classes', 'image_keys', 'num_images', 'dataset_images'):
+        assert getattr(first, name) == getattr(second, name)
+    for name in ('counts', 'repeats'):
+        assert getattr(first, name).tolist() == getattr(second, name).tolist()
+    assert numbers(first) == numbers(second)
 
 
 def mosaic(dataset):
@@ -208,6 +225,121 @@ def test_workers_count_the_same_and_training_draws_the_same_random_numbers(root)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ended():
+    os._exit(3)
+
+
+@pytest.mark.parametrize('work', [killed, ended])
+def test_where_workers_die_this_process_counts_the_rest(tmp_path, monkeypatch, warned, work):
+    root = make_labels(tmp_path / 'data', images=40)
+    want = count_classes(make(root))
+    count_pixels, in_workers = counting.count_pixels, []
+
+    def count(annotation, *args):
+        if torch.utils.data.get_worker_info() is not None:
+            in_workers.append(annotation)
+            if len(in_workers) == 5:
+                work()
+        return count_pixels(annotation, *args)
+
+    monkeypatch.setattr(counting, 'count_pixels', count)
+    for workers in (1, 2):
+        same(count_classes(make(root), num_workers=workers), want)
+    assert len(warned) == 2
+    assert '2 worker processes cannot count classes (RuntimeError' in warned[1]
+    assert 'num_workers=0' in warned[1]
+
+
+def test_where_workers_cannot_start_this_process_counts(root, monkeypatch, warned):
+    def refuse(self):
+        raise OSError(12, 'Cannot allocate memory')
+
+    monkeypatch.setattr(multiprocessing.Process, 'start', refuse)
+    want = count_classes(make(root))
+    same(count_classes(make(root), num_workers=2), want)
+    assert len(warned) == 1
+    assert 'cannot count classes (OSError: [Errno 12] Cannot allocate memory)' in warned[0]
+
+
+def test_a_loader_that_no_process_can_be_given_is_used_in_this_one(root, monkeypatch, warned):
+    class Local(LoadAnnotations):
+        """Of a function, so it cannot be pickled for a process that starts anew."""
+
+    monkeypatch.setattr(counting, 'DataLoader', partial(DataLoader, multiprocessing_context='spawn'))
+    same(count_classes(make(root, loader=Local()), num_workers=2), count_classes(make(root)))
+    assert len(warned) == 1
+    assert "Can't pickle local object" in warned[0] or 'cannot pickle' in warned[0].lower()
+
+
+SCRIPT = """
+import multiprocessing
+multiprocessing.set_start_method('spawn')
+from test_counting import make
+from mmseg_imbalance.counting import count_classes
+print('pixels', count_classes(make({root!r}), num_workers=1).pixels.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_counts_although_its_workers_cannot_start(root, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT.format(root=str(root)))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | dict(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('pixels') == 1
+    assert f'pixels {count_classes(make(root)).pixels.tolist()}' in done.stdout
+    assert 'worker processes cannot count classes' in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'num_workers': -1}, 'num_workers=-1, allowed are integers, 0 and more'),
+        ({'num_workers': 2.0}, 'num_workers=2.0, allowed'),
+        ({'max_images': True}, 'max_images=True, allowed are integers, 1 and more. None counts all'),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(root, options, words):
+    with pytest.raises(ValueError, match=words):
+        count_classes(make(root), **options)
+
+
+@pytest.mark.parametrize('workers', [0, 3])
+def test_workers_are_by_default_those_of_the_train_dataloader(labels, tmp_path, monkeypatch, workers):
+    used = []
+    count_part = counting._count_part
+
+    def count(counted, part, num_workers, show):
+        used.append(num_workers)
+        return count_part(counted, part, 0, show)
+
+    monkeypatch.setattr(counting, '_count_part', count)
+    cfg = config(labels)
+    cfg.train_dataloader.num_workers = workers
+    loader = SimpleNamespace(dataset=make(labels), num_workers=workers)
+    runner = SimpleNamespace(train_dataloader=loader, model=dict(decode_head=HEAD), cfg=cfg)
+    for number, (source, given, expected) in enumerate(
+        [(cfg, None, workers), (cfg, 1, 1), (runner, None, workers), (runner, 1, 1)]
+    ):
+        training_frequency(source, num_workers=given, cache_dir=tmp_path / str(number), progress=False)
+        assert used[-1] == expected
+    for method, expected in (('fork', 2), ('spawn', 0), ('forkserver', 0)):
+        monkeypatch.setattr(multiprocessing, 'get_start_method', lambda method=method, **_: method)
+        training_frequency(make(labels), cache_dir=tmp_path / method, progress=False)
+        assert used[-1] == expected
+
+
 def test_a_sample_is_the_same_every_time_and_each_image_once(root):
     dataset = RepeatDataset(make(root), times=2)
     first, again = (count_classes(dataset, max_images=4) for _ in range(2))
@@ -254,68 +386,6 @@ def test_camvid_equals_its_published_counts():
     assert numbers(count_classes(dataset, ignore_index=11)) == numbers(frequency)
 
 
-# Cityscapes
-
-
-class Listed(CityscapesDataset):
-    """CityscapesDataset whose file names are given; not one of them exists."""
-
-    files = ()
-
-    def load_data_list(self):
-        return [
-            {
-                'img_path': name,
-                'seg_map_path': f'/nowhere/{name}{self.seg_map_suffix}',
-                'label_map': self.label_map,
-                'reduce_zero_label': self.reduce_zero_label,
-                'seg_fields': [],
-            }
-            for name in self.files
-        ]
-
-
-Listed.__name__ = 'CityscapesDataset'
-
-
-CITIES = tuple(sorted(CITYSCAPES_CITIES))
-
-
-def cityscapes(cities=CITIES, images=2975, **options):
-    Listed.files = [f'{cities[n % len(cities)]}_{n:06d}_000019' for n in range(images)]
-    return Listed(pipeline=[LoadAnnotations()], **options)
-
-
-@pytest.mark.parametrize('options', [{}, {'max_images': 5}])
-def test_cityscapes_train_needs_no_file(options):
-    assert count_classes(cityscapes(lazy_init=True), **options) is CITYSCAPES_TRAIN
-    assert count_classes(mosaic(cityscapes()), **options) is CITYSCAPES_TRAIN
-    with pytest.raises(FileNotFoundError):
-        count_classes(cityscapes(), per_image=True, **options)
-    # Nothing was left out: valid and ignored pixels are all pixels of 2975 images.
-    assert CITYSCAPES_TRAIN.pixels.sum() + CITYSCAPES_TRAIN.ignored == 2975 * 2048 * 1024
-
-
-@pytest.mark.parametrize(
-    'options',
-    [
-        {'images': 2974},
-        {'cities': ('aachen', 'bochum')},
-        {'cities': (*CITIES, 'otherville')},
-        {'reduce_zero_label': True},
-        {'ignore_index': 254},
-        {'seg_map_suffix': '_gtFine_labelIds.png'},
-        {'metainfo': {'classes': CITYSCAPES_TRAIN.classes[::-1]}},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_what_is_nearly_cityscapes_train_is_counted(options):
-    with pytest.raises(FileNotFoundError, match='/nowhere/aachen_000000_000019'):
-        count_classes(cityscapes(**options))
-    with pytest.raises(FileNotFoundError):
-        count_classes(RepeatDataset(cityscapes(), times=2))
-
-
 # Errors
 
 
@@ -353,15 +423,6 @@ def test_an_own_loader_out_of_range_is_an_error(root):
     spoil(root, labels=np.full((2, 3), 4, np.uint8))
     with pytest.raises(ValueError, match='5 -> 5: 6 pixels'):
         count_classes(make(root, loader=ShiftedLoader()))
-
-
-@pytest.mark.parametrize('value', [256, 258, 65535])
-def test_16_bit_values_do_not_wrap_around(root, value):
-    labels = np.zeros((5, 4), np.uint16)
-    labels[0] = value
-    spoil(root, labels=labels)
-    with pytest.raises(ValueError, match=f'{value} -> -1: 4 pixels'):
-        count_classes(make(root))
 
 
 def test_colours_are_refused(root):
@@ -414,142 +475,17 @@ def test_what_cannot_be_counted_says_why(root):
         count_classes(make(root), max_images=0)
 
 
-# Cache
-
-
-def same(first, second):
-    for name in ('classes', 'image_keys', 'num_images', 'dataset_images'):
-        assert getattr(first, name) == getattr(second, name)
-    for name in ('counts', 'repeats'):
-        assert getattr(first, name).tolist() == getattr(second, name).tolist()
-    assert numbers(first) == numbers(second)
-
-
-@pytest.mark.parametrize('loader', [LoadAnnotations, ShiftedLoader])
-def test_a_cached_count_reads_no_annotation(root, tmp_path, monkeypatch, loader):
-    folder = tmp_path / 'a' / 'cache'
-    first = count_classes(make(root, loader=loader()), cache_dir=folder)
-    get = fileio.get
-
-    def refuse(path, *args, **kwargs):
-        if str(path).startswith(str(root)):
-            pytest.fail('an annotation was read')
-        return get(path, *args, **kwargs)
-
-    monkeypatch.setattr(fileio, 'get', refuse)
-    same(first, count_classes(make(root, loader=loader()), cache_dir=folder))
-    with pytest.raises(pytest.fail.Exception):
-        count_classes(make(root, loader=loader()))
-
-
-CHANGES = {
-    'classes': lambda dataset: (make(dataset, metainfo={'classes': NAMES[::-1]}), {}),
-    'ignored label': lambda dataset: (make(dataset), {'ignore_index': 3}),
-    'repeats': lambda dataset: (RepeatDataset(make(dataset), times=2), {}),
-    'sample': lambda dataset: (make(dataset), {'max_images': 3}),
-    'reduce_zero_label': lambda dataset: (make(dataset, reduce_zero_label=True), {}),
-    'loader': lambda dataset: (make(dataset, loader=ShiftedLoader()), {}),
-    'file': lambda dataset: (spoil(dataset, labels=[[True]]) and make(dataset), {}),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_a_cached_count_of_something_else_is_not_used(tmp_path, change):
-    root = make_labels(tmp_path / 'data', values=(0, 1, 2, 3))
-    count_classes(make(root), cache_dir=tmp_path / 'cache')
-    dataset, options = CHANGES[change](root)
-    want = count_classes(dataset, **options)
-    for _ in range(2):
-        same(count_classes(dataset, cache_dir=tmp_path / 'cache', **options), want)
-    assert len(list((tmp_path / 'cache').iterdir())) == 2
-
-
-@pytest.mark.parametrize('damage', ['cut', 'empty', 'garbage', 'flipped', 'other'])
-def test_a_damaged_cache_is_counted_again_with_a_warning(root, tmp_path, warned, damage):
-    first = count_classes(make(root), cache_dir=tmp_path / 'cache')
-    (path,) = (tmp_path / 'cache').iterdir()
-    data = bytearray(path.read_bytes())
-    if damage == 'other':
-        ClassFrequency.from_rows(['a'], [[1]], [0], ['x']).save(path)
-    else:
-        data[len(data) // 3] ^= 0xFF
-        half = bytes(data[: len(data) // 2])
-        path.write_bytes({'cut': half, 'empty': b'', 'garbage': b'PK12'}.get(damage, bytes(data)))
-    same(first, count_classes(make(root), cache_dir=tmp_path / 'cache'))
-    assert len(warned) == 1
-    assert 'counting again' in warned[0]
-    same(first, count_classes(make(root), cache_dir=tmp_path / 'cache'))
-    assert len(warned) == 1
-
-
-def test_a_cache_that_cannot_be_written_costs_a_warning_only(root, tmp_path, warned):
-    (tmp_path / 'file').touch()
-    same(count_classes(make(root)), count_classes(make(root), cache_dir=tmp_path / 'file'))
-    assert 'not cached' in warned[0]
-
-
-def test_the_default_cache_folder_is_the_users(monkeypatch, tmp_path):
-    monkeypatch.setenv('MMSEG_IMBALANCE_CACHE', str(tmp_path / 'folder'))
-    assert default_cache_dir() == tmp_path / 'folder'
-    monkeypatch.delenv('MMSEG_IMBALANCE_CACHE')
-    monkeypatch.setenv('HOME', '/home/somebody')
-    assert default_cache_dir() == Path('/home/somebody/.cache/mmseg_imbalance')
-
-
-def in_process(work):
-    """A process that runs `work` and ends with 0 if it did not raise."""
-    process = multiprocessing.get_context('fork').Process(target=work)
-    process.start()
-    return process
-
-
-def test_killed_while_writing_the_next_run_finds_no_half_written_cache(root, tmp_path):
-    folder = tmp_path / 'cache'
-
-    def die(file, **_):
-        file.write(b'half')
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def work():
-        np.savez = die
-        count_classes(make(root), cache_dir=folder)
-
-    process = in_process(work)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert [path.suffix for path in folder.iterdir()] == ['.tmp']
-    same(count_classes(make(root)), count_classes(make(root), cache_dir=folder))
-
-
-def test_two_runs_share_one_cache_folder(root, tmp_path, warned):
-    want = count_classes(make(root))
-
-    def work():
-        for number in range(8):
-            same(want, count_classes(make(root), cache_dir=tmp_path / str(number)))
-        if warned:
-            raise RuntimeError(warned)
-
-    processes = [in_process(work) for _ in range(2)]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    for number in range(8):
-        assert [path.suffix for path in (tmp_path / str(number)).iterdir()] == ['.npz']
-
-
 # What hooks, sampler, metric and command share
 
 
-def config(root, model=None, **options):
-    """The config of a run. The labels are 0 to 4; the data set ignores 4, a head that does not say so 255."""
+def config(root, model=None, ignore_index=4, **options):
+    """The config of a run. The labels are 0 to 4; the data set ignores 4, a head that says nothing too."""
     dataset = dict(
         type='mmseg.BaseSegDataset',
         data_root=str(root),
         data_prefix=dict(img_path='img', seg_map_path='ann'),
         metainfo=dict(classes=NAMES),
-        ignore_index=4,
+        ignore_index=ignore_index,
         pipeline=[dict(type='mmseg.LoadAnnotations')],
     )
     return Config(dict(train_dataloader=dict(dataset=dataset), model=model, **options))
@@ -561,30 +497,41 @@ def labels(tmp_path):
 
 
 HEAD = dict(type='FCNHead')
-MODELS = {
-    'no model': (None, 4),
-    'no head': (dict(type='Segmentor'), 4),
-    'head that does not say': (dict(decode_head=HEAD), 255),
-    'head': (dict(decode_head=HEAD | dict(ignore_index=3)), 3),
-    'auxiliary head': (dict(decode_head=HEAD, auxiliary_head=HEAD | dict(ignore_index=3)), 255),
-    'last head': (dict(decode_head=[HEAD, HEAD | dict(ignore_index=3)]), 3),
-    'wrapped': (dict(module=dict(module=dict(decode_head=HEAD | dict(ignore_index=3)))), 3),
+MODELS = {  # model, what the data set says, what is ignored
+    'no model': (None, 4, 4),
+    'no head': (dict(type='Segmentor'), 4, 4),
+    'head that says nothing': (dict(decode_head=HEAD), 4, 4),
+    'nobody says anything': (dict(decode_head=HEAD), 255, 255),
+    'head': (dict(decode_head=HEAD | dict(ignore_index=3)), 255, 3),
+    'auxiliary head': (dict(decode_head=HEAD, auxiliary_head=HEAD | dict(ignore_index=3)), 255, 255),
+    'last head': (dict(decode_head=[HEAD, HEAD | dict(ignore_index=3)]), 255, 3),
+    'wrapped': (dict(module=dict(module=dict(decode_head=HEAD | dict(ignore_index=3)))), 255, 3),
 }
 
 
 @pytest.mark.parametrize('case', MODELS)
-def test_the_ignored_label_is_that_of_the_last_decode_head(labels, tmp_path, case):
-    model, ignored = MODELS[case]
-    frequency = training_frequency(config(labels, model), cache_dir=tmp_path / 'cache', progress=False)
+def test_the_ignored_label_is_what_data_set_or_decode_head_say(labels, tmp_path, case):
+    model, said, ignored = MODELS[case]
+    cfg = config(labels, model, ignore_index=said)
+    frequency = training_frequency(cfg, cache_dir=tmp_path / 'cache', progress=False)
     assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=ignored))
 
 
-@pytest.mark.parametrize(('ignored', 'expected'), [((3, 3), 3), ((3, 255), 4), ((None,), 4), ((), 4)])
-def test_heads_that_ignore_different_labels_leave_it_to_the_data_set(labels, tmp_path, ignored, expected):
+def test_data_set_and_head_that_say_different_labels_are_refused(labels, tmp_path):
+    cfg = config(labels, dict(decode_head=HEAD | dict(ignore_index=3)))
+    with pytest.raises(ValueError, match='ignore_index=4 of BaseSegDataset and ignore_index=3 of FCNHead'):
+        training_frequency(cfg, cache_dir=tmp_path / 'cache')
+
+
+@pytest.mark.parametrize(
+    ('ignored', 'expected'), [((3, 3), 3), ((3, 255), 3), ((255,), 255), ((None,), 255), ((), 255)]
+)
+def test_heads_that_are_given_say_it(labels, tmp_path, ignored, expected):
     heads = [torch.nn.Module() for _ in ignored]
     for head, label in zip(heads, ignored, strict=True):
         head.ignore_index = label
-    frequency = training_frequency(config(labels), heads=heads, cache_dir=tmp_path / 'cache')
+    cfg = config(labels, ignore_index=255)
+    frequency = training_frequency(cfg, heads=heads, cache_dir=tmp_path / 'cache')
     assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=expected))
 
 
@@ -662,6 +609,13 @@ def test_sampler_hooks_metric_and_command_share_one_file_of_counts(
 # Ranks
 
 
+def in_process(work):
+    """A process that runs `work` and ends with 0 if it did not raise."""
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    return process
+
+
 def on_rank(rank, port, root, folder, results):
     torch.distributed.init_process_group(
         'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
@@ -672,6 +626,7 @@ def on_rank(rank, port, root, folder, results):
     failing = {
         'framework': make(spoilt),
         'own': make(spoilt, loader=ShiftedLoader()),
+        'masks': make(Path(root).parent / 'masks'),
         'differ': make(root, indices=3 + rank),
         'empty': make(root, lazy_init=True, img_suffix='.tif' if rank else '.jpg'),
     }
@@ -688,6 +643,7 @@ def on_rank(rank, port, root, folder, results):
 @pytest.mark.slow
 def test_two_ranks_equal_one_process_and_fail_together(root, tmp_path):
     spoil(make_labels(tmp_path / 'spoilt'), labels=np.full((3, 3), 77, np.uint8))
+    make_labels(tmp_path / 'masks', values=(0, 255, 255))
     results = tmp_path / 'results'
     results.mkdir()
     with socket.socket() as free:
@@ -712,6 +668,8 @@ def test_two_ranks_equal_one_process_and_fail_together(root, tmp_path):
     for name in ('framework', 'own'):
         (message,) = messages(name)
         assert '3.png: labels out of range' in message
+    (message,) = messages('masks')
+    assert 'Masks of 0 and 255' in message
     assert all('not all ranks see the same' in message for message in messages('differ'))
     (message,) = messages('empty')
     assert 'holds no image' in message

@@ -1,6 +1,8 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
-from mmengine.dataset import ConcatDataset
+from mmengine.dataset import ConcatDataset, RepeatDataset
 from test_counting import make, make_labels, numbers, same
 
 from mmseg_imbalance.counting import count_classes
@@ -29,6 +31,45 @@ def test_saved_counts_are_loaded_again(tmp_path):
     loaded = ClassFrequency.load(tmp_path / 'totals.npz')
     assert numbers(loaded) == numbers(CITYSCAPES_TRAIN)
     assert loaded.counts is loaded.image_keys is None
+
+
+def test_counts_know_the_data_sets_that_they_are_of(tmp_path):
+    root, other = make_labels(tmp_path / 'data'), make_labels(tmp_path / 'other', seed=1, images=3)
+
+    def together():
+        parts = [make(root), make(other), make(root, indices=2)]
+        return RepeatDataset(dict(type='ConcatDataset', datasets=parts), times=2)
+
+    counted = count_classes(together())
+    counted.save(tmp_path / 'counts.npz')
+    for frequency in (counted, ClassFrequency.load(tmp_path / 'counts.npz')):
+        names, parts = zip(*frequency.by_source(), strict=True)
+        assert names == tuple(f'StreetDataset {folder}/ann' for folder in (root, other, root))
+        for part, alone in zip(parts, (make(root), make(other), make(root, indices=2)), strict=True):
+            same(part, count_classes(RepeatDataset(alone, times=2)))
+        assert frequency.counted == counted.counted
+    assert CITYSCAPES_TRAIN.by_source() == []
+    both = count_classes(make(root)) + count_classes(make(other))
+    assert [part.num_images for _, part in both.by_source()] == [7, 3]
+
+
+def test_a_file_of_an_older_version_has_no_data_sets(tmp_path):
+    counted = count_classes(make(make_labels(tmp_path / 'data')))
+    new = ('ignored_counts', 'sources', 'source_names', 'counted')
+    old = {field.name: getattr(counted, field.name) for field in fields(counted) if field.name not in new}
+    np.savez(tmp_path / 'counts.npz', **old)
+    loaded = ClassFrequency.load(tmp_path / 'counts.npz')
+    same(loaded, counted)
+    assert loaded.by_source() == []
+
+
+def test_class_names_of_any_script_are_kept_as_they_are(tmp_path):
+    names = ('道路', 'Straße', 'дорога', 'طريق', '🚗', 'a/b loss')
+    counted = ClassFrequency.from_rows(names, [[1, 0, 2, 3, 4, 5]], [0], ['图像/一.png'])
+    counted.save(tmp_path / 'counts.npz')
+    loaded = ClassFrequency.load(tmp_path / 'counts.npz')
+    assert loaded.classes == names
+    assert loaded.image_keys == ('图像/一.png',)
 
 
 def test_totals_need_one_number_per_class():

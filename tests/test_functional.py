@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmseg_imbalance import functional
-from mmseg_imbalance.ops import soft_stats
+from mmseg_imbalance.ops import SoftStats, soft_stats
 
 WEIGHT = torch.tensor([0.2, 3.0, 1.0, 0.0, 1.7], dtype=torch.float64)
 
@@ -114,6 +114,73 @@ def test_no_weight_anywhere_is_zero_with_zero_gradient(make_batch):
 def test_label_smoothing_without_its_sum_says_what_to_ask_for(make_batch):
     with pytest.raises(ValueError, match='with_log_prob=True'):
         functional.cross_entropy(soft_stats(*make_batch()), label_smoothing=0.1)
+
+
+def perfect(make_batch, dtype=torch.float32, weighted=False):
+    """Sums of a prediction without an error; weights make the sums round, each in its own order."""
+    logits, target = make_batch((97, 131), (97, 131), dtype=dtype)
+    logits = (logits * 0).scatter_(1, target.where(target != 255, 0)[:, None], 1e3).requires_grad_()
+    weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(0)) if weighted else None
+    return logits, soft_stats(logits, target, pixel_weight=weight)
+
+
+@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('smooth', [0.0, 1.0])
+@pytest.mark.parametrize('gamma', [0.01, 0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.float64])
+def test_a_perfect_prediction_costs_nothing_with_any_gamma(make_batch, dtype, gamma, smooth, weighted):
+    logits, stats = perfect(make_batch, dtype, weighted)
+    for alpha, beta in [(0.5, 0.5), (1.0, 1.0), (0.3, 0.7), (0.0, 1.0)]:
+        for sums in (stats, stats.sum_images()):
+            error = functional.tversky_error(sums, alpha, beta, smooth)
+            loss = functional.region_parts(error, sums.truth, gamma=gamma).sum()
+            assert loss + 1e-6 >= 0
+            assert loss <= (0.03 if weighted else 0), (alpha, beta)
+            index = functional.tversky(sums, alpha, beta, smooth)
+            assert functional.region_loss(index, sums.truth, gamma=gamma) <= (0.03 if weighted else 0)
+            (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            assert gradient.isfinite().all()
+    loss = functional.generalized_dice_parts(stats, gamma=gamma, smooth=smooth).sum()
+    assert -1e-6 <= loss <= (0.03 if weighted else 0)
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('gamma', [0.1, 0.5])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_above_rounding_a_small_gamma_is_the_plain_power(gamma, dtype):
+    error = torch.logspace(-5, 0, 50, dtype=dtype)[None].requires_grad_()
+    truth = torch.ones_like(error)
+    parts = functional.region_parts(error, truth, gamma=gamma)
+    torch.testing.assert_close(parts, error[0] ** gamma / 50)
+    below = torch.logspace(-14, -5, 100, dtype=dtype)[None]
+    values = functional.region_parts(below, truth[:, :1].expand_as(below), gamma=gamma)
+    assert (values.diff() > 0).all()
+    assert (values * 100 <= (1 + 1e-6) * below[0] ** gamma).all()
+    slope = torch.autograd.grad(parts.sum(), error)[0]
+    assert slope.isfinite().all()
+
+
+def test_an_error_that_rounding_hides_in_the_index_is_kept():
+    """3 pixels of ten million."""
+    sums = torch.tensor([[1e7 - 3]]), torch.tensor([[1e7]]), torch.tensor([[1e7]])
+    stats = SoftStats(nll=sums[0], intersection=sums[0], prediction=sums[1], truth=sums[2], correct=sums[0])
+    torch.testing.assert_close(functional.tversky_error(stats, 0.5, 0.5, 0.0), torch.tensor([[3e-7]]))
+    torch.testing.assert_close(
+        1 - functional.tversky(stats, 0.5, 0.5, 0.0), torch.tensor([[3e-7]]), rtol=0.3, atol=0
+    )
+
+
+@pytest.mark.parametrize('weight', [torch.ones(1), torch.tensor(2.0), torch.ones(2, 5), torch.ones(4)])
+def test_class_weights_of_another_shape_are_not_spread(batch, weight):
+    *_, stats, _ = batch
+    index = functional.dice(stats)
+    for call in (
+        lambda: functional.cross_entropy(stats, weight),
+        lambda: functional.region_loss(index, stats.truth, weight),
+        lambda: functional.generalized_dice(stats, weight),
+    ):
+        with pytest.raises(ValueError, match=r'class_weight must be of shape \(5,\), one number per class'):
+            call()
 
 
 @pytest.mark.parametrize('gamma', [0.2, 0.7])

@@ -1,25 +1,29 @@
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 from PIL import Image
 from ranks import on_ranks
+from test_subclass_state import LateHead
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
-from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
+from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.weighting import class_weights, log_prior
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
@@ -154,6 +158,18 @@ def test_logit_adjustment_after_training_shifts_the_logits_by_the_log_prior(smal
     assert 'on top of it' not in log
 
 
+def test_a_class_that_the_sample_of_logit_adjustment_did_not_meet_is_named(small_config, camvid, tmp_path):
+    root = recoloured(camvid, tmp_path / 'camvid', 10)
+    hook = dict(type='LogitAdjustmentHook', max_images=2)
+    cfg = small_config(BALANCED, custom_hooks=[hook])
+    cfg.train_dataloader.dataset.data_root = root
+    _, log = probabilities(cfg)
+    assert 'not met in 2 of 4 images are taken for as rare as the rarest that was: bicyclist' in log
+    for option in (dict(max_images=0), dict(num_workers=-1)):
+        with pytest.raises(ValueError, match='allowed are integers'):
+            LogitAdjustmentHook(**option)
+
+
 def test_logit_adjustment_twice_is_warned_of_and_a_foreign_head_refused(small_config):
     cfg = small_config(BALANCED, custom_hooks=[dict(type='LogitAdjustmentHook', tau=1.0)])
     cfg.model.decode_head.loss_decode.logit_adjustment = 0.5
@@ -186,9 +202,16 @@ def test_options_reach_the_scheme(small_config):
     [
         (dict(scheme='freq'), ValueError, r"scheme must be one of .*'sqrt_inv_freq'.*got 'freq'"),
         (dict(alpha=1.0), TypeError, r"no option \['alpha'\].*'beta'"),
+        (dict(scheme='effective_num', beta=1.0), ValueError, r'beta=1.0, allowed is \[0, 1\)'),
+        (dict(max_ratio=0.5), ValueError, 'max_ratio=0.5, allowed is 1 and more'),
+        (dict(power='2'), ValueError, "power='2', allowed are finite numbers"),
+        (dict(unit='pixels'), ValueError, "unit='pixels', allowed are 'image' and 'pixel'"),
+        (dict(max_images=0), ValueError, 'max_images=0, allowed are integers, 1 and more'),
+        (dict(max_images=0.5), ValueError, 'max_images=0.5, allowed are integers'),
+        (dict(num_workers=-1), ValueError, 'num_workers=-1, allowed are integers, 0 and more'),
     ],
 )
-def test_unknown_options_are_named(options, error, message):
+def test_unknown_and_impossible_options_are_refused_when_the_hook_is_built(options, error, message):
     with pytest.raises(error, match=message):
         ClassWeightHook(**options)
 
@@ -198,20 +221,22 @@ def test_plain_and_prefixed_names_build_it():
         assert isinstance(HOOKS.build(dict(type=name)), ClassWeightHook)
 
 
-def test_a_resumed_run_gets_the_weights_of_its_checkpoint(small_config, camvid, tmp_path):
+@pytest.fixture
+def resume(small_config, camvid, tmp_path):
+    """(folder of labels, weights of a run of two iterations, function that resumes it for a third)."""
     root = recoloured(camvid, tmp_path / 'camvid')
     first = small_config(BALANCED)
     first.train_dataloader.dataset.data_root = root
     first.default_hooks.checkpoint.interval = 2
     runner = Runner.from_cfg(first)
     runner.train()
-    before = filled(runner)
-    recoloured(camvid, tmp_path / 'camvid', 10)
 
-    def resumed(name, hook=None):
+    def resumed(name, hook=None, **loss):
         cfg = small_config(BALANCED, resume=True, experiment_name=f'{tmp_path.name}-{name}')
         cfg.train_cfg.max_iters = 3
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         cfg.train_dataloader.dataset.data_root = root
+        cfg.model.decode_head.loss_decode.update(loss)
         if hook:
             cfg.custom_hooks = [hook]
         runner = Runner.from_cfg(cfg)
@@ -219,12 +244,78 @@ def test_a_resumed_run_gets_the_weights_of_its_checkpoint(small_config, camvid, 
         assert runner.iter == 3
         return runner
 
+    return tmp_path / 'camvid', filled(runner), resumed
+
+
+def test_a_resumed_run_gets_the_weights_of_its_checkpoint(resume):
+    _, before, resumed = resume
     same = resumed('same')
     assert filled(same) == before
     assert 'weights of the checkpoint' in log_of(same)
-    changed = filled(resumed('changed', dict(type='ClassWeightHook', scheme='median_freq')))
-    assert changed != before
-    assert changed['decode_head.loss_decode'][10] == 0  # counted anew
+    changed = resumed('changed', dict(type='ClassWeightHook', scheme='median_freq'))
+    expected = class_weights(count_classes(changed.train_dataloader.dataset), 'median_freq')
+    assert filled(changed)['decode_head.loss_decode'] == pytest.approx(expected.tolist())
+
+
+def test_a_run_resumed_on_mended_labels_gets_new_weights_and_says_how_to_keep_the_old(resume, camvid):
+    folder, before, resumed = resume
+    old = json.loads((folder.parent / 'work_dir' / 'class_weights.json').read_text())
+    recoloured(camvid, folder, 10)
+    runner = resumed('mended')
+    after = filled(runner)
+    assert after['decode_head.loss_decode'][10] == 0
+    expected = class_weights(count_classes(runner.train_dataloader.dataset)).tolist()
+    assert after['decode_head.loss_decode'] == pytest.approx(expected)
+    log = log_of(runner)
+    assert 'annotations are not those that the weights of the checkpoint' in log
+    assert f'bicyclist: {old["pixels"][10]:,} pixels in {old["images"][10]} images, now 0 in 0' in log
+    assert 'road: ' in log
+    assert 'sky: ' not in log
+    assert json.loads(Path(runner.work_dir, 'class_weights.json').read_text())['weights'][10] == 0
+
+    kept = Path(runner.work_dir, 'class_weights_until_2.json')
+    assert f'class_weight={str(kept)!r}' in log
+    assert filled(resumed('kept', class_weight=str(kept))) == before
+
+
+def test_a_run_resumed_where_the_annotations_are_gone_keeps_its_weights(resume, monkeypatch):
+    _, before, resumed = resume
+
+    def gone(*_, **__):
+        raise FileNotFoundError('3.png: no such annotation file')
+
+    monkeypatch.setattr('mmseg_imbalance.hooks.training_frequency', gone)
+    runner = resumed('gone')
+    assert filled(runner) == before
+    assert 'whose weights stay: 3.png: no such annotation file' in log_of(runner)
+    with pytest.raises(FileNotFoundError, match='no such annotation'):
+        resumed('other', dict(type='ClassWeightHook', scheme='median_freq'))
+
+
+def test_the_log_says_which_data_set_brings_which_class(small_config, camvid, tmp_path):
+    cfg = small_config(BALANCED)
+    data = cfg.train_dataloader.dataset
+    other = data.copy()
+    other.data_root = recoloured(camvid, tmp_path / 'other', 10)
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[data, other])
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    table = log_of(runner).partition('pixels of each class in 2 data sets')[2]
+    assert str(tmp_path / 'other') in table
+    row = next(line for line in table.splitlines() if 'bicyclist' in line)
+    assert [cell.strip() for cell in row.split('│')[1:-1]][2] == '-'
+
+
+def test_masks_of_0_and_255_end_the_run_before_it_trains(small_config, camvid, tmp_path):
+    root = recoloured(camvid, tmp_path / 'masks')
+    for path in (tmp_path / 'masks').glob('annotations/*/*.png'):
+        mask = np.where(np.array(Image.open(path)) == 3, 255, 0)
+        Image.fromarray(mask.astype(np.uint8)).save(path)
+    cfg = small_config(BALANCED)
+    names = dict(classes=('background', 'road'), palette=[[0, 0, 0], [9, 9, 9]])
+    cfg.train_dataloader.dataset.update(type='BaseSegDataset', data_root=root, metainfo=names)
+    with pytest.raises(ValueError, match=r"only the class 'background' of 2 .* Masks of 0 and 255"):
+        Runner.from_cfg(cfg).train()
 
 
 def test_an_absent_class_is_named_once_in_the_log(small_config, camvid, tmp_path):
@@ -248,7 +339,7 @@ def test_a_head_that_ignores_another_label_is_counted_so(small_config):
     assert len(filled(runner)['decode_head.loss_decode']) == 11
 
 
-def train_on_ranks(cfg_text, root):
+def runner_on_rank(cfg_text, root=None):
     from mmengine.config import Config
 
     from mmseg_imbalance.compat import adapt_to_cpu
@@ -262,7 +353,11 @@ def train_on_ranks(cfg_text, root):
     if root:
         Path(root, 'annotations', 'train', '1.png').write_bytes(b'no image')
     dist.barrier()
-    runner = Runner.from_cfg(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def train_on_ranks(cfg_text, root):
+    runner = runner_on_rank(cfg_text, root)
     runner.train()
     losses = {n: m for n, m in runner.model.named_modules() if isinstance(m, WeightedLoss)}
     weights = {n: loss.class_weight.values.tolist() for n, loss in losses.items()}
@@ -390,6 +485,16 @@ def test_subclasses_by_class_name_are_shown_without_training(small_config):
     assert 'subclasses of decode_head.1, 0 iterations' in log_of(runner)
 
 
+def test_a_head_whose_channels_are_not_known_yet_is_shown_without_training(small_config):
+    cfg = subclassified(small_config)
+    cfg.model.decode_head.update(type='FeatureHead', base=LateHead, init_cfg=None)
+    runner = Runner.from_cfg(cfg)
+    assert subclasses(runner.model.decode_head.loss_decode[1]) is None
+    runner.val()
+    assert 'subclasses of' not in log_of(runner)
+    assert len(pictures(runner)) == 2
+
+
 def test_a_number_of_images_below_0_is_refused():
     with pytest.raises(ValueError, match='num_images must be at least 0, got -1'):
         SubclassVisualizationHook(-1)
@@ -473,3 +578,79 @@ def test_two_ranks_draw_once_and_do_not_hang(small_config, tmp_path):
     # each rank validates one of the two images, and the main one shows its own
     names = [path.name for path in Path(cfg.work_dir).rglob('vis_image/*.png')]
     assert names == ['decode_head.1_subclass_0_2.png']
+
+
+def communicating_on_ranks(cfg_text):
+    """Train on ranks where each forward of the backbone waits for the other ranks, as SyncBN may."""
+    runner = runner_on_rank(cfg_text)
+    calls = []
+
+    def meet(module, args, out):
+        calls.append(1)
+        dist.all_reduce(torch.zeros(1))
+
+    runner.model.module.backbone.register_forward_hook(meet)
+    runner.train()
+    return len(calls), log_of(runner) if dist.get_rank() == 0 else ''
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'num_images', 'forwards'), [(1, 4, 4), (2, 4, 3), (2, 1, 2), (2, 0, 1)]
+)
+def test_ranks_that_meet_in_each_forward_do_not_hang(
+    small_config, tmp_path, batch_size, num_images, forwards
+):
+    cfg = subclassified(small_config, experiment_name=f'{tmp_path.name}-ranks')
+    cfg.custom_hooks[-1].num_images = num_images
+    cfg.val_dataloader.update(batch_size=batch_size)
+    # three images on two ranks: with two in a batch, the batches of the ranks are not of one size
+    cfg.val_dataloader.dataset.update(data_prefix=cfg.train_dataloader.dataset.data_prefix, indices=3)
+    cfg.val_dataloader.sampler.round_up = batch_size == 1
+    (calls, _), (other_calls, _) = on_ranks(2, communicating_on_ranks, cfg.pretty_text, timeout=60)
+    assert calls == other_calls == 2 + forwards
+    names = sorted(path.name for path in Path(cfg.work_dir).rglob('vis_image/*.png'))
+    assert names == [f'decode_head.1_subclass_{i}_2.png' for i in (0, 2)[:num_images]]
+
+
+class Shards(nn.Module):
+    """A wrapper that is not of the kind that leaves each rank all parameters, as those of DeepSpeed."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_a_sharded_model_is_left_alone_with_one_warning(monkeypatch, caplog):
+    model = nn.Module()
+    model.decode_head = nn.Module()
+    model.decode_head.loss_decode = SimilaritySubclassifiedLoss()
+    assert sharding_of(model) is None
+    assert sharding_of(nn.DataParallel(model)) is None
+    monkeypatch.setitem(MODEL_WRAPPERS.module_dict, 'Shards', Shards)
+    inner = nn.Module()
+    inner.decode_head = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # it asks for a GPU
+    nn.Module.__init__(inner.decode_head)
+    assert sharding_of(inner) == 'FullyShardedDataParallel'
+    runner = SimpleNamespace(model=Shards(model), logger=logging.getLogger('sharded'))
+    hook = SubclassVisualizationHook()
+    for step in (hook.before_run, hook.before_val_epoch):
+        step(runner)
+    hook.after_val_iter(runner, 0, dict(inputs=[None]))
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert 'shows nothing: with Shards each rank holds a part of the parameters' in caplog.text
+
+
+def distributed_tensor_on_ranks():
+    try:
+        from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+    except ImportError:  # PyTorch before 2.5
+        from torch.distributed._tensor import DeviceMesh, Shard, distribute_tensor
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    weight = distribute_tensor(model[1].weight, DeviceMesh('cpu', [0, 1]), [Shard(0)])
+    model[1].weight = nn.Parameter(weight)
+    return sharding_of(model)
+
+
+@pytest.mark.slow
+def test_distributed_tensors_are_sharded():
+    assert on_ranks(2, distributed_tensor_on_ranks) == ['DTensor'] * 2

@@ -1,5 +1,4 @@
 import os
-import re
 import subprocess
 import sys
 from importlib import import_module
@@ -252,6 +251,88 @@ def test_non_contiguous_inputs_and_integer_types_change_nothing(make_batch, back
     torch.testing.assert_close(gradients(odd_logits, odd_target, backend), gradients(logits, target, backend))
 
 
+def transposed(x):
+    """The same numbers, the rows of an image behind one another column by column."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize(('backend', 'logit_size', 'label_size'), each(ALL, SAME_OR_TWICE, FEW_SAME_OR_TWICE))
+@pytest.mark.parametrize('inputs', ['logits', 'target', 'others', 'all'])
+def test_ties_are_the_same_for_inputs_that_are_not_contiguous(backend, logit_size, label_size, inputs):
+    generator = torch.Generator().manual_seed(0)
+    batch = batch_of(backend).get('batch', 2)
+    logits = torch.randint(0, 2, (batch, 5, *logit_size), generator=generator).float().to(DEVICE)
+    target, group = torch.randint(0, 5, (2, batch, *label_size), generator=generator).to(DEVICE)
+    target[:, 1] = 255
+    weight = torch.rand(target.shape, generator=generator).to(DEVICE)
+    options = dict(backend=backend, num_groups=5, with_recall=True)
+    expected = soft_stats(logits, target, pixel_weight=weight, group=group, **options)
+    if inputs in ('logits', 'all'):
+        logits = logits.to(memory_format=torch.channels_last)
+    if inputs in ('target', 'all'):
+        target = transposed(target)
+    if inputs in ('others', 'all'):
+        weight, group = transposed(weight), transposed(group)
+    found = soft_stats(logits, target, pixel_weight=weight, group=group, **options)
+    for name in (*SUMS, 'group_nll', 'group_count', 'class_correct', 'class_count'):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
+    # of a definition that writes nothing
+    resized = F.interpolate(logits, label_size, mode='bilinear') if logit_size != label_size else logits
+    assert found.correct.sum() == (resized.argmax(1) == target).sum()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_expanded_inputs_are_the_same_numbers(make_batch, backend):
+    logits, target = make_batch((3, 5), (3, 5), **batch_of(backend) | dict(batch=1))
+    logits, target = logits.expand(2, -1, -1, -1), target[:, :1].expand(2, 3, 5)
+    weight = torch.rand(1, 1, 5, device=DEVICE).expand(2, 3, 5)
+    found = soft_stats(logits, target, pixel_weight=weight, backend=backend)
+    expected = soft_stats(logits.clone(), target.clone(), pixel_weight=weight.clone(), backend=backend)
+    for name in SUMS:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(
+        gradients(logits, target, backend, pixel_weight=weight),
+        gradients(logits.clone(), target.clone(), backend, pixel_weight=weight.clone()),
+    )
+
+
+@pytest.mark.parametrize(
+    ('backend', 'dtype', 'classes'),
+    each(
+        ALL,
+        [(torch.uint8, 256), (torch.uint8, 300), (torch.int8, 130), (torch.int16, 32769)],
+        [(torch.uint8, 256), (torch.int8, 130)],
+    ),
+)
+def test_narrow_labels_go_with_more_classes_than_they_can_name(backend, dtype, classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, classes, 2, 3, generator=generator).to(DEVICE)
+    most = torch.iinfo(dtype).max
+    target = torch.tensor([[[0, most, 3], [most - 1, 255 % (most + 1), most]]], device=DEVICE)
+    options = dict(ignore_index=None, num_groups=classes, with_recall=True, backend=backend)
+    found = soft_stats(logits, target.to(dtype), group=target.to(dtype), **options)
+    expected = soft_stats(logits, target, group=target, **options)
+    names = (*SUMS, 'group_nll', 'group_count', 'class_correct', 'class_count')
+    for name in names:
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    torch.testing.assert_close(
+        gradients(logits, target.to(dtype), backend, ignore_index=None),
+        gradients(logits, target, backend, ignore_index=None),
+    )
+    options['ignore_index'] = most  # ignored pixels are in no group, not in one whose number wraps around
+    found = soft_stats(logits, target.to(dtype), group=target.to(dtype), **options)
+    assert found.group_count[most] == 0
+    assert found.group_count.sum() == (target != most).sum()
+
+
+@pytest.mark.skipif(DEVICE.type == 'cuda', reason='values on a device are not checked before')
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int16])
+def test_a_negative_narrow_label_is_refused_with_many_classes_too(dtype):
+    target = torch.tensor([[[-1, 0]]], dtype=dtype)
+    with pytest.raises(ValueError, match=r'target holds \[-1\] on 1 pixels; allowed are 0 to 39999'):
+        soft_stats(torch.zeros(1, 40000, 1, 2), target)
+
+
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_top_half_plus_bottom_half_is_the_whole(make_batch, backend):
     logits, target = make_batch(**batch_of(backend))
@@ -309,6 +390,105 @@ def test_logits_under_ignored_pixels_have_no_effect_and_no_gradient(
     assert (gradients(untouched, target, backend)[:, :, far:] == 0).all()
 
 
+NOT_FINITE = {
+    'NaN': [float('nan')],
+    'inf': [float('inf')],
+    '-inf': [-float('inf')],
+    'one class of -inf': [0.0, -float('inf')],
+    'one class of NaN': [0.0, 0.0, float('nan')],
+    'both': [float('inf'), -float('inf'), 0.0],
+}
+
+
+@pytest.mark.parametrize(('backend', 'option'), each(ALL, [(o,) for o in OPTIONS], [('plain',), ('all',)]))
+@pytest.mark.parametrize('kind', NOT_FINITE)
+def test_what_is_not_finite_under_ignored_pixels_changes_nothing(make_batch, backend, option, kind):
+    size = (3, 5) if backend == 'triton' and DEVICE.type == 'cpu' else (13, 17)
+    logits, target = make_batch(size, size, **batch_of(backend))
+    target[:, 1] = 255
+    options = options_for(option, target)
+    spoilt = logits.clone()
+    for c in range(5):
+        values = NOT_FINITE[kind]
+        spoilt[:, c][target == 255] = values[c % len(values)]
+    found = soft_stats(spoilt, target, backend=backend, **options)
+    expected = soft_stats(logits, target, backend=backend, **options)
+    for name in SoftStats.__dataclass_fields__:
+        if getattr(expected, name) is not None:
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
+    options.pop('with_log_prob', None)
+    found, expected = (gradients(z, target, backend, **options) for z in (spoilt, logits))
+    torch.testing.assert_close(found, expected)
+    assert (found.movedim(1, 3)[target == 255] == 0).all()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('gamma', [0.0, 2.0])
+def test_a_class_may_be_ruled_out_by_logits_of_minus_infinity(make_batch, backend, gamma):
+    logits, target = make_batch((3, 7), (3, 7), **batch_of(backend))
+    logits[:, 4] = -float('inf')  # no pixel is of this class
+    found = soft_stats(logits, target, focal_gamma=gamma, backend=backend)
+    expected = soft_stats(logits[:, :4], target, focal_gamma=gamma, backend='eager')
+    for name in SUMS:
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        torch.testing.assert_close(ours if name == 'correct' else ours[:, :4], theirs)
+    leaf, four = logits.clone().requires_grad_(), logits[:, :4].clone().requires_grad_()
+    for z, by in ((leaf, backend), (four, 'eager')):
+        stats = soft_stats(z, target, focal_gamma=gamma, backend=by)
+        (stats.nll.sum() + stats.prediction[:, :4].square().sum() + stats.intersection.sum()).backward()
+    torch.testing.assert_close(leaf.grad[:, :4], four.grad)
+    assert (leaf.grad[:, 4] == 0).all()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1.0])
+def test_any_weight_of_an_ignored_pixel_is_none(make_batch, backend, value):
+    logits, target = make_batch((3, 7), (3, 7), **batch_of(backend))
+    target[:, 1] = 255
+    weight = torch.rand(target.shape, device=DEVICE)
+    spoilt = weight.masked_fill(target == 255, value)
+    for name in SUMS:
+        torch.testing.assert_close(
+            getattr(soft_stats(logits, target, pixel_weight=spoilt, backend=backend), name),
+            getattr(soft_stats(logits, target, pixel_weight=weight, backend=backend), name),
+        )
+    torch.testing.assert_close(
+        gradients(logits, target, backend, pixel_weight=spoilt),
+        gradients(logits, target, backend, pixel_weight=weight),
+    )
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize(
+    ('backend', 'logit_size', 'label_size'),
+    each(
+        ALL,
+        [((9, 11), (31, 40)), ((9, 11), (6, 7)), ((9, 11), (9, 40)), ((9, 11), (31, 11))],
+        [((4, 5), (9, 12)), ((4, 5), (4, 12)), ((4, 5), (9, 5))],
+    ),
+)
+def test_low_resolution_logits_of_nan_spoil_the_pixels_that_are_resized_from_them(
+    make_batch, backend, logit_size, label_size, align_corners
+):
+    """Where these are ignored nothing is spoilt; one that is valid makes the loss NaN, as in torch."""
+    logits, target = make_batch(logit_size, label_size, **batch_of(backend))
+    spoilt = logits.clone()
+    spoilt[0, :, 2, 1] = float('nan')
+    spoilt[0, 3, 1, 1] = float('inf')
+    resized = F.interpolate(spoilt, label_size, mode='bilinear', align_corners=align_corners)
+    touched = ~resized.isfinite().all(1)
+    assert 0 < touched.sum() < target[0].numel()
+    options = dict(backend=backend, align_corners=align_corners)
+    hidden = target.masked_fill(touched, 255)
+    found, expected = (soft_stats(z, hidden, **options) for z in (spoilt, logits))
+    for name in SUMS:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    found, expected = (gradients(z, hidden, **options) for z in (spoilt, logits))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    shown = torch.where(touched, 0, hidden)
+    assert soft_stats(spoilt, shown, **options).nll[0, 0].isnan()
+
+
 @pytest.mark.parametrize('gamma', [0.0, 0.5, 2.0])
 @pytest.mark.parametrize(('backend', 'logit_size', 'label_size'), each(ALL, SAME_OR_TWICE, FEW_SAME_OR_TWICE))
 def test_extreme_logits_stay_exact_and_finite(make_batch, backend, logit_size, gamma, label_size):
@@ -321,14 +501,17 @@ def test_extreme_logits_stay_exact_and_finite(make_batch, backend, logit_size, g
     assert gradients(logits, target, backend, focal_gamma=gamma).isfinite().all()
 
 
+@pytest.mark.parametrize('option', ['plain', 'all'])
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_all_pixels_ignored_gives_zeros_and_zero_gradient(make_batch, backend):
+def test_all_pixels_ignored_gives_zeros_and_zero_gradient(make_batch, backend, option):
     logits, target = make_batch((5, 7), (13, 17), **batch_of(backend))
     target.fill_(255)
-    stats = soft_stats(logits, target, backend=backend)
-    for name in SUMS:
-        assert (getattr(stats, name) == 0).all()
-    assert (gradients(logits, target, backend) == 0).all()
+    options = options_for('all', target) if option == 'all' else {}
+    stats = soft_stats(logits, target, backend=backend, **options)
+    for name in SoftStats.__dataclass_fields__:
+        assert getattr(stats, name) is None or (getattr(stats, name) == 0).all(), name
+    options.pop('with_log_prob', None)
+    assert (gradients(logits, target, backend, **options) == 0).all()
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -410,6 +593,68 @@ def test_strips_holds_no_tensor_of_label_size(make_batch, monkeypatch):
     assert seen.numel <= 2 * 256 * 256  # the label itself; logits at that size would be five times as much
 
 
+class NoDoubles(torch.utils._python_dispatch.TorchDispatchMode):
+    """As on a device without double precision, Apple's for one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+                raise TypeError(f'{function} makes a double tensor')
+        return out
+
+
+@pytest.mark.parametrize('option', ['plain', 'all'])
+@pytest.mark.parametrize(('logit_size', 'label_size'), SAME_OR_TWICE)
+@pytest.mark.parametrize('backend', ['auto', 'eager'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_without_double_precision_the_sums_are_the_same_but_for_rounding(
+    make_batch, backend, logit_size, label_size, option, dtype
+):
+    if DEVICE.type == 'cuda':
+        pytest.skip('a CUDA device has double precision, and kernels that rely on it')
+    logits, target = make_batch(logit_size, label_size, dtype=dtype)
+    options = options_for(option, target) | dict(backend=backend)
+    gradient_options = {k: v for k, v in options.items() if k != 'with_log_prob'}
+    expected = soft_stats(logits, target, **options)
+    gradient = gradients(logits, target, fields=['nll'], **gradient_options)
+    leaf = logits.clone().requires_grad_()
+    with NoDoubles():
+        found = soft_stats(leaf, target, **options)
+        found.nll.sum().backward()
+    for name in SoftStats.__dataclass_fields__:
+        if getattr(expected, name) is not None:
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
+    assert leaf.grad.dtype == gradient.dtype
+
+
+def test_sums_in_single_precision_do_not_stop_growing(monkeypatch):
+    """1 - 3e-4 added to 1e5 is 1, if not first added to others of its kind."""
+    if DEVICE.type == 'cuda':
+        pytest.skip('on a CUDA device the sums are double')
+    logits = torch.zeros(1, 2, 384, 512)
+    logits[:, 0] = 8.1
+    target = torch.zeros(1, 384, 512, dtype=torch.uint8)
+    monkeypatch.setattr(strips, 'STRIP_NUMBERS', 3 << 18)
+    expected = soft_stats(logits.double(), target, backend='strips').intersection
+    with NoDoubles():
+        found = soft_stats(logits, target, backend='strips').intersection
+    torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('option', ['plain', 'all'])
+def test_a_first_call_in_inference_mode_is_no_hindrance_to_training(make_batch, backend, option):
+    logits, target = make_batch((3, 5), (6, 10), **batch_of(backend))
+    options = options_for(option, target)
+    with torch.inference_mode():
+        inside = soft_stats(logits, target, backend=backend, **options)
+    outside = soft_stats(logits, target, backend=backend, **options)
+    assert torch.equal(inside.nll, outside.nll)
+    options.pop('with_log_prob', None)
+    assert gradients(logits, target, backend, **options).isfinite().all()
+
+
 def test_sum_images_is_a_batch_of_one(make_batch):
     logits, target = make_batch()
     stats = soft_stats(logits, target, with_log_prob=True, with_recall=True)
@@ -470,7 +715,20 @@ def test_plain_sums_are_those_of_torch(make_batch):
         (dict(pixel_weight=torch.ones(2, 13)), ValueError, 'pixel_weight must be of the shape'),
         (dict(logit_bias=torch.ones(4)), ValueError, r'logit_bias must be of shape \(5,\)'),
         (dict(logits=torch.zeros(0, 5, 3, 3), target=torch.zeros(0, 3, 3).long()), ValueError, 'no pixels'),
-        (dict(focal_gamma=-1.0), ValueError, 'focal_gamma must be at least 0, got -1'),
+        (dict(focal_gamma=-1.0), ValueError, 'focal_gamma must be a finite number, at least 0, got -1'),
+        (
+            dict(focal_gamma=float('inf')),
+            ValueError,
+            'focal_gamma must be a finite number, at least 0, got inf',
+        ),
+        (dict(target=torch.zeros(2, 13, 17, dtype=torch.bool)), TypeError, 'integer.*bool'),
+        (dict(target=torch.zeros(2, 13, 17, dtype=torch.complex64)), TypeError, 'uint8 or a signed.*complex'),
+        (dict(target=torch.zeros(2, 1, 13, 17, dtype=torch.long)), ValueError, r'got \(2, 1, 13, 17\)'),
+        (dict(pixel_weight=torch.ones(2, 1, 13, 17)), ValueError, r'pixel_weight must be .*\(2, 1, 13, 17\)'),
+        (dict(pixel_weight=torch.ones(13, 17)), ValueError, r'pixel_weight must be .*\(13, 17\)'),
+        (dict(pixel_weight=torch.ones(2, 13, 17) * 1j), TypeError, 'pixel_weight must hold real numbers'),
+        (dict(logit_bias=torch.ones(1)), ValueError, r'logit_bias must be of shape \(5,\)'),
+        (dict(group=torch.zeros(2, 13, 17), num_groups=2), TypeError, 'group must hold integer ids.*float32'),
         (dict(group=torch.zeros(2, 13, 17, dtype=torch.long)), ValueError, 'go together'),
         (dict(num_groups=2), ValueError, 'go together'),
         (dict(group=torch.full((2, 13, 17), 2), num_groups=2), ValueError, r'group holds \[2\]'),
@@ -618,18 +876,41 @@ def test_a_named_backend_that_cannot_run_says_why(monkeypatch, change, message):
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ('capability', 'compiler', 'message'),
-    [
-        ((7, 5), 'gcc', r'capability 8\.0 and cuda:9 has 7\.5'),
-        ((8, 0), None, 'install gcc or name one in CC'),
-    ],
-)
-def test_triton_needs_a_recent_device_and_a_compiler(monkeypatch, capability, compiler, message):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    monkeypatch.setattr(triton.shutil, 'which', lambda name: compiler)
-    monkeypatch.delenv('CC', raising=False)
-    assert re.search(message, triton._why_not_on.__wrapped__(torch.device('cuda:9')))
+def test_triton_needs_a_recent_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    reason = triton._why_not_on.__wrapped__(torch.device('cuda:9'))
+    assert reason == 'its kernels need compute capability 8.0 and cuda:9 has 7.5'
+
+
+@needs_triton
+def test_the_first_launch_decides_once_with_one_warning(monkeypatch):
+    """A compiler without Python's headers, for one: what Triton raises is an error of that compiler."""
+    tries = []
+
+    def fail(device):
+        tries.append(device)
+        raise subprocess.CalledProcessError(1, ['gcc', 'main.c', '-o', 'cuda_utils.so'])
+
+    monkeypatch.setattr(triton, 'INTERPRETED', False)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(triton, '_start_a_kernel', fail)
+    triton._why_not_on.cache_clear()
+    device = torch.device('cuda:9')
+    logits = SimpleNamespace(is_cuda=True, device=device, dtype=torch.float32, shape=(1, 5, 2, 2))
+    with pytest.warns(UserWarning, match=r"cannot start a kernel on cuda:9 .*gcc.*'strips'.*headers"):
+        assert contract._backend('auto', logits, 0) is strips
+    assert contract._backend('auto', logits, 0) is strips  # a second warning would be an error
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: Triton cannot start.*gcc"):
+        contract._backend('triton', logits, 0)
+    assert tries == [device]
+    triton._why_not_on.cache_clear()
+
+
+@needs_triton
+def test_triton_takes_the_device_on_which_a_kernel_starts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(triton, '_start_a_kernel', lambda device: None)
+    assert triton._why_not_on.__wrapped__(torch.device('cuda:9')) is None
 
 
 def test_a_backend_without_its_package_says_so(monkeypatch):

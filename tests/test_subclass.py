@@ -19,9 +19,12 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from test_heads import Largest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from mmseg_imbalance.kmeans import kmeans
-from mmseg_imbalance.ops import similarity_weight, strips
+from mmseg_imbalance import kmeans as kmeans_module
+from mmseg_imbalance.kmeans import draw_uniform, kmeans
+from mmseg_imbalance.ops import similarity_weight, soft_stats, strips
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -750,3 +753,114 @@ def test_an_averaged_model_keeps_the_state():
     average.update_parameters(loss)
     for name, value in loss.state_dict().items():
         assert torch.equal(average.module.state_dict()[name], value), name
+
+
+# nothing to learn from
+
+
+def emptied(target, kind):
+    """Labels without a pixel that counts, in all images or in the first, or of a class of weight 0 alone."""
+    if kind == 'weight 0':
+        return target.where(target == 255, 0)
+    target = target.clone()
+    target[: len(target) if kind == 'void' else 1] = 255
+    return target
+
+
+NO_PIXELS = ['void', 'first void', 'weight 0']
+AUTOCAST = [None, torch.bfloat16, torch.float16]  # of the logits
+
+
+def value_and_gradient(loss, logits, target, autocast, **options):
+    logits = logits.clone().requires_grad_()
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast is not None):
+        value = loss(logits.to(autocast or logits.dtype), target, **options)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('kind', NO_PIXELS)
+@pytest.mark.parametrize('autocast', AUTOCAST)
+@pytest.mark.parametrize('before', [0, 3])
+def test_batches_without_a_pixel_that_counts_are_finite(rule, kind, autocast, before):
+    loss = make_loss(
+        num_subclasses=3, update=rule, update_freq=100 if kind == 'void' else 2, class_weight=[0, 1, 1, 2, 1],
+        warmup_iters=0, ramp_iters=1, momentum=0.3, dtype=torch.float32,
+    )  # fmt: skip
+    train(loss, range(before), dtype=torch.float32)
+    state = copy.deepcopy(loss.state_dict())
+    for i in range(before, before + 3):
+        logits, target, features = batch(i, dtype=torch.float32)
+        target = emptied(target, kind)
+        value, gradient = value_and_gradient(loss, logits, target, autocast, features=features)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+        assert (value == 0) == (kind != 'first void')
+        assert all(x.isfinite() for x in loss.logged.values())
+    for name, kept in loss.state_dict().items():
+        assert kept.isfinite().all()
+        if kind == 'void' and 'iteration' not in name:
+            assert torch.equal(kept, state[name]), name
+
+
+@pytest.mark.parametrize('options', [dict(), dict(label_smoothing=0.1), dict(paper_exact=True)])
+@pytest.mark.parametrize('kind', NO_PIXELS)
+@pytest.mark.parametrize('autocast', AUTOCAST)
+def test_similarity_without_a_pixel_that_counts_is_finite(options, kind, autocast):
+    loss = SimilaritySubclassifiedLoss([0, 1, 1, 2, 1], **options)
+    logits, target, _ = batch(1, dtype=torch.float32)
+    value, gradient = value_and_gradient(loss, logits, emptied(target, kind), autocast)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+# where there is no double
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_flatten((args, kwargs, out))[0]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                raise TypeError(f'{function} of float64')
+        return out
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('normalize', [False, True])
+def test_the_clustering_needs_no_float64(rule, normalize):
+    loss = make_loss(
+        num_subclasses=3, update=rule, update_freq=3, reservoir_size=20, momentum=0.6, min_share=0.3,
+        warmup_iters=2, ramp_iters=4, normalize_features=normalize, dtype=torch.float32,
+    )  # fmt: skip
+    moved = 0
+    for i in range(8):
+        logits, target, features = batch(i, dtype=torch.float32)
+        with NoDouble():
+            found = loss.weigh_pixels(logits, target, None, 255, False, features)
+        stats = soft_stats(logits, target, **found)  # what it does is pinned where it is
+        with NoDouble():
+            loss.learn(stats)
+            state = loss.weighting.table()
+        moved += (state.share < 0.0011).sum()
+    assert moved > 0
+    assert (loss.weighting.pixels > 0).all()
+
+
+def test_draws_are_those_of_torch():
+    made = (torch.Generator().manual_seed(3) for _ in range(2))
+    expected = torch.rand(4, 50, generator=next(made), dtype=torch.float64)
+    np.testing.assert_array_equal(draw_uniform((4, 50), next(made)), expected)
+
+
+def test_no_draw_falls_on_a_point_without_a_chance(monkeypatch):
+    """Numbers just below 1 round to 1 in float32."""
+    monkeypatch.setattr(kmeans_module, 'draw_uniform', lambda shape, generator: np.full(shape, 1 - 2**-53))
+    points = torch.arange(6.0)[None, :, None]
+    valid = torch.tensor([[True, True, True, False, False, False]])
+    centroid, counts = kmeans(points, valid, torch.ones(1, 3, dtype=torch.bool), torch.Generator())
+    assert sorted(centroid.flatten().tolist()) == [0, 1, 2]
+    assert counts.tolist() == [[1, 1, 1]]

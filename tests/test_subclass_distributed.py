@@ -60,3 +60,32 @@ def test_features_that_are_not_finite_end_all_ranks(rule):
     for error in on_ranks(2, with_nan, rule):
         assert isinstance(error, RuntimeError)
         assert 'training iteration 3 the features' in str(error)
+
+
+def with_void(rule):
+    """The states after each step where the second rank never has a valid pixel, and its losses."""
+    loss = make_loss(num_subclasses=3, update=rule, update_freq=2, momentum=0.3, dtype=torch.float32)
+    states, losses = [], []
+    for i in range(5):
+        logits, target, features = batch(i, dtype=torch.float32)
+        if dist.get_rank() == 1 or i == 3:  # and once nobody has
+            target[:] = 255
+        losses.append(loss(logits, target, features=features).item())
+        states.append({name: value.numpy().copy() for name, value in loss.state_dict().items()})
+    return states, losses
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_a_rank_without_a_valid_pixel_holds_the_same_state(rule):
+    ranks = on_ranks(2, with_void, rule)
+    for rank in ranks:
+        if isinstance(rank, Exception):
+            raise rank
+    (states, losses), (others, void) = ranks
+    assert void == [0.0] * 5
+    assert np.isfinite(losses).all()
+    for state, other in zip(states, others, strict=True):
+        for name, value in state.items():
+            np.testing.assert_array_equal(value, other[name], err_msg=name)
+            assert np.isfinite(value).all()
+    assert (states[-1]['weighting.pixels'] > 0).all()

@@ -7,7 +7,13 @@ from matplotlib import colormaps
 
 from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.tables import class_table, names_and_colours, subclass_table, table_text
+from mmseg_imbalance.tables import (
+    class_table,
+    names_and_colours,
+    source_table,
+    subclass_table,
+    table_text,
+)
 
 
 def counted():
@@ -42,6 +48,25 @@ def test_a_row_of_the_table_is_a_class_and_nothing_is_cut_off(frequency):
         ['train [old]', '0', '0.000%', '0', '0.0000', '0.0000'],
     ]
     assert '2 images, 1,700,080 pixels, 0.0% ignored' in text
+
+
+def test_a_table_says_which_data_set_brings_which_class(frequency):
+    assert source_table(frequency) is None
+    names = ('道路', 'car [old]')
+    both = ClassFrequency.from_rows(
+        names,
+        [[1000, 0], [500, 20], [7, 0]],
+        [0, 0, 3],
+        ['a', 'b', 'c'],
+        repeats=[1, 1, 4],
+        sources=[0, 1, 0],
+        source_names=['Street data/[1]', 'Street data/2'],
+    )
+    text = table_text(source_table(both))
+    rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in text.splitlines() if '│' in line]
+    assert rows == [['道路', '1,028', '500'], ['car [old]', '-', '20']]
+    for part in ('Street data/[1]', 'Street data/2', '5 images', '1 images'):
+        assert part in text
 
 
 def test_a_row_of_the_table_is_a_subclass_and_a_dash_stands_for_what_is_not_known_yet():

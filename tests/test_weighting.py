@@ -1,6 +1,7 @@
 """Schemes against numbers worked out by hand and laws that hold for any counts."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -9,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
-from mmseg_imbalance.weighting import SCHEMES, class_weights, log_prior
+from mmseg_imbalance.weighting import SCHEMES, check_options, class_weights, log_prior
 
 
-def frequency(pixels, images=None, image_pixels=None):
+def frequency(pixels, images=None, image_pixels=None, dataset_images=10, ignored=0):
     images = [1] * len(pixels) if images is None else images
     names = tuple(f'class {number}' for number in range(len(pixels)))
     total = sum(pixels)
@@ -21,9 +22,9 @@ def frequency(pixels, images=None, image_pixels=None):
         pixels=pixels,
         images=[held if count else 0 for held, count in zip(images, pixels, strict=True)],
         image_pixels=image_pixels or [total if count else 0 for count in pixels],
-        ignored=0,
+        ignored=ignored,
         num_images=10,
-        dataset_images=10,
+        dataset_images=dataset_images,
     )
 
 
@@ -136,11 +137,69 @@ def test_classes_that_never_occur_get_zero_and_one_warning():
         ({'power': math.nan}, 'power=nan'),
         ({'max_ratio': 0.5}, 'max_ratio=0.5, allowed is 1 and more'),
         ({'max_ratio': math.nan}, 'max_ratio=nan'),
+        ({'beta': '0.9'}, "beta='0.9', allowed"),
+        ({'k': None}, 'k=None'),
+        ({'power': [1]}, r'power=\[1\]'),
+        ({'max_ratio': True}, 'max_ratio=True'),
     ],
 )
 def test_an_option_out_of_range_names_value_and_range(options, words):
     with pytest.raises(ValueError, match=words):
         class_weights(frequency(PIXELS), **options)
+    if 'scheme' not in options:
+        with pytest.raises(ValueError, match=words):
+            check_options(**options)
+
+
+def test_absent_classes_beside_ignored_pixels_are_asked_about():
+    with pytest.warns(
+        UserWarning, match=r'weight 0: class 1\. 4,321 pixels have the ignored label; are they'
+    ):
+        class_weights(frequency([60, 0], ignored=4321))
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+@pytest.mark.parametrize('options', [{}, {'power': 0.5}, {'max_ratio': 3.0}, {'unit': 'pixel', 'beta': 0.99}])
+def test_a_class_that_a_sample_did_not_meet_counts_as_one_pixel_in_one_image(scheme, options):
+    counted = frequency([600, 0, 100], [10, 8, 2], [1000, 0, 250], dataset_images=300, ignored=300)
+    with pytest.warns(UserWarning, match=r'not met in 10 of 300 images .*: class 1\.') as caught:
+        weights = class_weights(counted, scheme, **options)
+    assert not any('never occur' in str(warning.message) for warning in caught)
+    met = frequency([600, 1, 100], [10, 1, 2], [1000, 100, 250], ignored=300)  # 100 pixels an image
+    expected = class_weights(met, scheme, **options)
+    np.testing.assert_allclose(weights, expected)
+    assert weights[1] == weights.max()
+
+
+def test_where_all_images_were_looked_at_a_class_without_a_pixel_weighs_0():
+    with pytest.warns(UserWarning, match='never occur get weight 0: class 1'):
+        assert class_weights(frequency([600, 0, 100]))[1] == 0
+
+
+HEAVY = r'more than 100 times as much as class 0.*little data: '
+
+
+@pytest.mark.parametrize(
+    ('pixels', 'images', 'options', 'message'),
+    [
+        ([10**9, 10**4, 10**8], [500, 9, 400], {}, 'class 1 316 times, from 10,000 pixels in 9 images'),
+        ([10**8, 999], [500, 300], {}, 'class 1 316 times, from 999 pixels in 300 images'),
+        ([10**9, 10**4], [500, 10], {}, None),  # images enough
+        ([10**7, 10**4], [500, 1], {}, None),  # 32 times
+        ([10**9, 10**4], [500, 9], {'power': 0.5}, None),
+        ([10**9, 10**4], [500, 9], {'max_ratio': 100}, None),
+        ([10**7, 10**4], [500, 9], {'scheme': 'inverse_freq'}, 'class 1 1,000 times'),
+    ],
+)
+def test_a_large_weight_with_little_behind_it_is_warned_of_once(pixels, images, options, message):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        class_weights(frequency(pixels, images), **options)
+    assert len(caught) == (message is not None)
+    if message:
+        assert re.search(HEAVY + re.escape(message), str(caught[0].message))
+        assert 'max_ratio=100' in str(caught[0].message)
+        assert caught[0].filename == __file__
 
 
 def test_nothing_to_weigh_is_an_error():
@@ -153,7 +212,7 @@ schemes = st.sampled_from(SCHEMES)
 
 
 @given(counts, schemes, st.floats(0, 2), st.none() | st.floats(1, 100))
-@pytest.mark.filterwarnings('ignore:effective_num gives')
+@pytest.mark.filterwarnings('ignore:effective_num gives', 'ignore:classes weigh more than')
 def test_weights_are_positive_with_mean_one_and_never_heavier_for_more_pixels(
     pixels, scheme, power, max_ratio
 ):
@@ -167,6 +226,7 @@ def test_weights_are_positive_with_mean_one_and_never_heavier_for_more_pixels(
         assert weights.max() / weights.min() <= max_ratio * (1 + 1e-12)
 
 
+@pytest.mark.filterwarnings('ignore:classes weigh more than')
 @given(counts, st.sampled_from(sorted(set(SCHEMES) - {'effective_num'})), st.integers(2, 1000))
 def test_frequency_schemes_do_not_depend_on_the_size_of_the_data_set(pixels, scheme, times):
     small, large = frequency(pixels), frequency([count * times for count in pixels])
@@ -174,7 +234,7 @@ def test_frequency_schemes_do_not_depend_on_the_size_of_the_data_set(pixels, sch
 
 
 @given(counts, schemes, st.randoms(use_true_random=False))
-@pytest.mark.filterwarnings('ignore:effective_num gives')
+@pytest.mark.filterwarnings('ignore:effective_num gives', 'ignore:classes weigh more than')
 def test_reordered_classes_reorder_weights(pixels, scheme, random):
     order = list(range(len(pixels)))
     random.shuffle(order)

@@ -10,6 +10,7 @@ from mmseg_imbalance.version import __version__
 
 COMMANDS = {
     'class-weights': 'count the classes of a data set, compare weighting schemes, write class weights',
+    'cache': 'list the class counts that are kept, and clear them',
     'train': 'train a model of a config, on GPUs or CPU',
     'test': 'test a trained model; logit adjustment, small regions, test time augmentation',
     'compare': 'compare trained models class by class and tell differences from noise',

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.commands.options import add_cfg_options, command_parser, read_config
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.tables import class_table, table_text
+from mmseg_imbalance.tables import class_table, source_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights
 
 DESCRIPTION = """\
@@ -38,11 +38,18 @@ def _options() -> argparse.ArgumentParser:
     add('--out', metavar='FILE', help='JSON file to write')
     add('--plot', type=_chart, metavar='FILE', help='chart to write: .png, .svg or .pdf')
     add('--max-images', type=int, metavar='N', help='count a random sample of N images; default: all')
-    add('--workers', type=int, default=2, metavar='N', help='worker processes; default %(default)s')
+    add('--workers', type=int, metavar='N', help='worker processes; default: those of the train_dataloader')
     add(
         '--cache-dir',
         metavar='DIR',
         help='folder of the counts; default: $MMSEG_IMBALANCE_CACHE, else ~/.cache/mmseg_imbalance',
+    )
+    add(
+        '--label-transforms',
+        type=lambda text: [name for name in text.split(',') if name],
+        metavar='A,B',
+        help="transforms after LoadAnnotations that change what a label means; '' for none; default: those "
+        'of your own that need no image',
     )
     add_cfg_options(options)
     return options
@@ -57,16 +64,24 @@ def main(argv: list[str] | None = None) -> int:
             max_images=args.max_images,
             num_workers=args.workers,
             cache_dir=args.cache_dir,
+            label_transforms=args.label_transforms,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+        weights, said = {}, {}
+        for scheme in SCHEMES:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter('always')
+                weights[scheme] = class_weights(frequency, scheme)
+            for warning in caught:
+                said.setdefault(str(warning.message), []).append(scheme)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         options.exit(1, f'{options.prog}: {error}\n')
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        weights = {scheme: class_weights(frequency, scheme) for scheme in SCHEMES}
     # a table of this width is better scrolled than squeezed
     print(table_text(class_table(frequency, weights)))
-    for message in sorted({str(warning.message) for warning in caught}):
-        print(f'warning: {message}')
+    if (sources := source_table(frequency)) is not None:
+        print(table_text(sources))
+    for message, schemes in said.items():
+        concerned = '' if len(schemes) == len(SCHEMES) else f'{", ".join(schemes)}: '
+        print(f'warning: {concerned}{message}')
     try:
         if args.out:
             chosen = weights[args.scheme]

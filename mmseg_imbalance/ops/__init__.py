@@ -8,10 +8,11 @@ from mmseg_imbalance.ops.contract import (
     valid_pixels,
 )
 from mmseg_imbalance.ops.similarity import similarity_weight
-from mmseg_imbalance.ops.soft_stats import soft_stats
+from mmseg_imbalance.ops.soft_stats import check_arguments, soft_stats
 
 __all__ = [
     'SoftStats',
+    'check_arguments',
     'gather_from_ranks',
     'rank_and_number',
     'similarity_weight',

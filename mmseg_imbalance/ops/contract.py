@@ -80,6 +80,18 @@ def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor:
     return target != ignore_index
 
 
+def sum_dtype(like: Tensor) -> torch.dtype:
+    """What sums over pixels are added up in: float64, or float32 on a device that has none, as Apple's.
+
+    It is tried, not looked up: no list of such devices would be complete.
+    """
+    try:
+        torch.empty(0, dtype=torch.float64, device=like.device)
+    except Exception:  # a TypeError of Apple's; others may name another
+        return torch.float32
+    return torch.float64
+
+
 class _SumOverRanks(torch.autograd.Function):
     # The loss of every rank depends on the sums of all of them, so the gradients of all ranks' losses are
     # summed too; an all-reduce that passes its gradient through would leave it world_size times too small.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_imbalance.ops.contract import Options, SoftStats
+from mmseg_imbalance.ops.contract import Options, SoftStats, sum_dtype
 
 
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
@@ -17,10 +17,12 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     if o.logit_bias is not None:
         z = z + o.logit_bias.to(dtype)[:, None, None]
     valid = target != o.ignore_index  # (B, H, W)
+    # 0 times what is not finite is not 0: what lies under ignored pixels is left out, not weighed
+    z = torch.where(valid[:, None], z, 0)
     y = torch.where(valid, target, 0).long()
     m = valid.to(dtype)
     if o.pixel_weight is not None:
-        m = m * o.pixel_weight.to(dtype)
+        m = torch.where(valid, o.pixel_weight.to(dtype), 0)
     label = F.one_hot(y, z.shape[1]).movedim(3, 1)  # (B, C, H, W)
     member = label * m[:, None]
 
@@ -37,7 +39,8 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     if o.group is not None:
         ids = o.group[valid].long()
         group_count = torch.bincount(ids, minlength=o.num_groups)
-        group_nll = torch.bincount(ids, nll.detach()[:, 0][valid].double(), o.num_groups).to(dtype)
+        group_nll = nll.new_zeros(o.num_groups, dtype=sum_dtype(nll))
+        group_nll = group_nll.index_add(0, ids, nll.detach()[:, 0][valid].to(group_nll)).to(dtype)
     correct = (z.argmax(1) == y) & valid
     class_correct = class_count = None
     if o.with_recall:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_imbalance.ops.contract import valid_pixels
+from mmseg_imbalance.ops.contract import sum_dtype, valid_pixels
+from mmseg_imbalance.ops.soft_stats import check_arguments
 
 QUERY_STRIDE, KEY_STRIDE = 4, 8  # pixels of the label between two of them
 EPS = 1e-5
@@ -40,6 +41,7 @@ def similarity_weight(
 
     Args:
         logits: (B, C, h, w); resized to the label bilinearly, with ``align_corners``, where they are smaller.
+            Those that are not finite count as 0.
         target: (B, H, W) class indices or ``ignore_index``.
         ignore_index: the label of pixels that do not count; None: all count.
         threshold: above 0. Above 1 nothing is similar and every weight is 1.
@@ -52,13 +54,17 @@ def similarity_weight(
 
     Raises:
         ValueError: a threshold that is not above 0.
+        TypeError, ValueError: logits or a target of another type or shape.
 
     Source: Qiu et al. 2023, Subclassified Loss, IEEE Transactions on Intelligent Vehicles.
     """
     if not threshold > 0:
         raise ValueError(f'threshold must be above 0, got {threshold}; similarities are at most 1')
+    check_arguments(logits, target)
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # what lies under ignored pixels reaches their neighbours by the resize
+        logits = logits.nan_to_num(0, 0, 0)
         images = zip(logits.split(1), target, strict=True)
         maps = [_image_weight(z, y, threshold, ignore_index, align_corners, paper_exact) for z, y in images]
         weight = torch.stack(maps)
@@ -112,15 +118,17 @@ def count_similar(
     counts = torch.zeros(queries.shape[1], dtype=torch.int64, device=queries.device)
     if not len(query_label) or not len(key_label):
         return counts
-    q, q_square, q_label, order = _by_label_and_length(queries, query_label)
-    k, k_square, k_label, _ = _by_label_and_length(keys, key_label)
+    dtype = sum_dtype(queries)
+    q, q_square, q_label, order = _by_label_and_length(queries, query_label, dtype)
+    k, k_square, k_label, _ = _by_label_and_length(keys, key_label, dtype)
     tiles = _tiles(q_label, max(TILE_NUMBERS // len(k_label), 1))
     ends = torch.tensor(tiles, device=q.device)  # (t, 2)
 
-    q_length, k_length = q_square.double().sqrt(), k_square.double().sqrt()
+    q_length, k_length = q_square.to(dtype).sqrt(), k_square.to(dtype).sqrt()
     longest = torch.maximum(q_length.max(), k_length.max())
-    low = (threshold * q_length[ends[:, 0]] - SLACK * longest).clamp_min(0)
-    high = (q_length[ends[:, 1] - 1] / threshold).clamp_max(longest) + SLACK * longest
+    slack = longest * (8 * torch.finfo(dtype).eps * k_label.abs().max()).clamp_min(SLACK)
+    low = (threshold * q_length[ends[:, 0]] - slack).clamp_min(0)
+    high = (q_length[ends[:, 1] - 1] / threshold).clamp_max(longest) + slack
     # one number for label and length, in which no two labels come near each other
     apart = 4 * longest + torch.finfo(torch.float32).tiny
     place = apart * k_label + k_length
@@ -135,12 +143,14 @@ def count_similar(
     return counts
 
 
-def _by_label_and_length(vectors: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _by_label_and_length(
+    vectors: Tensor, label: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(n, C) vectors in the order of label and length, their squared lengths, labels and old places."""
     square = vectors.square().sum(0)
     order = square.argsort()
     order = order[label[order].argsort(stable=True)]
-    return vectors.T[order], square[order], label[order].double(), order
+    return vectors.T[order], square[order], label[order].to(dtype), order
 
 
 def _tiles(label: Tensor, most: int) -> list[tuple[int, int]]:

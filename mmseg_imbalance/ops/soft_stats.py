@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -12,6 +13,8 @@ from torch import Tensor
 from mmseg_imbalance.ops.contract import NOTHING_IGNORED, Options, SoftStats, valid_pixels
 
 BACKENDS = ('eager', 'strips', 'triton')
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def soft_stats(
@@ -44,7 +47,8 @@ def soft_stats(
     Args:
         logits: (B, C, h, w), floating point, C >= 2. Half precision is summed in float32.
         target: (B, H, W), integers in [0, C) or ``ignore_index``.
-        pixel_weight: (B, H, W), finite, >= 0; a pixel of weight k counts as k pixels. Not differentiated.
+        pixel_weight: (B, H, W), finite, >= 0 on valid pixels; a pixel of weight k counts as k pixels. Not
+            differentiated.
         ignore_index: the label of pixels that do not count; None: all count.
         logit_bias: (C,), added to the logits of every pixel. Not differentiated.
         focal_gamma: >= 0; 0 is the plain negative log-likelihood.
@@ -53,21 +57,24 @@ def soft_stats(
         backend: 'eager' (the definition), 'strips' (bounded memory, any device), 'triton' (CUDA kernels)
             or 'auto': triton for CUDA tensors where it can run, else strips.
 
+    Whatever lies under ignored pixels, NaN and infinity too, has no effect and gets a gradient of 0. In
+    smaller logits a pixel that is resized from a cell of NaN is NaN, as in torch.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range. Values of ``target``, ``group``
             and ``pixel_weight`` are checked on CPU. On a CUDA device a wrong label asserts, as it does in
             torch's own losses.
         RuntimeError: the named backend cannot run here, or not with these arguments.
     """
-    _check_shapes(logits, target, pixel_weight, group, logit_bias)
+    check_arguments(logits, target, pixel_weight, group, logit_bias)
     also = '' if ignore_index is None else f' or ignore_index={ignore_index}'
     if ignore_index is None:
         ignore_index = NOTHING_IGNORED
     limits = torch.iinfo(target.dtype)
     if not limits.min <= ignore_index <= limits.max:
         target = target.long()  # in the narrower type the comparison would wrap around
-    if not focal_gamma >= 0:
-        raise ValueError(f'focal_gamma must be at least 0, got {focal_gamma}')
+    if not 0 <= focal_gamma < math.inf:
+        raise ValueError(f'focal_gamma must be a finite number, at least 0, got {focal_gamma!r}')
     if (group is not None) != (num_groups > 0):
         raise ValueError(
             f'group and num_groups go together: num_groups is {num_groups} while group is '
@@ -120,20 +127,23 @@ def _triton() -> ModuleType | str:
         return f'Triton cannot be imported ({error})'
 
 
-def _check_shapes(
+def check_arguments(
     logits: Tensor,
     target: Tensor,
-    pixel_weight: Tensor | None,
-    group: Tensor | None,
-    logit_bias: Tensor | None,
+    pixel_weight: Tensor | None = None,
+    group: Tensor | None = None,
+    logit_bias: Tensor | None = None,
 ) -> None:
-    if logits.ndim != 4 or not logits.is_floating_point() or logits.shape[1] < 2:
+    """Raise the TypeError or ValueError of :func:`soft_stats` for types, shapes and devices."""
+    if logits.ndim != 4 or logits.dtype not in FLOATS or logits.shape[1] < 2:
         raise ValueError(
-            'logits must be floating point of shape (B, C, h, w) with C >= 2, got '
-            f'{logits.dtype} of shape {tuple(logits.shape)}'
+            'logits must be floating point (half, bfloat16, float or double) of shape (B, C, h, w) with '
+            f'C >= 2, got {logits.dtype} of shape {tuple(logits.shape)}'
         )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise TypeError(f'target must hold integer class indices, got {target.dtype}')
+    if target.dtype not in INTEGERS:
+        raise TypeError(
+            f'target must hold integer class indices (uint8 or a signed type), got {target.dtype}'
+        )
     if target.ndim != 3 or len(target) != len(logits):
         raise ValueError(
             f'target must be of shape (B, H, W) with B = {len(logits)} as in logits, got '
@@ -146,6 +156,13 @@ def _check_shapes(
             raise ValueError(
                 f'{name} must be of the shape of target {tuple(target.shape)}, got {tuple(value.shape)}'
             )
+    if logit_bias is not None and logit_bias.shape != logits.shape[1:2]:
+        raise ValueError(
+            f'logit_bias must be of shape ({logits.shape[1]},), one number per class, got '
+            f'{tuple(logit_bias.shape)}'
+        )
+    if group is not None and group.dtype not in INTEGERS:
+        raise TypeError(f'group must hold integer ids (uint8 or a signed type), got {group.dtype}')
     others = (
         ('target', target),
         ('pixel_weight', pixel_weight),
@@ -153,31 +170,31 @@ def _check_shapes(
         ('logit_bias', logit_bias),
     )
     for name, value in others:
+        if value is not None and value.is_complex():
+            raise TypeError(f'{name} must hold real numbers, got {value.dtype}')
         if value is not None and value.device != logits.device:
             raise ValueError(f'{name} must be on {logits.device} as the logits are, got {value.device}')
-    if logit_bias is not None and logit_bias.shape != logits.shape[1:2]:
-        raise ValueError(
-            f'logit_bias must be of shape ({logits.shape[1]},), one number per class, got '
-            f'{tuple(logit_bias.shape)}'
-        )
 
 
 def _check_weight(weight: Tensor, valid: Tensor) -> None:
     least, most = weight.detach().aminmax()  # of NaN, both are
     if least >= 0 and most < torch.inf:
         return
-    # what is not finite spoils the sums under ignored pixels too
-    wrong = weight.detach()[(~weight.isfinite()) | ((weight < 0) & valid)]
+    weight = weight.detach()
+    wrong = weight[valid & ~(weight.isfinite() & (weight >= 0))]
     if wrong.numel():
         found = list(dict.fromkeys(map(str, wrong.unique().tolist())))
         raise ValueError(
             f'pixel_weight holds {", ".join(found[:10])}{" and more" if len(found) > 10 else ""} on '
-            f'{wrong.numel()} pixels; allowed are finite numbers, at least 0'
+            f'{wrong.numel()} valid pixels; allowed are finite numbers, at least 0'
         )
 
 
 def _check_range(name: str, ids: Tensor, valid: Tensor, end: int, also: str) -> None:
-    bad = (ids < 0).logical_or_(ids >= end).logical_and_(valid)
+    bad = ids < 0
+    if end <= torch.iinfo(ids.dtype).max:  # beyond it the comparison would wrap around
+        bad.logical_or_(ids >= end)
+    bad.logical_and_(valid)
     if bad.any():
         found = ids[bad].unique().tolist()
         raise ValueError(

@@ -25,96 +25,28 @@ and its sum over classes divides the per-pixel factors instead, C times fewer nu
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
-from threading import Barrier
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_imbalance.ops.contract import Options, SoftStats
+from mmseg_imbalance.ops.bilinear import Axis
+from mmseg_imbalance.ops.contract import Options, SoftStats, sum_dtype
+from mmseg_imbalance.ops.threads import each
 
 # numbers in a (C, r, W) buffer of a strip: few enough for the cache, enough for Python's share to be small
 STRIP_NUMBERS = 3 << 18
 # a part keeps the source rows of its strips at full width, which are a strip's worth of memory or so
 STRIPS_PER_PART = 4
-COLUMN_BLOCK = 128
-PACKED = 2.0**26  # more than the pixels of a part; its square is exact in double
-T = TypeVar('T')
 
 
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     """See :func:`mmseg_imbalance.ops.soft_stats`."""
     return SoftStats(*_SoftStats.apply(logits, target, options))
-
-
-def _take_one_core() -> None:
-    torch.get_num_threads()  # the first use sets a thread's number to the process's: before, not after
-    torch.set_num_threads(1)
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads whose operations run on one core each; of this process, as a fork keeps no threads."""
-    pool = ThreadPoolExecutor(threads, 'soft_stats', _take_one_core)
-    started = Barrier(threads)
-    list(pool.map(lambda _: started.wait(), range(threads)))
-    torch.set_num_threads(threads)  # what a thread sets for itself is also the default of later ones
-    return pool
-
-
-def _each(function: Callable[[_Part], T], parts: list[_Part]) -> Iterator[T]:
-    """``function`` of each part, in their order; on CPU computed by as many threads as torch uses."""
-
-    @torch.no_grad()
-    def quietly(part: _Part) -> T:
-        return function(part)
-
-    threads = torch.get_num_threads()
-    if threads == 1 or len(parts) == 1 or not parts[0].logits.is_cpu:
-        return map(quietly, parts)
-    return _pool(os.getpid(), threads).map(quietly, parts)
-
-
-class _Axis(NamedTuple):
-    """Bilinear resize of one axis."""
-
-    low: list[int]  # (large,) the first of the two cells that an output lies between
-    high: list[int]  # (large,) the other one
-    matrix: Tensor  # (large, small), banded
-
-    @classmethod
-    def make(cls, small: int, large: int, align_corners: bool, like: Tensor) -> _Axis:
-        i = torch.arange(large, dtype=torch.float64)
-        if align_corners:
-            x = i * ((small - 1) / max(large - 1, 1))
-        else:
-            x = ((i + 0.5) * (small / large) - 0.5).clamp_min(0)
-        low = x.long().clamp_max(small - 1)
-        high = (low + 1).clamp_max(small - 1)
-        fraction = x - low
-        matrix = torch.zeros(large, small, dtype=torch.float64)
-        matrix.scatter_add_(1, low[:, None], 1 - fraction[:, None])
-        matrix.scatter_add_(1, high[:, None], fraction[:, None])
-        matrix = matrix.to(like.device, torch.promote_types(like.dtype, torch.float32))
-        return cls(low.tolist(), high.tolist(), matrix)
-
-    def band(self, outputs: slice) -> slice:
-        """The cells that these outputs are resized from."""
-        return slice(self.low[outputs.start], self.high[outputs.stop - 1] + 1)
-
-    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(cells, outputs, their block of the matrix), few of each."""
-        large = len(self.matrix)
-        for start in range(0, large, COLUMN_BLOCK):
-            outputs = slice(start, min(start + COLUMN_BLOCK, large))
-            cells = self.band(outputs)
-            yield cells, outputs, self.matrix[outputs, cells]
 
 
 class _Part:
@@ -129,13 +61,19 @@ class _Part:
         logits: Tensor,
         target: Tensor,
         o: Options,
-        axes: tuple[_Axis, _Axis] | None,
+        axes: tuple[Axis, Axis] | None,
+        by_matrix: bool,
         image: int,
         rows: slice,
     ) -> None:
         self.logits, self.o, self.axes, self.image, self.rows = logits.detach()[image], o, axes, image, rows
-        self.target = target[image, rows]  # (R, W)
+        self.by_matrix = by_matrix
+        # logits under ignored pixels count as 0; on CPU where they are seen to do harm, as other devices than
+        # the CPU would have to wait for the answer
+        self.masked = not logits.is_cpu
+        self.target = target[image, rows].contiguous()  # (R, W)
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        self.sum_dtype = sum_dtype(logits)
         strips = math.ceil(len(self.target) / _strip_rows(len(self.logits), target.shape[2]))
         self.step = math.ceil(len(self.target) / strips)
         if axes is not None:
@@ -146,10 +84,10 @@ class _Part:
         valid = self.target != self.o.ignore_index
         m = valid.to(self.dtype)
         if self.o.pixel_weight is not None:
-            m *= self.o.pixel_weight[self.image, self.rows]
+            m = torch.where(valid, self.o.pixel_weight[self.image, self.rows].to(m).contiguous(), 0)
         return valid, torch.where(valid, self.target, 0).long(), m
 
-    def below_top(self) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
+    def below_top(self, valid: Tensor) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
         """z - max z over the classes, (C, r, W), strip by strip, and what calculates the same once more.
 
         z: logits at label size with their bias. All strips share one buffer: fresh ones would be paged in
@@ -159,22 +97,26 @@ class _Part:
         if self.axes is not None:
             z = self._columns(self.axes[1])
         buffer = torch.empty(len(z) * self.step * width, dtype=self.dtype, device=z.device)
-        for rows in self.strips():
+        for rows, counted in zip(self.strips(), valid.split(self.step), strict=True):
             shape = (len(z), rows.stop - rows.start, width)
-            again = partial(self._below_top, z, rows, None)
-            yield self._below_top(z, rows, buffer[: math.prod(shape)].view(shape)), again
+            strip = partial(self._below_top, z, rows, counted)
+            yield strip(buffer[: math.prod(shape)].view(shape)), strip
 
-    def _below_top(self, z: Tensor, rows: slice, out: Tensor | None) -> Tensor:
+    def _below_top(self, z: Tensor, rows: slice, valid: Tensor, out: Tensor | None = None) -> Tensor:
         bias = self.o.logit_bias
-        if self.axes is not None:
+        if self.axes is not None and self.by_matrix:
             matrix, band = self.resize(rows)
             here = torch.matmul(matrix, z[:, band], out=out)
+        elif self.axes is not None:
+            here = self.axes[0].between(z, 1, rows, self.band.start)
         else:
             here = z[:, rows]
             if bias is not None:
                 here = torch.add(here, bias.to(self.dtype)[:, None, None], out=out)
             elif z.dtype != self.dtype:
                 here = here.to(self.dtype)
+        if self.masked:
+            here = here.masked_fill(~valid, 0)
         return torch.sub(here, here.amax(0), out=out)
 
     def strips(self) -> Iterator[slice]:
@@ -189,17 +131,19 @@ class _Part:
         band = slice(cells.start - self.band.start, cells.stop - self.band.start)
         return self.axes[0].matrix[rows, cells], band
 
-    def _columns(self, axis: _Axis) -> Tensor:
+    def _columns(self, axis: Axis) -> Tensor:
         """The source rows with their columns at label size, (C, k, W)."""
         small = self.logits[:, self.band].to(self.dtype)
         if self.o.logit_bias is not None:
             small = small + self.o.logit_bias.to(self.dtype)[:, None, None]
+        if not self.by_matrix:
+            return axis.between(small, 2, slice(0, self.target.shape[1]))
         columns = small.new_empty(*small.shape[:2], self.target.shape[1])
         for cells, outputs, block in axis.blocks():
             columns[:, :, outputs] = small[:, :, cells] @ block.T
         return columns
 
-    def from_columns(self, grad: Tensor, axis: _Axis) -> Tensor:
+    def from_columns(self, grad: Tensor, axis: Axis) -> Tensor:
         """The transposed resize: (C, k, W) to (C, k, w)."""
         small = grad.new_zeros(*grad.shape[:2], self.logits.shape[2])
         for cells, outputs, block in axis.blocks():
@@ -214,12 +158,14 @@ def _strip_rows(classes: int, width: int) -> int:
 def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Part]:
     """All images, each in parts of a few strips, and in enough of them for the threads."""
     (batch, height, width), (h, w) = target.shape, logits.shape[2:]
-    axes = None
+    axes, by_matrix = None, False
     if (h, w) != (height, width):
         axes = (
-            _Axis.make(h, height, o.align_corners, logits),
-            _Axis.make(w, width, o.align_corners, logits),
+            Axis.make(h, height, o.align_corners, logits),
+            Axis.make(w, width, o.align_corners, logits),
         )
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        by_matrix = logits.is_cpu and bool(logits.detach().sum(dtype=dtype).isfinite())
     strips = math.ceil(height / _strip_rows(logits.shape[1], width))
     parts = math.ceil(strips / STRIPS_PER_PART)
     if logits.is_cpu:
@@ -228,7 +174,7 @@ def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Part]:
         parts = math.ceil(max(parts, threads) / threads) * threads
     ends = [height * i // parts for i in range(min(parts, height) + 1)]
     rows = [slice(start, stop) for start, stop in pairwise(ends)]
-    return [_Part(logits, target, o, axes, b, r) for b in range(batch) for r in rows]
+    return [_Part(logits, target, o, axes, by_matrix, b, r) for b in range(batch) for r in rows]
 
 
 def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -241,15 +187,15 @@ def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
 
 def _is_first(e: Tensor, below: Tensor, total: Tensor, y: Tensor, exactly: Callable[[], Tensor]) -> Tensor:
     """Whether the largest logit, the first one among equals, is that of y, (r, W)."""
-    hit = below == 0
+    hit = (below == 0).flatten()
     # argmax is slow on CPU, so it is done only where classes share the maximum, which takes a sum of 2 at
     # least; exp makes 1 of what is close to the maximum too, so z - max z is needed again
-    near = (hit & (total >= 2)).flatten().nonzero()[:, 0]
+    near = (hit & (total >= 2).flatten()).nonzero()[:, 0]
     shared = (e.flatten(1).index_select(1, near) == 1).sum(0, dtype=torch.int32) > 1
     if shared.any():
         tied = near[shared]
-        hit.flatten()[tied] = exactly().flatten(1)[:, tied].argmax(0) == y.flatten()[tied]
-    return hit
+        hit[tied] = exactly().flatten(1)[:, tied].argmax(0) == y.flatten()[tied]
+    return hit.view_as(below)
 
 
 class _Sums(NamedTuple):
@@ -257,8 +203,9 @@ class _Sums(NamedTuple):
     prediction: Tensor  # (C,)
     correct: Tensor  # scalar
     log_prob: Tensor | None  # (C,)
-    group: Tensor | None  # (2, S): nll, count
-    recall: Tensor | None  # (2, C): correct, count
+    group_nll: Tensor | None  # (S,)
+    group_count: Tensor | None  # (S,) int64
+    recall: Tensor | None  # (2, C) int64: correct, count
 
 
 def _add(sums: list[_Sums]) -> _Sums:
@@ -269,17 +216,29 @@ def _add(sums: list[_Sums]) -> _Sums:
     return _Sums._make(total(field) for field in _Sums._fields)
 
 
+def _sum_by(ids: Tensor, number: int, dtype: torch.dtype, *values: Tensor) -> Tensor:
+    """Sums of each of the values (R, W) by ids (R, W) below ``number``, (len(values), number)."""
+    columns = 1
+    if dtype == torch.float32:  # it loses what is small beside a large sum: each column has a sum of its own
+        columns = ids.shape[1]
+        ids = ids + number * torch.arange(columns, device=ids.device)
+    sums = torch.zeros(len(values), columns * number, dtype=dtype, device=ids.device)
+    for row, numbers in zip(sums, values, strict=True):
+        row.scatter_add_(0, ids.flatten(), numbers.flatten().to(dtype))
+    return sums.view(-1, columns, number).sum(1)
+
+
 def _sums(part: _Part) -> _Sums:
-    """The sums of a part, added up in double."""
+    """The sums of a part, added up in double where the device has it."""
     o, classes = part.o, len(part.logits)
     valid, y, m = part.labels()
     below, total = torch.empty_like(m), torch.empty_like(m)  # z_y - max z; sum of exp(z - max z)
     hit = torch.empty_like(valid)
-    prediction = m.new_zeros(classes, dtype=torch.float64)
+    prediction = m.new_zeros(classes, dtype=part.sum_dtype)
     log_prob = torch.zeros_like(prediction) if o.with_log_prob else None
     by_strip = (values.split(part.step) for values in (y, m, below, total, hit))
     for (e, exactly), (e_y, e_m, e_below, e_total, e_hit) in zip(
-        part.below_top(), zip(*by_strip, strict=True), strict=True
+        part.below_top(valid), zip(*by_strip, strict=True), strict=True
     ):
         torch.gather(e, 0, e_y[None], out=e_below[None])  # exact for logits of any size
         if log_prob is not None:
@@ -294,32 +253,31 @@ def _sums(part: _Part) -> _Sums:
             e, factor = e.square_(), factor.div_(e_total)
         prediction += e.flatten(1) @ factor.flatten()
 
+    if not part.masked:
+        # under ignored pixels anything may lie, and 0 times what is not finite is not 0
+        seen = total.sum() + below.sum()
+        if not (seen if log_prob is None else seen + log_prob.sum()).isfinite():
+            part.masked = True
+            return _sums(part)
     log_total = total.log_()
     if log_prob is not None:
-        log_prob -= (m * log_total).sum(dtype=torch.float64)
+        log_prob -= (m * log_total).sum(dtype=part.sum_dtype)
     log_p = below.sub_(log_total)
     nll = -log_p
     loss = _focal(-nll, o.focal_gamma)[0] if o.focal_gamma > 0 else nll
-    correct, recall, counted = hit & valid, None, m
-    by_label = prediction.new_zeros(3, classes)
-    if o.with_recall:  # two numbers in one sum: it is the slow part
-        counted = valid.double().add_(correct, alpha=PACKED)
-    for row, values in zip(by_label, (m * loss, m * log_p.exp(), counted), strict=True):
-        row.scatter_add_(0, y.flatten(), values.flatten().double())
+    correct, recall = hit & valid, None
+    by_label = _sum_by(y, classes, part.sum_dtype, m * loss, m * log_p.exp(), m)
     if o.with_recall:
-        right = (by_label[2] / PACKED).floor_()
-        recall = torch.stack([right, by_label[2].sub_(right, alpha=PACKED)])
-        if o.pixel_weight is not None:
-            by_label[2].zero_().scatter_add_(0, y.flatten(), m.flatten().double())
-    group = None
+        right = _sum_by(y, classes, part.sum_dtype, correct)[0]
+        count = by_label[2] if o.pixel_weight is None else _sum_by(y, classes, part.sum_dtype, valid)[0]
+        recall = torch.stack([right, count]).long()
+    group_nll = group_count = None
     if o.group is not None:
         # ignored pixels are a group of their own, the last
-        ids = torch.where(valid, o.group[part.image, part.rows], o.num_groups).long().flatten()
-        group = by_label.new_zeros(2, o.num_groups + 1)
-        group[0].scatter_add_(0, ids, nll.flatten().double())
-        group[1].scatter_add_(0, ids, group.new_ones(()).expand_as(ids))
-        group = group[:, : o.num_groups]
-    return _Sums(by_label, prediction, correct.sum(), log_prob, group, recall)
+        ids = torch.where(valid, o.group[part.image, part.rows].long(), o.num_groups)
+        group = _sum_by(ids, o.num_groups + 1, part.sum_dtype, nll, torch.ones_like(nll))
+        group_nll, group_count = group[0, : o.num_groups], group[1, : o.num_groups].long()
+    return _Sums(by_label, prediction, correct.sum(), log_prob, group_nll, group_count, recall)
 
 
 class _Upstream(NamedTuple):
@@ -347,7 +305,9 @@ def _add_gradient(
     ``lift`` takes a tensor of the strip's rows to those of ``grad``.
     """
     by_nll, by_intersection = by_label
-    below = e.gather(0, y[None])[0] if part.o.focal_gamma > 0 and by_nll is not None else None
+    below = None
+    if part.o.focal_gamma > 0 and by_nll is not None:
+        below = e.gather(0, y[None])[0]
     total = e.exp_().sum(0)
     a = torch.zeros_like(m)
     if by_nll is not None:
@@ -375,7 +335,7 @@ def _add_gradient(
 def _gradient(part: _Part, g: _Upstream, grad: Tensor) -> Tensor | None:
     """Write the gradient of a part into grad (B, C, H, W) of zeros, or return that of its band, (C, k, w)."""
     g = _Upstream(*(None if rows is None else rows[part.image].to(part.dtype) for rows in g))
-    _, y, m = part.labels()
+    valid, y, m = part.labels()
     by_label = [
         None if values is None else values.index_select(0, y.flatten()).view_as(m)
         for values in (g.nll, g.intersection)
@@ -383,7 +343,7 @@ def _gradient(part: _Part, g: _Upstream, grad: Tensor) -> Tensor | None:
     columns = None
     if part.axes is not None:
         columns = grad.new_zeros(len(part.logits), part.band.stop - part.band.start, y.shape[1])  # (C, k, W)
-    for (e, _), rows in zip(part.below_top(), part.strips(), strict=True):
+    for (e, _), rows in zip(part.below_top(valid), part.strips(), strict=True):
         here = slice(rows.start - part.rows.start, rows.stop - part.rows.start)
         pixels = y[here], m[here], [None if values is None else values[here] for values in by_label]
         if columns is not None:
@@ -406,25 +366,23 @@ class _SoftStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, o):  # type: ignore[no-untyped-def]
         parts = _split(logits, target, o)
-        counted = list(_each(_sums, parts))
-        each = len(parts) // len(logits)
-        images = [_add(counted[i : i + each]) for i in range(0, len(parts), each)]
-        by_label, prediction, correct, log_prob, group, recall = (
+        counted = list(each(_sums, parts, logits.is_cpu))
+        number = len(parts) // len(logits)  # of an image
+        images = [_add(counted[i : i + number]) for i in range(0, len(parts), number)]
+        by_label, prediction, correct, log_prob, group_nll, group_count, recall = (
             None if of[0] is None else torch.stack(of) for of in zip(*images, strict=True)
         )
         ctx.save_for_backward(logits, target)
-        ctx.options = o
+        ctx.options, ctx.masked = o, any(part.masked for part in parts)
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         nll, intersection, truth = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
         log_prob = None if log_prob is None else log_prob.to(dtype)
-        group_nll = group_count = None
-        if group is not None:
-            group_nll, group_count = group.sum(0)
-            group_nll, group_count = group_nll.to(dtype, copy=True), group_count.long()
+        if group_nll is not None and group_count is not None:
+            group_nll, group_count = group_nll.sum(0).to(dtype), group_count.sum(0)
         class_correct = class_count = None
         if recall is not None:
-            class_correct, class_count = (numbers.long() for numbers in recall.unbind(1))
+            class_correct, class_count = (numbers.clone() for numbers in recall.unbind(1))
         fixed = (truth, correct, group_nll, group_count, class_correct, class_count)
         ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
         return nll, intersection, prediction.to(dtype), truth, correct, log_prob, *fixed[2:]
@@ -436,12 +394,14 @@ class _SoftStats(torch.autograd.Function):
         upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob)
         with torch.autocast(logits.device.type, enabled=False):
             parts = _split(logits, target, ctx.options)
+            for part in parts:
+                part.masked = ctx.masked
             if parts[0].axes is None:
                 grad = logits.new_zeros(logits.shape)
             else:
                 grad = logits.new_zeros(logits.shape, dtype=parts[0].dtype)
             # all of them first: OpenMP's threads, once woken for a sum, keep a core busy for a while
-            bands = list(_each(lambda part: _gradient(part, upstream, grad), parts))
+            bands = list(each(lambda part: _gradient(part, upstream, grad), parts, logits.is_cpu))
             for part, band in zip(parts, bands, strict=True):
                 if band is not None:
                     grad[part.image, :, part.band] += band

@@ -5,7 +5,8 @@ along the pixels. Up to 20 classes are one thread's own, so that softmax needs n
 constant the compiler drops the classes that fill it up to a power of two.
 
 From small logits, the label rows between two source rows are a *band*: both source rows are resized to the
-label's columns once, and a row of the band is upper + part (lower - upper).
+label's columns once, and a row of the band is upper + part (lower - upper). What lies beyond the last source
+row is a band too, of that row alone.
 
 Forward: sums by label are products with the one-hot tile, kept in registers and written once per program;
 torch adds up the programs in double. Group ids are split into two digits: one-hot (S, P) of the high one
@@ -24,8 +25,7 @@ adds up the rows of each column by their weights, and multiplies by the columns'
 """
 
 import math
-import os
-import shutil
+import warnings
 from functools import lru_cache
 
 import torch
@@ -76,9 +76,29 @@ def _why_not_on(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f'its kernels need compute capability 8.0 and {device} has {major}.{minor}'
-    if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
-        return 'Triton needs a C compiler to start a kernel and finds none; install gcc or name one in CC'
+    try:
+        _start_a_kernel(device)
+    except Exception as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
+        warnings.warn(
+            f"Triton cannot start a kernel on {device} ({reason}), so backend='auto' takes 'strips', which "
+            "is slower. Install a C compiler, such as gcc, and Python's headers, such as python3-dev",
+            stacklevel=2,
+        )
+        return f'Triton cannot start a kernel on {device} ({reason})'
     return None
+
+
+@triton.jit
+def _first_kernel(x):
+    tl.store(x, 0.0)
+
+
+def _start_a_kernel(device: torch.device) -> None:
+    """Raises, whatever it is, where Triton finds no C compiler or no headers of Python to build it with."""
+    x = torch.empty(1, device=device)
+    with torch.cuda.device_of(x):
+        _first_kernel[(1,)](x)
 
 
 @triton.jit
@@ -118,27 +138,31 @@ def _cells_of(column, w, scale, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_row(row, bias, c, cell, stride_class, stride_column, C: tl.constexpr):
-    """Logits of one row with their bias, (BLOCK_C, P)."""
+def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.constexpr):
+    """Logits of one row with their bias, (BLOCK_C, P); nothing but the bias where a cell is not used."""
     at = row + c.to(tl.int64)[:, None] * stride_class + (cell * stride_column)[None, :]
     # Which axis goes along the lanes depends on the version of Triton where none is known to be contiguous.
     # As nothing is known of the alignment either, no other conclusion is drawn from this.
     at = tl.max_contiguous(at, [1, 2])
-    z = tl.load(at, mask=c[:, None] < C, other=0.0).to(tl.float32)
+    z = tl.load(at, mask=(c[:, None] < C) & used[None, :], other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
     return z
 
 
 @triton.jit
-def _load_band(row, bias, c, cell, part, stride_class, stride_row, stride_column, C: tl.constexpr):
-    """A source row at the label's columns, and what the next one adds to it, (BLOCK_C, P) each."""
+def _load_band(row, bias, c, cell, part, from_part, stride_class, step, stride_column, C: tl.constexpr):
+    """A source row at the label's columns, and what the one a step on adds to it, (BLOCK_C, P) each."""
+    below = row + step
+    # 0 times what is not finite is not 0: beyond the last cell nothing is taken of the one before it, and
+    # where columns are not resized nothing of a neighbour; elsewhere it is, as in torch
+    used, next_used = part < 1, part > from_part
     part = part[None, :]
-    below = row + stride_row
-    upper = _load_row(row, bias, c, cell, stride_class, stride_column, C) * (1 - part)
-    upper += _load_row(row + stride_column, bias, c, cell, stride_class, stride_column, C) * part
-    lower = _load_row(below, bias, c, cell, stride_class, stride_column, C) * (1 - part)
-    lower += _load_row(below + stride_column, bias, c, cell, stride_class, stride_column, C) * part
+    beside, beside_below = row + stride_column, below + stride_column
+    upper = _load_row(row, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
+    upper += _load_row(beside, bias, c, cell, next_used, stride_class, stride_column, C) * part
+    lower = _load_row(below, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
+    lower += _load_row(beside_below, bias, c, cell, next_used, stride_class, stride_column, C) * part
     return upper, lower - upper
 
 
@@ -161,12 +185,12 @@ def _exp(x):
 
 
 @triton.jit
-def _softmax(z, c, C: tl.constexpr):
-    """max z, exp(z - max z) and its sum."""
-    z = tl.where(c[:, None] < C, z, float('-inf'))
-    top = tl.max(z, 0)
+def _softmax(z, c, y, C: tl.constexpr):
+    """Logits z, 0 where a pixel does not count, max z, exp(z - max z) and its sum."""
+    z = tl.where(y[None, :] < 0, 0.0, z)  # 0 times what is not finite is not 0
+    top = tl.max(tl.where(c[:, None] < C, z, float('-inf')), 0)
     e = tl.where(c[:, None] < C, _exp(z - top[None, :]), 0.0)
-    return top, e, tl.sum(e, 0)
+    return z, top, e, tl.sum(e, 0)
 
 
 @triton.jit
@@ -242,18 +266,20 @@ def _forward_kernel(
         row, stop = band, band + 1
         if RESIZE:
             row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
+            step = tl.where((band < h - 1) & (h != height), stride_row, 0)
+            from_part = tl.where(w == width, 0.0, -1.0)
             upper, change = _load_band(
-                source, bias, c, cell, part, stride_class, stride_row, stride_column, C
+                source, bias, c, cell, part, from_part, stride_class, step, stride_column, C
             )
         while row < stop:
             if RESIZE:
                 z = upper + _row_part(row, band, row_scale, h, ALIGN) * change
             else:
-                z = _load_row(source, bias, c, cell, stride_class, stride_column, C)
+                z = _load_row(source, bias, c, cell, inside, stride_class, stride_column, C)
             pixel = (image * height + row) * width + column
             y, m, strange = _load_labels(target, weight, pixel, inside, C, IGNORE)
             wrong |= strange.to(tl.int32)
-            top, e, total = _softmax(z, c, C)
+            z, top, e, total = _softmax(z, c, y, C)
             member = (c[:, None] == y[None, :]) & (c[:, None] < C)
             below, plain, miss = _log_loss(z, top, e, total, member, y, FOCAL)
 
@@ -328,7 +354,7 @@ def _gradient(
     C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the logits of P pixels, (BLOCK_C, P); the formula heads this file."""
-    top, e, total = _softmax(z, c, C)
+    z, top, e, total = _softmax(z, c, y, C)
     member = (c[:, None] == y[None, :]) & (c[:, None] < C)
     below, nll, miss = _log_loss(z, top, e, total, member, y, FOCAL)
     p = e * (1 / total)[None, :]
@@ -399,8 +425,10 @@ def _backward_kernel(
             while band < last:
                 source = logits + band.to(tl.int64) * stride_row
                 row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
+                step = tl.where((band < h - 1) & (h != height), stride_row, 0)
+                from_part = tl.where(w == width, 0.0, -1.0)
                 upper, change = _load_band(
-                    source, bias, c, cell, part, stride_class, stride_row, stride_column, C
+                    source, bias, c, cell, part, from_part, stride_class, step, stride_column, C
                 )
                 while row < stop:
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
@@ -435,7 +463,7 @@ def _backward_kernel(
         last = tl.minimum(row + bands_each, bands)
         while row < last:
             z = _load_row(
-                logits + row.to(tl.int64) * stride_row, bias, c, cell, stride_class, stride_column, C
+                logits + row.to(tl.int64) * stride_row, bias, c, cell, inside, stride_class, stride_column, C
             )
             pixel = (image * height + row) * width + column
             y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
@@ -473,14 +501,12 @@ class _Launch:
         warps = max(4, class_warps)
         self.pixels = 32 * warps // class_warps
         chunks = triton.cdiv(width, self.pixels)
-        bands = max(h - 1, 1) if self.resize else height
+        bands = h if self.resize else height
         bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
         self.grid = (chunks, triton.cdiv(bands, bands_each), batch)
         stride_image, stride_class, stride_row, stride_column = logits.stride()
-        if h == 1:
-            stride_row = 0  # the only cell of an axis is its own neighbour
         if w == 1:
-            stride_column = 0
+            stride_column = 0  # the only cell of a row is its own neighbour
         self.arguments = dict(
             stride_image=stride_image, stride_class=stride_class,
             stride_row=stride_row, stride_column=stride_column,

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from mmseg_imbalance.fonts import fonts_for
 from mmseg_imbalance.reports.comparison import Comparison, Group
 from mmseg_imbalance.reports.sheets import Sheet, explanation, sheets
 
@@ -45,9 +46,11 @@ def page(comparison: Comparison) -> tuple[str, bytes]:
     lines += [f'<title>Comparison of runs</title><style>{STYLE}</style></head><body>']
     lines += ['<h1>Comparison of runs</h1>', *(f'<p>{escape(line)}</p>' for line in explanation(comparison))]
     pictures = []
+    names = [*comparison.classes, *(group.label for group in comparison.groups)]
     for title, caption, draw in _plots(comparison):
         file = BytesIO()
-        draw(comparison).savefig(file, dpi=150)
+        with fonts_for(names):
+            draw(comparison).savefig(file, dpi=150)
         pictures.append(file.getvalue())
         source = b64encode(pictures[-1]).decode()
         lines += [f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{source}">']

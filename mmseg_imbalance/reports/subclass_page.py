@@ -16,6 +16,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image
 
 from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.ignored_label import give_ignored_label, label_of_evaluation
 from mmseg_imbalance.plots import draw_subclasses, subclass_colours
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
 from mmseg_imbalance.tables import names_and_colours
@@ -48,6 +49,7 @@ figure img { display: block; width: 100%; border: 1px solid var(--line); border-
 def load(cfg, config, checkpoint_path):
     """The model in evaluation mode, its losses by name, the validation data set, and the checkpoint."""
     model = MODELS.build(cfg.model).to(get_device()).eval()
+    give_ignored_label(model, label_of_evaluation(cfg))
     losses = find_subclassified(model)
     checkpoint = CheckpointLoader.load_checkpoint(checkpoint_path, map_location='cpu')
     expected, found = model.state_dict(), checkpoint.get('state_dict', {})

@@ -303,7 +303,7 @@ def _class_pixels(home: Path, scores: dict | None) -> dict[str, int]:
     if scores is not None and len(scores['pixels']):
         return dict(zip(scores['classes'].tolist(), scores['pixels'].tolist(), strict=True))
     try:  # of ClassWeightHook
-        record = json.loads((home / 'class_weights.json').read_text())
+        record = json.loads((home / 'class_weights.json').read_text(encoding='utf-8'))
         return dict(zip(record['classes'], record['pixels'], strict=True))
     except (OSError, ValueError, KeyError, TypeError):
         return {}

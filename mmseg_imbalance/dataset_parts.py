@@ -1,0 +1,78 @@
+"""The innermost data sets of a wrapped one, and how often each of their rows occurs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ['Part', 'part_repeats', 'part_rows', 'part_starts']
+
+
+class Part(NamedTuple):
+    """An innermost data set, and the MultiImageMixDatasets around it: their pipelines come after its own."""
+
+    dataset: Any
+    mixers: tuple[Any, ...]
+
+    def pipeline(self) -> list[Any]:
+        """The transforms that its images go through, those of sequences of transforms one by one."""
+        transforms = list(self.dataset.pipeline.transforms)
+        for mixer in self.mixers:
+            kinds = zip(mixer.pipeline, mixer.pipeline_types, strict=True)
+            transforms += [step for step, kind in kinds if kind not in (mixer._skip_type_keys or ())]
+        return [each for step in transforms for each in _flat(step)]
+
+
+def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.ndarray]:
+    """How often a possibly wrapped data set has each row of each of its parts, (rows,) int64."""
+    dataset.full_init()
+    if hasattr(dataset, 'datasets'):  # ConcatDataset
+        found: dict[Part, np.ndarray] = {}
+        for inner in dataset.datasets:
+            for part, times in part_repeats(inner, mixers).items():
+                found[part] = found[part] + times if part in found else times
+        return found
+    if not hasattr(dataset, 'dataset'):
+        return {Part(dataset, mixers): np.ones(len(dataset), dtype=np.int64)}
+    if hasattr(dataset, 'pipeline'):  # MultiImageMixDataset
+        mixers = (dataset, *mixers)
+    found = part_repeats(dataset.dataset, mixers)
+    if hasattr(dataset, 'repeat_indices'):  # ClassBalancedDataset
+        starts, size = part_starts(found)
+        chosen = part_rows(dataset.dataset, starts, mixers)[
+            np.asarray(dataset.repeat_indices, dtype=np.int64)
+        ]
+        times = np.bincount(chosen, minlength=size)
+        return {part: times[starts[part] : starts[part] + len(rows)] for part, rows in found.items()}
+    return {part: times * getattr(dataset, 'times', 1) for part, times in found.items()}  # RepeatDataset
+
+
+def part_starts(repeats: dict[Part, np.ndarray]) -> tuple[dict[Part, int], int]:
+    """Where the rows of each part start when all are numbered through, and how many there are."""
+    ends = np.cumsum([0, *map(len, repeats.values())]).tolist()
+    return dict(zip(repeats, ends, strict=False)), ends[-1]
+
+
+def part_rows(dataset: Any, starts: dict[Part, int], mixers: tuple[Any, ...] = ()) -> np.ndarray:
+    """(len(dataset),) int64: the number of the row that each index is, numbered through as in `starts`."""
+    if hasattr(dataset, 'datasets'):
+        return np.concatenate([part_rows(inner, starts, mixers) for inner in dataset.datasets])
+    if not hasattr(dataset, 'dataset'):
+        start = starts[Part(dataset, mixers)]
+        return np.arange(start, start + len(dataset), dtype=np.int64)
+    if hasattr(dataset, 'pipeline'):
+        mixers = (dataset, *mixers)
+    rows = part_rows(dataset.dataset, starts, mixers)
+    if hasattr(dataset, 'repeat_indices'):
+        return rows[np.asarray(dataset.repeat_indices, dtype=np.int64)]
+    return np.tile(rows, getattr(dataset, 'times', 1))
+
+
+def _flat(step: Any) -> Iterator[Any]:
+    if type(step).__name__ == 'Compose' and type(step).__module__.startswith(('mmcv.', 'mmengine.')):
+        for each in step.transforms:
+            yield from _flat(each)
+    else:
+        yield step

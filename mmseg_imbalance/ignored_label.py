@@ -1,0 +1,269 @@
+"""The one label of a run that is no class: who says which it is, and who follows.
+
+The training data sets and the decode heads say it. 255 is MMSegmentation's default everywhere, so 255 says
+nothing: whatever has it follows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    'UNSAID',
+    'current_config',
+    'decode_heads',
+    'follow_ignored_label',
+    'give_ignored_label',
+    'ignored_label',
+    'label_of_evaluation',
+    'pass_on_ignored_label',
+]
+
+UNSAID = 255
+OPTIONS = ('ignore_index', 'ignore_label', 'seg_pad_val')  # of heads, of losses, of the data preprocessor
+OWN_LABELS = 'STDCHead'  # this one makes labels of edges from those of the data
+
+
+def ignored_label(dataset: Any = None, heads: Iterable[Any] = ()) -> int:
+    """The label that is no class: what the data set or the heads say, 255 if none does.
+
+    Args:
+        dataset: a data set, also a wrapped one, or its config; None: not known.
+        heads: decode heads, or their configs.
+
+    Raises:
+        ValueError: they say different labels.
+    """
+    said: dict[str, int] = {}
+    for speaker in [*map(_unread, _innermost(dataset)), *heads]:
+        label = _part(speaker, 'ignore_index')
+        if label not in (None, UNSAID):
+            said[f'ignore_index={label} of {_name(speaker)}'] = label
+    if len(set(said.values())) > 1:
+        raise ValueError(
+            f'one label is no class, but there are {" and ".join(said)}. Give the same ignore_index to all '
+            'data sets and heads, or to one of them alone: what is left at 255 follows'
+        )
+    return next(iter(said.values()), UNSAID)
+
+
+def decode_heads(model: Any) -> list[Any]:
+    """The decode heads of a model or of its config, several of a cascade.
+
+    A model without ``decode_head`` has those modules that have losses.
+    """
+    model = _unwrapped(model)
+    heads = _part(model, 'decode_head')
+    if heads is None:
+        return _heads(model) if isinstance(model, nn.Module) else []
+    return list(heads) if isinstance(heads, list | tuple | nn.ModuleList) else [heads]
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """All modules with losses, auxiliary ones too, that look at the labels of the data."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, 'loss_decode', None), nn.Module) and not _has_own_labels(module)
+    ]
+
+
+def _has_own_labels(module: nn.Module) -> bool:
+    return any(kind.__name__ == OWN_LABELS for kind in type(module).__mro__)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model, or its config, without wrappers of ranks and of test time augmentation."""
+    while (inner := _part(model, 'module')) is not None:
+        model = inner
+    return model
+
+
+def _part(thing: Any, name: str) -> Any:
+    return thing.get(name) if isinstance(thing, dict) else getattr(thing, name, None)
+
+
+def _name(thing: Any) -> str:
+    kind = thing.get('type') if isinstance(thing, dict) else type(thing)
+    return getattr(kind, '__name__', str(kind))
+
+
+def _innermost(dataset: Any) -> Iterator[Any]:
+    """The data sets inside ConcatDataset, RepeatDataset and others, or their configs."""
+    if (several := _part(dataset, 'datasets')) is not None:
+        for each in several:
+            yield from _innermost(each)
+    elif (inner := _part(dataset, 'dataset')) is not None:
+        yield from _innermost(inner)
+    elif dataset is not None:
+        yield dataset
+
+
+def _unread(dataset: Any) -> Any:
+    """Of a config the data set, which has read nothing yet: its class may have a default of its own."""
+    if not isinstance(dataset, dict) or 'ignore_index' in dataset:
+        return dataset
+    from mmseg_imbalance.registry import DATASETS
+
+    try:
+        return DATASETS.build(dict(dataset, lazy_init=True, pipeline=[]))
+    except Exception:  # one that takes no such options, or looks for its files at once
+        return dataset
+
+
+def current_config() -> Any:
+    """The config of the runner that was made last; None if there is none."""
+    from mmengine.config import Config
+    from mmengine.logging import MessageHub
+
+    text = MessageHub.get_current_instance().get_info('cfg')
+    return Config.fromstring(text, '.py') if text else None
+
+
+def label_of_evaluation(config: Any) -> int:
+    """The label that is no class in the validation or test that runs now.
+
+    It is that of the data set evaluated if this says one, else that of training.
+
+    Args:
+        config: of the run; an empty one: not known.
+    """
+    from mmengine.logging import MessageHub
+
+    stage = MessageHub.get_current_instance().get_info('loop_stage')
+    evaluated, training = (config.get(f'{name}_dataloader') or {} for name in (stage, 'train'))
+    label = ignored_label(evaluated.get('dataset'))
+    if label == UNSAID:
+        label = ignored_label(training.get('dataset'), decode_heads(config.get('model')))
+    return label
+
+
+def give_ignored_label(model: nn.Module, label: int) -> list[str]:
+    """Let what is left at 255 in a model ignore the label: heads, losses of their own mind, padding.
+
+    Returns:
+        Names of what has changed.
+    """
+    changed = []
+    for name, module in _unwrapped(model).named_modules():
+        if _has_own_labels(module):
+            continue
+        for option in OPTIONS:
+            value = getattr(module, option, None)
+            if isinstance(value, int) and value == UNSAID != label:
+                setattr(module, option, label)
+                changed.append(f'{name}.{option}')
+        pass_on_ignored_label(module)
+    return changed
+
+
+def pass_on_ignored_label(head: nn.Module) -> None:
+    """Tell the losses of a head its ``ignore_index`` where the head itself does not (DDRHead, PIDHead)."""
+    losses = getattr(head, 'loss_decode', None)
+    if not isinstance(losses, nn.Module) or not hasattr(head, 'ignore_index'):
+        return
+    for loss in losses if isinstance(losses, nn.ModuleList) else [losses]:
+        names = list(inspect.signature(loss.forward).parameters)
+        told = any(getattr(hook, 'func', None) is _tell for hook in loss._forward_pre_hooks.values())
+        if 'ignore_index' in names and not told:
+            hook = partial(_tell, head, names.index('ignore_index'))
+            loss.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _tell(head: Any, position: int, loss: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    if len(args) <= position and 'ignore_index' not in kwargs:
+        kwargs = dict(kwargs, ignore_index=head.ignore_index)
+    return args, kwargs
+
+
+def follow_ignored_label(runner: Any) -> None:
+    """Before training, let all of a run ignore the label that its data sets or decode heads say.
+
+    Raises:
+        ValueError: a data set, a head, the sampler or a metric says another one.
+    """
+    dataset = runner.train_dataloader.dataset
+    model = _unwrapped(runner.model)
+    label = ignored_label(dataset, decode_heads(model))
+    if changed := give_ignored_label(model, label):
+        message = f'the label that is no class is {label}; it is set in {", ".join(changed)}'
+        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
+        if label < len(classes):
+            runner.logger.warning(f'{message}. So {classes[label]!r} is not trained')
+        else:
+            runner.logger.info(message)
+    if label != UNSAID:
+        ignored_label(dataset, _heads(model))  # auxiliary heads say nothing, but they may not say another
+        filling = sorted({_name(step) for step in _transforms(dataset) if _fills_with_255(step)})
+        if filling:
+            runner.logger.warning(
+                f'{", ".join(filling)} may fill labels with 255, but the label that is no class is {label}. '
+                f'Give seg_pad_val={label}, or pad_val=dict(img=0, seg={label}), to these transforms'
+            )
+    _check_sampler(getattr(runner.train_dataloader, 'sampler', None), label)
+    if getattr(runner.val_loop, 'evaluator', None) is not None:
+        _check_metrics(runner, label)
+
+
+def _transforms(dataset: Any) -> Iterator[Any]:
+    """Those of a data set and of the data sets inside, also inside of others."""
+    if dataset is None:
+        return
+    for inner in [*(getattr(dataset, 'datasets', None) or ()), getattr(dataset, 'dataset', None)]:
+        yield from _transforms(inner)
+    steps = list(_steps(getattr(dataset, 'pipeline', None)))
+    while steps:
+        step = steps.pop()
+        yield step
+        steps += _steps(step)
+
+
+def _steps(pipeline: Any) -> list[Any]:
+    steps = getattr(pipeline, 'transforms', pipeline)
+    return list(steps) if isinstance(steps, list | tuple) else []
+
+
+def _fills_with_255(step: Any) -> bool:
+    padding = getattr(step, 'pad_val', None)
+    of_labels = [getattr(step, name, None) for name in ('seg_pad_val', 'seg_fill_in')]
+    return UNSAID in [*of_labels, padding.get('seg') if isinstance(padding, dict) else None]
+
+
+def _check_sampler(sampler: Any, label: int) -> None:
+    """RareClassSampler is made before the model and has counted already."""
+    counted = getattr(sampler, 'ignore_index', None)  # a label, or those of several data sets
+    if counted is None:
+        return
+    said = set(counted if isinstance(counted, tuple) else [counted]) - {UNSAID} or {UNSAID}
+    if said != {label}:
+        raise ValueError(
+            f'{type(sampler).__name__} has counted the classes with ignore_index={counted}, but training '
+            f'ignores {label}. Give ignore_index={label} to it or to the data set in train_dataloader'
+        )
+
+
+def _check_metrics(runner: Any, label: int) -> None:
+    """One of this package follows unless it is told a label; MMSegmentation's cannot."""
+    evaluated = ignored_label(runner.val_loop.dataloader.dataset)
+    expected = label if evaluated == UNSAID else evaluated
+    for metric in runner.val_loop.evaluator.metrics:
+        own = getattr(metric, 'ignore_index', None)
+        if own is None and hasattr(metric, 'expect'):
+            metric.ignore_index = expected
+        if own in (None, expected):
+            continue
+        message = (
+            f'{type(metric).__name__} in val_evaluator has ignore_index={own}, but training and validation '
+            f'data ignore {expected}. Give it ignore_index={expected}; ClassIoUMetric and ImbalanceIoUMetric '
+            'find it by themselves'
+        )
+        classes = (metric.dataset_meta or {}).get('classes') or ()
+        if expected == UNSAID and 0 <= own < len(classes):  # some leave the background out of the numbers
+            runner.logger.warning(f'{message}. Predictions on pixels of {classes[own]!r} count nowhere')
+        else:
+            raise ValueError(message)

@@ -1,0 +1,227 @@
+"""The pixels of each class in an annotation, as training sees them, or why they cannot be counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmseg_imbalance.annotations import Annotation, option_naming
+from mmseg_imbalance.label_files import decode, lossy_file, reading, value_counts, whole_numbers
+from mmseg_imbalance.label_steps import LabelSteps, loads_images, names
+
+__all__ = ['Note', 'PixelCount', 'count_pixels', 'not_run', 'notes_text', 'one_class_alone']
+
+
+class Note(NamedTuple):
+    """What is unusual about a file and yet counted, in words that are the same for other files."""
+
+    text: str
+    pixels: int  # how many of the file it is about
+
+
+class PixelCount(NamedTuple):
+    """Pixels of each class, (C,) int64, ignored pixels, and notes on one annotation."""
+
+    pixels: np.ndarray
+    ignored: int
+    notes: tuple[Note, ...] = ()
+
+
+def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
+    """The pixels of each class in one annotation, labelled as training sees them.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it cannot be read or used, or holds labels that are neither classes nor ignored.
+    """
+    steps, table, path = annotation.steps, annotation.table, annotation.path
+    info = annotation.dataset.get_data_info(annotation.row)
+    notes: list[Note] = []
+    if table is None:
+        lossy = lossy_file(str(info.get('seg_map_path')))
+        results = steps.loaded(info, path)
+    else:
+        with reading(path):
+            raw, lossy = decode(path, steps.load[0])
+        raw = raw.squeeze()
+        if not steps.change:
+            _refuse_lossy(lossy, path, steps)
+            _check_array(raw, path, colours=raw.ndim > 2)
+        values, pixels = value_counts(raw)
+        whole = whole_numbers(values, path)
+        cast = _as_bytes(values)
+        if not steps.change:
+            return _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
+        changed = np.flatnonzero(cast != whole)
+        ignored = annotation.ignore_index
+        notes += [_cast_note(whole[at], table[cast[at]], pixels[at], ignored) for at in changed]
+        fields = [*info.get('seg_fields', ()), 'gt_seg_map']
+        results = {**info, 'gt_seg_map': table[_as_bytes(raw)], 'seg_fields': fields}
+    failed = names(steps.load[-1:])
+    if results is not None:
+        results, failed = steps.changed(results, path)
+    if results is None:
+        dropped = Note(
+            f'{failed[0]} returns None, so training takes another image and this counts nothing', 0
+        )
+        return PixelCount(np.zeros(num_classes, dtype=np.int64), 0, (dropped,))
+    labels = np.asarray(results['gt_seg_map'])
+    channels = labels.squeeze().shape[2:]
+    _check_array(labels, path, colours=loads_images(steps) and channels in ((2,), (3,), (4,)))
+    if lossy:
+        text = f'a {lossy} file does not keep labels, and transforms of your own must restore them'
+        notes.append(Note(text, labels.size))
+    text = 'fails on some labels, without the image, and is left out there unless label_transforms names it'
+    notes += [Note(f'{name} {text}', labels.size) for name in failed]
+    values, pixels = value_counts(labels)
+    whole = whole_numbers(values, path)
+    counted = _tally(annotation, num_classes, whole, whole, pixels, np.zeros(len(whole), dtype=bool), lossy)
+    return counted._replace(notes=(*notes, *counted.notes))
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    """What MMSegmentation's loader makes of values, a byte each."""
+    with np.errstate(invalid='ignore'):
+        return values.astype(np.uint8)
+
+
+def _check_array(labels: np.ndarray, path: str, colours: bool) -> None:
+    if colours:
+        grey = labels[..., :3] if labels.shape[-1] > 2 else labels[..., :1]  # without transparency
+        same = ' Its channels are the same here: save one of them.' if (grey == grey[..., :1]).all() else ''
+        raise ValueError(
+            f'{path}: shape {labels.shape}, but a label image has one channel of class '
+            f"indices. Convert colours to indices; imdecode_backend='pillow' keeps a palette's.{same}"
+        )
+    if labels.dtype.kind not in 'biuf':
+        raise ValueError(f'{path}: gt_seg_map must hold numbers, got an array of {labels.dtype}')
+    if labels.squeeze().ndim > 3:
+        raise ValueError(
+            f'{path}: gt_seg_map has the shape {labels.shape}, allowed are (H, W) and volumes (Z, H, W), of '
+            'class indices, with at most one channel.'
+        )
+
+
+def _refuse_lossy(lossy: str, path: str, steps: LabelSteps) -> None:
+    if lossy:
+        raise ValueError(
+            f'{path}: a label image saved as {lossy}, whatever its name ends with. This compression changes '
+            'values, so at the edges of objects there are labels that nobody has drawn: '
+            'numpy.unique(numpy.array(PIL.Image.open(PATH))) shows them. Save the labels anew as PNG from '
+            'where they were drawn; changing the format of this file keeps the wrong labels. If only two '
+            'values were meant, a threshold restores them, also in a transform of your own after '
+            f'LoadAnnotations.{not_run(steps)}'
+        )
+
+
+def not_run(steps: LabelSteps) -> str:
+    """What to do about transforms that may mend the labels and that counting has left out."""
+    if not steps.left_out:
+        return ''
+    listed, option = ', '.join(steps.left_out), option_naming(steps.left_out)
+    return f' Counting did not run {listed}: if the labels are mended there, write {option}.'
+
+
+def _cast_note(value: int, label: int, pixels: int, ignore_index: int) -> Note:
+    what = f'{label}, ignored,' if label == ignore_index else label
+    text = f'{value} in the file is {what} for training, as LoadAnnotations keeps one byte of a value'
+    return Note(text, int(pixels))
+
+
+def notes_text(notes: Iterable[Note]) -> str:
+    """One message about the notes on all files, or ''."""
+    files: Counter[str] = Counter()
+    pixels: Counter[str] = Counter()
+    for note in notes:
+        files[note.text] += 1
+        pixels[note.text] += note.pixels
+    listed = '; '.join(f'{text} ({files[text]:,} files, {pixels[text]:,} pixels)' for text in files)
+    return listed and f'labels are counted as training sees them, which may not be what is meant: {listed}.'
+
+
+def _tally(
+    annotation: Annotation,
+    num_classes: int,
+    values: np.ndarray,
+    labels: np.ndarray,
+    pixels: np.ndarray,
+    changed: np.ndarray,
+    lossy: str = '',
+) -> PixelCount:
+    """Counts from the values of a file, (n,) each: label, pixels, whether the cast to a byte changes it."""
+    labels = labels.astype(np.int64)
+    ignored = labels == annotation.ignore_index
+    refused = ~ignored & (changed | ~np.isin(labels, np.arange(num_classes)))
+    if refused.any():
+        found = zip(values[refused], labels[refused], pixels[refused], strict=True)
+        listed = [f'{value} -> {label}: {count} pixels' for value, label, count in found]
+        causes = _causes(annotation, num_classes, values, labels, refused, changed, lossy)
+        raise ValueError(
+            f'{annotation.path}: labels out of range, value in the file -> label: '
+            f'{", ".join(listed[:20])}. Allowed are 0 to {num_classes - 1} and ignore_index '
+            f'{annotation.ignore_index}; the file holds {values[:50].tolist()}. '
+            f'{causes}{not_run(annotation.steps)}'
+        )
+    counts = np.zeros(num_classes, dtype=np.int64)
+    np.add.at(counts, labels[~ignored], pixels[~ignored])
+    at_changed = zip(values[changed], labels[changed], pixels[changed], strict=True)
+    notes = [_cast_note(*each, annotation.ignore_index) for each in at_changed]
+    return PixelCount(counts, int(pixels[ignored].sum()), tuple(notes))
+
+
+def _causes(
+    annotation: Annotation,
+    num_classes: int,
+    values: np.ndarray,
+    labels: np.ndarray,
+    refused: np.ndarray,
+    changed: np.ndarray,
+    lossy: str,
+) -> str:
+    """The likely cause of labels that are out of range, and the remedy."""
+    if lossy:
+        return (
+            f'It is a {lossy} file, a compression that changes values. Save labels as PNG, or restore the '
+            'values in the transform that loads them.'
+        )
+    if (refused & changed).any():
+        return (
+            "MMSegmentation's LoadAnnotations keeps one byte of a value, so training would see other labels "
+            'than the file holds. Save labels from 0 to 255, and ignore_index where there is none.'
+        )
+    drawn = np.unique(values[labels != annotation.ignore_index])
+    if num_classes == 1 and len(drawn) < 3:
+        return f'Likely cause: two values and one class. {_two_classes(annotation.dataset)}'
+    if drawn.max() >= max(100, 3 * num_classes) and np.diff(drawn).min(initial=256) >= 10:
+        return (
+            'Likely cause: masks scaled for viewing, or made of colours, whose values are spread over the '
+            f'byte. Map the values of all files to 0 to {num_classes - 1}: values = '
+            f'{np.unique(values).tolist()}; labels = numpy.searchsorted(values, '
+            "numpy.array(PIL.Image.open(PATH))); PIL.Image.fromarray(labels.astype('uint8')).save(PATH). Or "
+            'map them in a transform of your own after LoadAnnotations, which is run in counting too.'
+        )
+    return (
+        f'Usual causes: reduce_zero_label is {getattr(annotation.dataset, "reduce_zero_label", None)} and '
+        'should not be; raw labelIds instead of labelTrainIds (see seg_map_suffix); metainfo classes '
+        f'({num_classes} names) that do not fit the files; another ignore_index.'
+    )
+
+
+def _two_classes(dataset: Any) -> str:
+    return (
+        "The background is a class too: write classes=('background', "
+        f'{str(dataset.metainfo["classes"][0])!r}), num_classes=2 in the head, where out_channels=1 stays '
+        'possible, and labels 0 and 1.'
+    )
+
+
+def one_class_alone(dataset: Any) -> str:
+    """The message about a training data set of one class."""
+    return (
+        f'{str(dataset.metainfo["classes"][0])!r} is the only class and all valid pixels are of it, so a '
+        f'model learns nothing: the softmax over one class is always 1. {_two_classes(dataset)} Objects '
+        'saved as 255 are ignored, and so are zeros with reduce_zero_label=True.'
+    )

@@ -1,0 +1,133 @@
+"""Wrapped data sets count as training sees them, in memory of their images and not of their repeats."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
+from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
+from mmseg.datasets.transforms import LoadAnnotations
+from PIL import Image
+
+from mmseg_imbalance.annotations import dataset_rows, find_annotations
+from mmseg_imbalance.counting import count_classes
+
+NAMES = ('sky', 'road', 'tree')
+
+
+class Street(BaseSegDataset):
+    METAINFO = {'classes': NAMES, 'palette': [[at] * 3 for at in range(3)]}
+
+    def get_cat_ids(self, index):
+        return np.unique(self[index]['gt_seg_map']).tolist()
+
+
+@pytest.fixture
+def root(tmp_path):
+    numbers = np.random.default_rng(0)
+    for name in ('img', 'ann'):
+        (tmp_path / name).mkdir()
+    for at in range(4):
+        labels = numbers.choice(3, (5, 7), p=[0.6, 0.3, 0.1]) if at else np.full((5, 7), 2)
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
+        (tmp_path / 'img' / f'{at}.jpg').touch()
+    return tmp_path
+
+
+def make(root, **options):
+    return Street(
+        data_root=str(root),
+        data_prefix={'img_path': 'img', 'seg_map_path': 'ann'},
+        pipeline=[LoadAnnotations()],
+        **options,
+    )
+
+
+def given(dataset):
+    """A config of a data set that is made already: wrappers take other wrappers as configs alone."""
+    return dict(type=lambda: dataset)
+
+
+def concat(*datasets):
+    return ConcatDataset([given(each) for each in datasets], ignore_keys=['reduce_zero_label', 'label_map'])
+
+
+def repeat(dataset, times):
+    return RepeatDataset(given(dataset), times)
+
+
+class Balanced(ClassBalancedDataset):
+    def _get_repeat_factors(self, dataset, threshold):
+        return [1 + at % 3 for at in range(len(dataset))]
+
+
+def balance(dataset):
+    return Balanced(given(dataset), oversample_thr=1.0)
+
+
+def nested(root):
+    shared = make(root)
+    inner = concat(shared, make(root, reduce_zero_label=True, indices=[3, 0]))
+    return concat(
+        repeat(balance(inner), 3), repeat(make(root, indices=2), 5), shared, balance(repeat(shared, 2))
+    )
+
+
+CASES = {
+    'zero labels of their own': lambda root: concat(make(root), make(root, reduce_zero_label=True)),
+    'the other way round': lambda root: concat(make(root, reduce_zero_label=True), make(root)),
+    'names in another order': lambda root: concat(make(root), make(root, metainfo={'classes': NAMES})),
+    'repeated': lambda root: RepeatDataset(make(root), 3),
+    'repeated inside': lambda root: concat(repeat(make(root), 3), make(root, indices=[2])),
+    'balanced': lambda root: ClassBalancedDataset(make(root), oversample_thr=0.9),
+    'mixed': lambda root: MultiImageMixDataset(concat(make(root), make(root, indices=1)), pipeline=[]),
+    'mixed and not': lambda root: concat(MultiImageMixDataset(concat(make(root)), pipeline=[]), make(root)),
+    'nested': nested,
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_counts_and_rows_are_those_of_the_data_set_index_by_index(root, case):
+    dataset = CASES[case](root)
+    frequency = count_classes(CASES[case](root))
+    labels = [dataset[at]['gt_seg_map'].ravel() for at in range(len(dataset))]
+    truth = np.stack([np.bincount(each, minlength=256)[:3] for each in labels])
+    assert frequency.pixels.tolist() == truth.sum(0).tolist()
+    assert frequency.num_images == len(dataset)
+    rows = dataset_rows(dataset)
+    assert (rows.dtype, rows.shape) == (np.int64, (len(dataset),))
+    assert count_classes(dataset).counts[rows].tolist() == truth.tolist()
+    assert np.bincount(rows).tolist() == frequency.repeats.tolist()
+
+
+def test_a_label_map_of_its_own_is_that_of_the_data_set(root):
+    """Here with the same classes, as one that is set by hand."""
+    other = make(root)
+    other.label_map = {0: 1, 1: 0}
+    other.data_list, other.serialize_data = (
+        [{**each, 'label_map': {0: 1, 1: 0}} for each in map(other.get_data_info, range(4))],
+        False,
+    )
+    dataset = concat(make(root), other)
+    truth = np.bincount(np.concatenate([dataset[at]['gt_seg_map'].ravel() for at in range(8)]), minlength=3)
+    assert truth[0] == truth[1]
+    assert count_classes(dataset).pixels.tolist() == truth.tolist()
+
+
+def test_memory_goes_by_images_and_not_by_repeats(root):
+    many = repeat(repeat(make(root), 40_000), 40_000)
+    once = count_classes(make(root))
+    find_annotations(many)
+    tracemalloc.start()
+    frequency = count_classes(many)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert frequency.pixels.tolist() == [pixels * 40_000**2 for pixels in once.pixels.tolist()]
+    assert frequency.num_images == 4 * 40_000**2
+    tracemalloc.start()
+    rows = dataset_rows(repeat(make(root), 40_000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows.tolist() == list(range(4)) * 40_000
+    assert peak < 5 * rows.nbytes

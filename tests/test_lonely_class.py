@@ -1,0 +1,183 @@
+"""Masks of 0 and 255 end in an error; void beside an object, or in one of several data sets, does not."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations
+from test_counting import same, write
+
+from mmseg_imbalance import commands
+from mmseg_imbalance.counting import count_classes, training_frequency
+from mmseg_imbalance.samplers import RareClassSampler
+
+NAMES = ('background', 'lesion')
+
+
+def masks(root, *images):
+    """A data set of images of 4 rows, each given as the labels of its rows."""
+    for number, rows in enumerate(images):
+        write(root / 'ann' / f'{number}.png', np.repeat(np.array(rows, np.uint8)[:, None], 5, 1))
+        (root / 'img').mkdir(exist_ok=True)
+        (root / 'img' / f'{number}.jpg').touch()
+    return root
+
+
+def make(root, classes=NAMES, **options):
+    return BaseSegDataset(
+        data_root=str(root),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        metainfo=dict(classes=classes),
+        pipeline=[LoadAnnotations()],
+        **options,
+    )
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    messages = []
+
+    def log(message, logger=None, level=logging.INFO):
+        if level == logging.WARNING:
+            messages.append(message)
+
+    monkeypatch.setattr('mmengine.logging.print_log', log)
+    return messages
+
+
+OBJECT_IGNORED = [(0, 0, 255, 255), (0, 0, 0, 0), (0, 255, 0, 0)]
+WRONG = {
+    'two classes': (OBJECT_IGNORED, {}, 'Masks of 0 and 255 look like this.*write the number of its class'),
+    'object alone': ([(1, 1, 255, 255)], {}, "only the class 'lesion' of 2"),
+    'more classes': (OBJECT_IGNORED, {'classes': ('a', 'b', 'c')}, "only the class 'a' of 3 classes occurs"),
+    'zero label': ([(0, 1, 1, 1)], {'reduce_zero_label': True}, 'set reduce_zero_label=False'),
+    'zero label and 255': (OBJECT_IGNORED, {'reduce_zero_label': True}, 'none of 2 classes occurs'),
+    'a class is ignored': (
+        [(0, 1, 1, 1)],
+        {'ignore_index': 1},
+        "ignore_index=1 is the number of the class 'les",
+    ),
+    'all is ignored': (
+        [(255,) * 4],
+        {},
+        'none of 2 classes occurs in . images, with 0 pixels.*All labels are 255',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_one_class_beside_ignored_pixels_is_an_error_with_its_cause(tmp_path, case):
+    images, options, message = WRONG[case]
+    dataset = make(masks(tmp_path, *images), **options)
+    for wrapped in (dataset, RepeatDataset(dataset, times=3), ConcatDataset([dataset])):
+        for _ in range(2):  # the second is from the cache
+            with pytest.raises(ValueError, match=message):
+                count_classes(wrapped, cache_dir=tmp_path / 'cache')
+
+
+RIGHT = {
+    'band around objects': [(0, 255, 1, 255), (0, 0, 0, 0)],
+    'object in one image': [(0, 255, 255, 255), (255, 255, 0, 0), (0, 0, 0, 1)],
+    'nothing ignored': [(0, 0, 1, 1)],
+}
+
+
+@pytest.mark.parametrize('case', RIGHT)
+def test_void_beside_an_object_is_counted_in_silence(tmp_path, case, warned):
+    frequency = count_classes(make(masks(tmp_path, *RIGHT[case])))
+    assert frequency.pixels.all()
+    assert not warned
+
+
+def test_ade20k_has_a_zero_label_that_is_ignored(tmp_path, warned):
+    names = [f'class {number}' for number in range(150)]
+    dataset = make(masks(tmp_path, (0, 1, 1, 150), (0, 2, 3, 3)), names, reduce_zero_label=True)
+    frequency = count_classes(dataset)
+    assert np.flatnonzero(frequency.pixels).tolist() == [0, 1, 2, 149]
+    assert frequency.ignored == 10
+    assert not warned
+
+
+def test_one_class_alone_without_ignored_pixels_is_warned_of(tmp_path, warned):
+    frequency = count_classes(make(masks(tmp_path, (0, 0, 0, 0))))
+    assert frequency.pixels.tolist() == [20, 0]
+    assert len(warned) == 1
+    assert "only the class 'background' of 2 classes occurs in 1 images, with 20 pixels" in warned[0]
+    assert 'Nothing can be learnt' in warned[0]
+
+
+def test_beside_a_data_set_with_objects_one_class_and_void_are_warned_of(tmp_path, warned):
+    void = make(masks(tmp_path / 'void', *OBJECT_IGNORED))
+    objects = make(masks(tmp_path / 'objects', (0, 255, 1, 1)))
+    empty = make(masks(tmp_path / 'empty', (0, 0, 0, 0)))
+    frequency = count_classes(ConcatDataset([objects, void, empty]))
+    assert frequency.pixels.tolist() == [5 + 45 + 20, 10]
+    assert len(warned) == 1
+    for part in (f'in BaseSegDataset {tmp_path}/void/ann: ', 'may be as it should be', 'Masks of 0 and 255'):
+        assert part in warned[0]
+    with pytest.raises(ValueError, match='Masks of 0 and 255'):
+        count_classes(ConcatDataset([void, empty]))
+
+
+def many(root, last):
+    return make(masks(root, *[(0, 255, 0, 0)] * 9, last))
+
+
+def test_where_a_sample_holds_one_class_and_void_all_images_are_counted(tmp_path, warned):
+    dataset = many(tmp_path / 'void', (1, 0, 0, 0))
+    for _ in range(2):  # the second is from the cache
+        same(count_classes(dataset, max_images=2, cache_dir=tmp_path / 'cache'), count_classes(dataset))
+    assert len(warned) == 2
+    assert 'in a sample of 2 images one class and ignored pixels occur alone, so all 10 are' in warned[0]
+    with pytest.raises(ValueError, match=r'of 2 classes occurs in 10 images.*Masks of 0 and 255'):
+        count_classes(many(tmp_path / 'masks', (0, 255, 0, 0)), max_images=2)
+
+
+def test_a_sample_of_one_class_without_void_stays_a_sample(tmp_path, warned):
+    dataset = make(masks(tmp_path, *[(0, 0, 0, 0)] * 9, (1, 0, 0, 0)))
+    frequency = count_classes(dataset, max_images=2)
+    assert (frequency.num_images, frequency.dataset_images) == (2, 10)
+    assert frequency.unmet.tolist() == [False, True]
+    assert not warned
+
+
+def test_sampler_and_command_end_with_the_error(tmp_path, capsys):
+    root = masks(tmp_path, *OBJECT_IGNORED)
+    with pytest.raises(ValueError, match='Masks of 0 and 255'):
+        RareClassSampler(make(root), min_pixels=1, num_workers=0)
+    dataset = dict(
+        type='BaseSegDataset',
+        data_root=str(root),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        metainfo=dict(classes=NAMES),
+        pipeline=[dict(type='LoadAnnotations')],
+    )
+    cfg = Config(dict(default_scope='mmseg', train_dataloader=dict(dataset=dataset, num_workers=0)))
+    cfg.dump(tmp_path / 'config.py')
+    with pytest.raises(SystemExit) as end:
+        commands.main(['class-weights', str(tmp_path / 'config.py')])
+    assert end.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match('mmseg-imbalance class-weights: only the class .* Masks of 0 and 255', error)
+
+
+def test_the_remedy_in_the_message_works(tmp_path):
+    class Masks(BaseSegDataset):
+        METAINFO = dict(classes=NAMES, palette=[[0, 0, 0], [255, 255, 255]])
+
+        @classmethod
+        def get_label_map(cls, new_classes=None):
+            return {255: 1}
+
+    root = masks(tmp_path, *OBJECT_IGNORED)
+    dataset = Masks(
+        data_root=str(root),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        pipeline=[LoadAnnotations()],
+    )
+    assert training_frequency(dataset, progress=False).pixels.tolist() == [45, 15]
+    assert sum((dataset[row]['gt_seg_map'] == 1).sum() for row in range(3)) == 15

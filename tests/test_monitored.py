@@ -1,0 +1,201 @@
+"""Keys that hooks watch: there at every evaluation, or refused before training."""
+
+import json
+import math
+from pathlib import Path
+
+from mmseg_imbalance.registry import METRICS
+
+import numpy as np
+import pytest
+from mmengine.evaluator import BaseMetric
+from scripted import config, log_of, run, write_images
+
+ROAD, POLE, SKY = range(3)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Labels without a pole, half road, half sky."""
+    labels = np.zeros((2, 6, 8), int)
+    labels[:, 3:] = SKY
+    return write_images(tmp_path / 'data', labels)
+
+
+def seeing(poles):
+    """Predictions in which so many pixels of each image are poles, the others road."""
+    predictions = np.zeros((2, 6, 8), int)
+    predictions.reshape(2, -1)[:, :poles] = POLE
+    return predictions.tolist()
+
+
+def watched(data, name, script, **options):
+    """The runner of a finished training in which somebody watches a key."""
+    cfg = config(data, len(script), **options)
+    cfg.model.script = script
+    runner = run(cfg, name)
+    runner.train()
+    return runner
+
+
+def with_best(key, rule='greater'):
+    return {'default_hooks.checkpoint.save_best': key, 'default_hooks.checkpoint.rule': rule}
+
+
+def test_save_best_on_a_class_that_comes_and_goes(data, tmp_path):
+    script = [seeing(n) for n in (0, 3, 0)]  # nowhere, an error, nowhere
+    runner = watched(data, tmp_path.name, script, **with_best('IoU.pole'))
+    assert runner.iter == 3
+    assert [path.name for path in Path(runner.work_dir).glob('best_*')] == ['best_IoU.pole_iter_1.pth']
+    assert log_of(runner).count("['IoU.pole'] have no value at this") == 1
+
+
+def test_save_best_takes_the_best_of_the_evaluations_that_have_a_value(tmp_path):
+    labels = np.zeros((2, 6, 8), int)
+    labels[:, 3:] = SKY
+    labels.reshape(2, -1)[:, :12] = POLE  # the rarest
+    data = write_images(tmp_path / 'data', labels)
+    script = [seeing(n) for n in (0, 6, 12, 4)]
+    # of a class that is never predicted, the precision has no value
+    options = with_best(['mPrecision.tail', 'mRecall.tail'])
+    runner = watched(data, tmp_path.name, script, **options)
+    names = {path.name for path in Path(runner.work_dir).glob('best_*')}
+    assert names == {'best_mPrecision.tail_iter_2.pth', 'best_mRecall.tail_iter_3.pth'}
+
+
+@pytest.mark.parametrize('with_hook', [True, False])
+def test_early_stopping_goes_on_where_a_class_is_nowhere(data, tmp_path, with_hook):
+    stop = dict(type='EarlyStoppingHook', monitor='IoU.pole', rule='greater', patience=3, strict=True)
+    hooks = [*config(data).custom_hooks, stop] if with_hook else [stop]
+    script = [seeing(n) for n in (0, 3, 0, 3, 0, 0)]
+    runner = watched(data, tmp_path.name, script, custom_hooks=hooks)
+    assert runner.iter == 4  # the first and three without any progress; at NaN it would have ended at once
+    assert 'did not improve' in log_of(runner)
+
+
+def test_keys_that_nobody_watches_are_nan_and_in_the_log(data, tmp_path):
+    runner = watched(data, tmp_path.name, [seeing(0), seeing(3)])
+    lines = Path(runner._log_dir, 'vis_data', 'scalars.json').read_text().splitlines()
+    first, second = (record for record in map(json.loads, lines) if 'mIoU' in record)
+    assert first.keys() == second.keys()
+    assert math.isnan(first['IoU.pole'])
+    assert second['IoU.pole'] == 0
+    assert 'have no value' not in log_of(runner)
+
+
+@pytest.mark.parametrize(
+    ('key', 'near'),
+    [
+        ('IoU.pool', 'IoU.pole'),
+        ('mIoU.rare', 'mIoU'),
+        ('val/IoU.pole', 'IoU.pole'),
+        ('mRecall.tiny', 'mRecall.tail'),
+        ('mDice', 'mIoU'),
+        ('mIoU_I_q7', 'mIoU_I_q5'),
+    ],
+)
+def test_a_key_that_cannot_exist_is_refused_before_training(data, tmp_path, key, near):
+    runner = run(config(data, **with_best(key)), tmp_path.name)
+    with pytest.raises(ValueError, match=f"save_best of CheckpointHook names '{key}', which no") as error:
+        runner.train()
+    assert f"'{near}'" in str(error.value)
+    assert runner.iter == 0
+
+
+@pytest.mark.parametrize('key', ['mIoU.body', 'mIoU.head', 'Recall.small.road'])
+def test_keys_that_an_option_switches_off_are_refused(data, tmp_path, key):
+    evaluator = dict(
+        type='ImbalanceIoUMetric', groups=dict(tail=['pole'], body=[]), object_areas=None, bootstrap=0
+    )
+    runner = run(config(data, val_evaluator=evaluator, **with_best(key)), tmp_path.name)
+    with pytest.raises(ValueError, match=f"'{key}', which no evaluation"):
+        runner.train()
+
+
+def test_other_watchers_and_metrics_are_looked_at_too(data, tmp_path):
+    stop = dict(type='EarlyStoppingHook', monitor='IoU.pool', rule='greater')
+    hooks = [*config(data).custom_hooks, stop]
+    with pytest.raises(ValueError, match=r"monitor of EarlyStoppingHook names 'IoU.pool'"):
+        run(config(data, custom_hooks=hooks), f'{tmp_path.name}-1').train()
+    schedule = dict(type='ReduceOnPlateauLR', monitor='mIoU.tial', rule='greater')
+    with pytest.raises(ValueError, match=r"monitor of ReduceOnPlateauLR names 'mIoU.tial'"):
+        run(config(data, param_scheduler=schedule), f'{tmp_path.name}-2').train()
+    plain = dict(type='IoUMetric')
+    with pytest.raises(ValueError, match=r"'IoU\.pole'.*IoU.NAME is of ClassIoUMetric"):
+        run(config(data, val_evaluator=plain, **with_best('IoU.pole')), f'{tmp_path.name}-3').train()
+    run(config(data, val_evaluator=plain, **with_best('mIoU')), f'{tmp_path.name}-4').train()
+
+
+def test_a_metric_of_somebody_elses_may_give_any_key(data, tmp_path):
+    @METRICS.register_module(force=True)
+    class OwnMetric(BaseMetric):
+        def process(self, data_batch, data_samples):
+            self.results.append(1)
+
+        def compute_metrics(self, results):
+            return dict(own=1.0)
+
+    evaluators = [dict(type='ClassIoUMetric'), dict(type='OwnMetric')]
+    runner = run(config(data, val_evaluator=evaluators, **with_best('own')), tmp_path.name)
+    runner.train()
+    assert (Path(runner.work_dir) / 'best_own_iter_1.pth').exists()
+
+
+def test_without_validation_or_with_auto_nothing_is_refused(data, tmp_path):
+    cfg = config(data, **with_best('IoU.pool'))
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    run(cfg, f'{tmp_path.name}-1').train()
+    runner = run(config(data, **with_best('auto', None)), f'{tmp_path.name}-2')
+    runner.train()
+    assert runner.iter == 1
+
+
+def test_groups_whose_training_pixels_cannot_be_counted_are_refused_where_they_are_watched(data, tmp_path):
+    options = {'train_dataloader.dataset.metainfo': dict(classes=('road', 'pole', 'tree'))}
+    message = r"'mIoU.tail' is watched, but .* cannot be counted .*'tree'.*Give groups="
+    with pytest.raises(ValueError, match=message):
+        run(config(data, **with_best('mIoU.tail'), **options), f'{tmp_path.name}-1').train()
+    run(config(data, **with_best('mIoU'), **options), f'{tmp_path.name}-2').train()
+
+
+def test_without_a_hook_a_group_that_cannot_be_counted_does_not_end_the_training(data, tmp_path):
+    options = {
+        'train_dataloader.dataset.metainfo': dict(classes=('road', 'pole', 'tree')),
+        'custom_hooks': [],
+    }
+    evaluator = {'val_evaluator.prefix': 'v'}
+    runner = watched(data, tmp_path.name, [seeing(0)] * 2, **with_best('v/mIoU.tail'), **options, **evaluator)
+    assert runner.iter == 2
+    log = log_of(runner)
+    assert log.count('ImbalanceIoUMetric cannot count') == log.count("['v/mIoU.tail'] have no value") == 1
+
+
+def test_a_lower_value_is_never_the_better_one(data, tmp_path):
+    names = ('road', 'pole', 'forest loss')
+    # MMEngine finds 'loss' in the name
+    with pytest.raises(ValueError, match=r"takes a lower 'IoU.forest loss' for the better.*rule='greater'"):
+        run(config(data, classes=names, **with_best('IoU.forest loss', None)), tmp_path.name).train()
+
+
+@pytest.mark.parametrize(
+    'name', ['forest loss', 'maritime', 'wall/fence', 'traffic light', '道路', 'a.b', 'tail', 'mIoU']
+)
+def test_any_class_name_can_be_watched_and_is_logged(data, tmp_path, name):
+    key = f'IoU.{name}'
+    classes = ('road', 'pole', name)
+    script = [np.full((2, 6, 8), label).tolist() for label in (ROAD, SKY)]
+    stop = dict(type='EarlyStoppingHook', monitor=key, rule='greater')
+    hooks = [*config(data).custom_hooks, stop]
+    options = with_best(key) | dict(custom_hooks=hooks)
+    runner = watched(data, tmp_path.name, script, classes=classes, **options)
+    best = [path.name for path in Path(runner.work_dir).glob('best_*')]
+    assert best == [f'best_IoU.{name.replace("/", "_")}_iter_2.pth']
+    records = Path(runner._log_dir, 'vis_data', 'scalars.json').read_text().splitlines()
+    assert json.loads(records[-1])[key] == 50
+    assert runner.message_hub.get_info('best_score') == 50
+
+
+def test_two_metrics_with_the_same_keys_are_refused_before_training(data, tmp_path):
+    twice = [dict(type='ClassIoUMetric'), dict(type='IoUMetric')]
+    with pytest.raises(ValueError, match=r"same keys, such as 'aAcc'.*prefix='NAME'"):
+        run(config(data, val_evaluator=twice), tmp_path.name).train()

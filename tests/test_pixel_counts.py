@@ -1,0 +1,127 @@
+"""Labels out of range name their likely cause; data sets without two classes are refused."""
+
+import numpy as np
+import pytest
+from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations
+from PIL import Image
+
+from mmseg_imbalance.counting import count_classes
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write a label image of each list of values; the folder of the data set."""
+
+    def write(*files):
+        for name in ('img', 'ann'):
+            (tmp_path / name).mkdir(exist_ok=True)
+        for at, values in enumerate(files):
+            labels = np.repeat(np.array(values), 6).reshape(-1, 3)
+            Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
+            (tmp_path / 'img' / f'{at}.jpg').touch()
+        return tmp_path
+
+    return write
+
+
+def make(root, classes, pipeline=None, **options):
+    return BaseSegDataset(
+        data_root=str(root),
+        data_prefix={'img_path': 'img', 'seg_map_path': 'ann'},
+        metainfo={'classes': classes},
+        pipeline=pipeline or [LoadAnnotations()],
+        **options,
+    )
+
+
+def message(dataset, **options):
+    with pytest.raises(ValueError, match=r'.') as caught:
+        count_classes(dataset, **options)
+    return str(caught.value)
+
+
+# One class
+
+
+@pytest.mark.parametrize(
+    ('files', 'options'),
+    [
+        ([[0, 1]], {}),
+        ([[0], [0, 1]], {}),
+        ([[1, 255]], {}),
+        ([[0, 255]], {'ignore_index': 7}),
+        ([[1, 2]], {'reduce_zero_label': True}),
+        ([[0, 1]], {'classes': ['water']}),
+    ],
+)
+def test_two_values_and_one_class_are_named(save, files, options):
+    text = message(make(save(*files), **{'classes': ('water',)} | options))
+    assert 'labels out of range' in text
+    assert 'two values and one class' in text
+    assert "classes=('background', 'water')" in text
+    assert 'out_channels=1' in text
+
+
+@pytest.mark.parametrize(
+    ('files', 'options'),
+    [([[0], [0]], {}), ([[0, 255]], {}), ([[0, 1]], {'reduce_zero_label': True}), ([[255]], {})],
+)
+def test_one_class_alone_teaches_nothing(save, tmp_path, files, options):
+    dataset = make(save(*files), ('water',), **options)
+    for _ in range(2):
+        text = message(dataset, cache_dir=tmp_path / 'cache')
+        assert "'water' is the only class" in text
+        assert 'learns nothing' in text
+        assert "classes=('background', 'water')" in text
+    assert not (tmp_path / 'cache').exists()
+
+
+# Values that are spread over the byte
+
+
+@pytest.mark.parametrize(
+    ('values', 'classes'),
+    [
+        ([0, 128, 255], 3),
+        ([0, 127, 254], 3),
+        ([0, 128, 255], 2),
+        ([0, 64, 128, 192], 4),
+        ([0, 85, 170, 255], 4),
+        ([0, 85, 170, 255], 5),
+        ([0, 170], 4),
+        ([192], 4),
+        (range(0, 250, 25), 10),
+        ([0, 38, 75, 113], 4),
+    ],
+)
+def test_masks_scaled_for_viewing_are_named_with_the_remedy(save, values, classes):
+    root = save(list(values))
+    names = [f'class {at}' for at in range(classes)]
+    text = message(make(root, names))
+    assert 'spread over the byte' in text
+    assert f'to 0 to {classes - 1}' in text
+    code = (
+        text.partition('values = ')[2].partition(' Or ')[0].replace('PATH', repr(str(root / 'ann' / '0.png')))
+    )
+    exec('import numpy, PIL.Image; values = ' + code.rstrip('.'))
+    if len(values) <= classes:
+        assert count_classes(make(root, names)).pixels[: len(values)].all()
+
+
+@pytest.mark.parametrize(
+    ('values', 'classes', 'options'),
+    [
+        ([7, 8, 11, 21, 23, 26, 33], 19, {}),
+        ([26, 255], 19, {}),
+        ([0, 33], 19, {}),
+        ([0, 100, 181], 171, {}),
+        ([0, 150], 150, {}),
+        ([0, 1, 2, 254], 3, {}),
+        ([0, 5], 5, {}),
+    ],
+)
+def test_other_labels_out_of_range_have_the_usual_causes(save, values, classes, options):
+    text = message(make(save(values), [f'class {at}' for at in range(classes)], **options))
+    assert 'Usual causes' in text
+    assert 'spread' not in text
