@@ -19,7 +19,7 @@ from mmseg_imbalance.registry import OPTIM_WRAPPERS
 import numpy as np
 import torch
 import torch.distributed as dist
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
@@ -60,8 +60,9 @@ def _register() -> None:
         values = np.arange(2.0), np.arange(2)
         reconstruct = values[0].__reduce__()[0]
         scalar = values[0][0].__reduce__()[0]
-        dtypes = {type(value.dtype) for value in values}
-        safe = {HistoryBuffer, reconstruct, scalar, np.ndarray, np.dtype, *dtypes}
+        dtypes = {type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'}
+        # a data set's meta information has arrays and dictionaries of a config
+        safe = {HistoryBuffer, ConfigDict, slice, reconstruct, scalar, np.ndarray, np.dtype, *dtypes}
         # by name: the fork's loader registers most of them as they are for each load, and takes them back
         named = [(value, f'{value.__module__}.{value.__qualname__}') for value in safe]
         for core in ('core', '_core'):  # NumPy 2 has other names than those before

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import REPOSITORY
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import digit_version
@@ -88,6 +88,27 @@ def test_a_trusted_one_is_loaded_whole_by_torchs_own_switch(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match='TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected'):
         CheckpointLoader.load_checkpoint(str(path), 'cpu')
     assert mark.exists()
+
+
+@weights_only
+def test_what_checkpoints_of_ordinary_runs_hold_is_loaded(tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    meta = dict(
+        palette=np.zeros((2, 3), np.uint8),
+        best=np.float32(0.5),
+        names=np.array(['a', 'b']),
+        done=np.bool_(True),
+        groups=ConfigDict(tail=['a'], nested=dict(x=1)),
+        part=slice(1, 2),
+        logs=dict(loss=HistoryBuffer(np.ones(3), np.ones(3))),
+    )
+    torch.save(dict(meta=meta), path)
+    loaded = CheckpointLoader.load_checkpoint(str(path), 'cpu')['meta']
+    assert loaded['best'] == np.float32(0.5)
+    assert loaded['names'].tolist() == ['a', 'b']
+    assert loaded['groups'].nested.x == 1
+    assert loaded['palette'].shape == (2, 3)
+    assert loaded['logs']['loss'].current() == 1
 
 
 @weights_only
