@@ -149,9 +149,9 @@ class WeightedLoss(nn.Module):
             align_corners: of the resize where (h, w) != (H, W).
             features: (B, D, h', w') what entered the head's classifier, where the loss ``needs_features``.
         """
-        refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
         logits, target, weight = _as_images(pred, target, weight)
         check_arguments(logits, target, weight)
+        refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
         watchers = self.watchers if self.training else []

@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from mmseg.models.decode_heads import SegformerHead
 from mmseg.models.utils import resize
 from ranks import on_ranks
+from torch import nn
 
 from mmseg_imbalance.compat import adapt_to_cpu
 from mmseg_imbalance.logged_parts import LoggedPartsHook
@@ -152,7 +153,14 @@ def test_a_training_whose_loss_stays_nan_ends_and_says_since_when(small_config, 
 
 def test_a_few_losses_that_are_not_finite_end_nothing():
     hub = MessageHub.get_instance('a few')
-    runner = SimpleNamespace(message_hub=hub, iter=0, hooks=[LoggedPartsHook()])
+    runner = SimpleNamespace(
+        message_hub=hub,
+        iter=0,
+        hooks=[LoggedPartsHook()],
+        model=nn.Module(),
+        train_dataloader=SimpleNamespace(dataset=SimpleNamespace()),
+        val_loop=None,
+    )
     (hook,) = runner.hooks
     hook.before_train(runner)
     nan, inf = float('nan'), float('inf')
