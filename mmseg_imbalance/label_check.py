@@ -24,7 +24,7 @@ from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats
 
 # after which iterations of a run; each waits for the device once
-COMPARED_AFTER = (1, 2, 4, 8, 16, 32, 64, 100)
+COMPARED_AFTER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PARTS = 1_000_000  # a share of an image as an integer: sums of integers are the same on any number of ranks
 # See compare for what these mean. The bounds hold for the mean of independent numbers in [0, 1].
 FACTOR = 100

@@ -22,7 +22,14 @@ from torch.utils.data import DataLoader
 
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.label_check import LabelCheck, LabelCounter, Received, compare, drawn_at_random
+from mmseg_imbalance.label_check import (
+    COMPARED_AFTER,
+    LabelCheck,
+    LabelCounter,
+    Received,
+    compare,
+    drawn_at_random,
+)
 from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss
 from mmseg_imbalance.ops import soft_stats
 
@@ -257,7 +264,7 @@ def test_what_one_loss_of_a_head_is_given_on_purpose_is_no_warning(agree):
     logits, target = torch.zeros(4, 2, 6, 6), torch.arange(144).view(4, 6, 6) % 2
     boundary = torch.full_like(target, 255)
     boundary[:, 0, :2] = target[:, 0, :2]
-    for _ in range(100):
+    for _ in range(COMPARED_AFTER[-1]):
         losses[0](logits, boundary if agree else target)
         losses[1](logits, boundary)
         check.after_iteration(runner)
@@ -523,10 +530,10 @@ def test_ordinary_runs_are_left_alone_after_the_first_iterations_and_when_they_e
     rng = np.random.default_rng(0)
     write_data(tmp_path, [half(below=1 + i % 2, rows=rng.integers(1, 9)) for i in range(12)])
     crop = dict(type='RandomCrop', crop_size=(8, 8), cat_max_ratio=0.75)
-    cfg = small_run(tmp_path, [crop], iterations=102)
+    cfg = small_run(tmp_path, [crop], iterations=COMPARED_AFTER[-1] + 2)
     cfg.custom_hooks.append(dict(type='WatchersAreCounted'))
     runner = train(cfg)
-    assert runner.watchers == [1] * 99 + [0] * 3
+    assert runner.watchers == [1] * (COMPARED_AFTER[-1] - 1) + [0] * 3
     assert 'hardly what was counted' not in log_of(runner)
     runner = train(small_run(tmp_path, [crop], iterations=3, experiment_name='short'))
     assert runner.model.decode_head.loss_decode.watchers == []
