@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from mmcv.transforms import BaseTransform
+from mmcv.transforms import LoadImageFromFile
 from mmcv.transforms.utils import cache_random_params
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset, pseudo_collate
 from mmengine.hooks import Hook
@@ -822,16 +822,16 @@ class UpstreamLoop(IterBasedTrainLoop):
         self.runner.call_hook('after_train')
 
 
-class CountLoads(BaseTransform):
-    """Adds a line to a file for each image that is loaded, in whatever process."""
-
-    def __init__(self, path):
-        self.path = path
+def counting_loads(path):
+    """Every image that is loaded, in whatever process, adds a character to a file."""
+    load = LoadImageFromFile.transform
 
     def transform(self, results):
-        with open(self.path, 'a') as file:
+        with open(path, 'a') as file:
             file.write('.')
-        return results
+        return load(self, results)
+
+    return patch.object(LoadImageFromFile, 'transform', transform)
 
 
 @pytest.fixture
@@ -847,9 +847,8 @@ def train(small_config, tmp_path):
         cfg.train_dataloader.sampler.temperature = 0.5  # several classes
         keys = ('img_path', 'img_shape', 'ori_shape', 'pad_shape', 'scale_factor', 'flip', 'sample_idx')
         cfg.train_dataloader.dataset.pipeline[-1].meta_keys = keys
-        cfg.train_dataloader.dataset.pipeline.insert(0, dict(type='CountLoads', path=str(tmp_path / name)))
         cfg.work_dir = str(tmp_path / name) + '.run'
-        with patch.dict(TRANSFORMS.module_dict, CountLoads=CountLoads):
+        with counting_loads(tmp_path / name):
             runner, record = Runner.from_cfg(cfg), Record()
             runner.register_hook(record)
             runner.train()
