@@ -187,8 +187,9 @@ class SubclassState(nn.Module):
 
     def share(self) -> None:
         """After a change: write the state into its copies in averaged models."""
-        for copied in filter(None, (reference() for reference in self._copies)):
-            if not copied.averaged:
+        for reference in self._copies:
+            copied = reference()
+            if copied is None or not copied.averaged:
                 continue
             if copied.centroid is None or copied.centroid.shape != self.centroid.shape:
                 copied.allocate(*self.centroid.shape[::2], self.centroid.device)
