@@ -198,6 +198,7 @@ class SubclassState(nn.Module):
             copied.share()  # an average of averages
 
     def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: all but its place among copies."""
         return {**self.__dict__, 'averaged': False, '_copies': []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubclassState:
