@@ -260,7 +260,6 @@ class SubclassClustering(SubclassState):
                 'a smaller learning rate or clipped gradients (optim_wrapper.clip_grad) keep training stable'
             )
 
-        self.go_on()
         if self.update_rule == 'ema':
             step = (1 - kept) / new_pixels.where(new_pixels > 0, 1)  # (C, K)
             found = found.view_as(self.centroid)
@@ -282,6 +281,7 @@ class SubclassClustering(SubclassState):
         if loses:
             self._reseed(features, logits, by_cell, lost)
         self.iteration += 1
+        self.share()
 
     def _feature_sums(self, features: Tensor, by_cell: Tensor) -> Tensor:
         """Sum of the features of the pixels of each subclass, (C K, D)."""

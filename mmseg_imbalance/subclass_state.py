@@ -2,11 +2,11 @@
 
 - A checkpoint gives all of it or nothing.
 - It stays float32 in a model of half precision, where an average that moves by a hundredth would stand still.
-- MMEngine's averaged models hold it as it is. They are deep copies, made before training. EMAHook pairs
-  buffers by position, so a copy gets its buffers when the original does. With ``update_buffers=True`` it
-  averages into a state dict of the copy, which it keeps. Averaged clusters mean nothing. A copy whose
-  state dict was taken before the original learnt more, and is kept, follows the original: it becomes equal
-  when the original's state dict is taken, as each update of the averages does.
+- MMEngine's averaged models, as EMAHook makes them, hold it as it is in the model: averaged clusters mean
+  nothing. They are deep copies, made before training, and MMEngine pairs their buffers with the model's by
+  position, or averages what is float in their state dict and leaves integers as they were. So whenever a
+  state changes it writes itself into its copies in averaged models, which also get their buffers when it
+  does. An average of two equal numbers changes nothing. All other copies are left alone.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from mmseg_imbalance.class_weight import in_class_order
+
+try:
+    from mmengine.model import BaseAveragedModel
+except ImportError:  # clusters need torch alone
+    BaseAveragedModel = ()
 
 NAMES = ('centroid', 'pixels', 'loss', 'starved', 'iteration')
 RESERVOIR_NAMES = ('reservoir', 'reserved')
@@ -65,6 +70,8 @@ class SubclassState(nn.Module):
         self.names = NAMES + (RESERVOIR_NAMES if reservoir_size else ())
         self.shape_from_checkpoint = False  # no head has said how many classes and channels there are
         self._exists: Tensor | None = None
+        self.averaged = False  # whether it is part of an averaged model
+        self._copies: list[weakref.ref[SubclassState]] = []
         for name in NAMES + RESERVOIR_NAMES:
             self.register_buffer(name, None)
 
@@ -75,7 +82,7 @@ class SubclassState(nn.Module):
         return shapes | (dict(reservoir=(*cells, channels), reserved=cells) if self.reservoir_size else {})
 
     def allocate(self, num_classes: int, channels: int, device: torch.device | None = None) -> None:
-        """Make the state for this many classes and channels of the features, in deep copies too.
+        """Make the state for this many classes and channels of the features, in averaged models too.
 
         Raises:
             ValueError: ``num_subclasses`` is a list of another length.
@@ -92,9 +99,7 @@ class SubclassState(nn.Module):
                 dtype = dtypes.get(name, torch.float32)
                 setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
         self.shape_from_checkpoint, self._exists = False, None
-        for copied in _copies_of(self):
-            if copied.centroid is None or copied.centroid.shape != self.centroid.shape:
-                copied.allocate(num_classes, channels, device)
+        self.share()
 
     @property
     def exists(self) -> Tensor:
@@ -153,6 +158,8 @@ class SubclassState(nn.Module):
             own = {prefix + name: value.to(getattr(self, name).dtype) for name, value in stored.items()}
             state_dict = {**state_dict, **own}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if stored:
+            self.share()
 
     def _misfit(self, stored: dict[str, Tensor]) -> str | None:
         """Why the tensors of a checkpoint are not the state of this module; None: they are."""
@@ -178,43 +185,38 @@ class SubclassState(nn.Module):
             stacklevel=3,  # who loads it
         )
 
+    def share(self) -> None:
+        """After a change: write the state into its copies in averaged models."""
+        for reference in self._copies:
+            copied = reference()
+            if copied is None or not copied.averaged:
+                continue
+            if copied.centroid is None or copied.centroid.shape != self.centroid.shape:
+                copied.allocate(*self.centroid.shape[::2], self.centroid.device)
+            for name in self.names:
+                getattr(copied, name).copy_(getattr(self, name))
+            copied.share()  # an average of averages
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: all but its place among copies."""
+        return {**self.__dict__, 'averaged': False, '_copies': []}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SubclassState:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        _COPIES.setdefault(self, weakref.WeakSet()).add(copied)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # it becomes part of an averaged model, if of any, later
+        living = [reference for reference in self._copies if reference() is not None]
+        self._copies = [*living, weakref.ref(copied)]
         return copied
 
-    def go_on(self) -> None:
-        """Before the state changes: no copy follows it any more, nor it an original, but for averages."""
-        for copies in list(_COPIES.values()):
-            copies.discard(self)
-        for copied in _copies_of(self):
-            if not _is_held(copied):
-                _COPIES[self].discard(copied)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for copied in _copies_of(self):
-            known = self.centroid is not None and copied.centroid.shape == self.centroid.shape
-            if known and _is_held(copied):
-                for name in self.names:
-                    getattr(copied, name).copy_(getattr(self, name))
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(destination, OrderedDict):  # as torch makes it
-            held = [x for x in _HELD.get(self, ()) if x() is not None]
-            _HELD[self] = [*held, weakref.ref(destination)]
+def _mark_averaged(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(parent, BaseAveragedModel) and child is not None:
+        for module in child.modules():
+            if isinstance(module, SubclassState):
+                module.averaged = True
 
 
-# the living deep copies of a state, and the living dictionaries into which a state has been put
-_COPIES: weakref.WeakKeyDictionary[SubclassState, weakref.WeakSet[SubclassState]] = (
-    weakref.WeakKeyDictionary()
-)
-_HELD: weakref.WeakKeyDictionary[SubclassState, list[weakref.ref]] = weakref.WeakKeyDictionary()
-
-
-def _copies_of(state: SubclassState) -> list[SubclassState]:
-    return list(_COPIES.get(state, ()))
-
-
-def _is_held(state: SubclassState) -> bool:
-    return any(dictionary() is not None for dictionary in _HELD.get(state, ()))
+# torch calls it for each module that becomes part of another: the only place where a copy can be seen to be
+# that of an averaged model, whoever makes it
+register_module_module_registration_hook(_mark_averaged)

@@ -4,7 +4,8 @@
     make test-matrix ROWS=oldest PYTEST_ADDOPTS="-m 'not slow'"
 
 A row whose Python is not installed is left out, with the reason. Environments are made once, .venv-ROW. It
-ends with the table of docs/faults.md.
+ends with a table as in docs/faults.md, and with status 1 if a row failed, by a test or by pytest itself, or
+if none was run.
 """
 
 import os
@@ -65,26 +66,31 @@ def install(name: str, row: Row, python: str) -> str:
 
 
 def test(name: str, python: str) -> tuple[str, bool]:
-    """The row of the table, and whether nothing failed."""
+    """The row of the table, and whether pytest ended well and nothing failed."""
     report = REPOSITORY / f'.venv-{name}' / 'report.xml'
     report.unlink(missing_ok=True)
-    subprocess.run([python, '-m', 'pytest', f'--junitxml={report}'], cwd=REPOSITORY)
+    status = subprocess.run([python, '-m', 'pytest', f'--junitxml={report}'], cwd=REPOSITORY).returncode
     versions = subprocess.run([python, '-c', VERSIONS], capture_output=True, text=True).stdout.splitlines()
     cells = [name, *(versions[-1].split('|') if versions else ['?'] * 6)]
-    if not report.exists():
-        return f'| {" | ".join(cells)} | the tests did not start |', False
-    suite = ElementTree.parse(report).getroot().find('testsuite')
+    ended = f'pytest ended with status {status}'
+    try:
+        suite = ElementTree.parse(report).getroot().find('testsuite')
+    except (FileNotFoundError, ElementTree.ParseError):
+        return f'| {" | ".join(cells)} | the tests did not start, or broke off: {ended} |', False
     tests, skipped, failures, errors = (
         int(suite.get(key)) for key in ('tests', 'skipped', 'failures', 'errors')
     )
     failed = failures + errors
-    return f'| {" | ".join(cells)} | {tests - failed - skipped} / {failed} / {skipped} |', not failed
+    result = f'{tests - failed - skipped} / {failed} / {skipped}'
+    if status != (1 if failed else 0):  # 1 says that tests failed, and no more
+        result += f', {ended}'
+    return f'| {" | ".join(cells)} | {result} |', status == 0 and not failed
 
 
 def main(names: list[str]) -> int:
     if unknown := sorted(set(names) - set(ROWS)):
         sys.exit(f'there is no row {unknown}; there are {list(ROWS)}')
-    table, good = [], True
+    table, results = [], []
     for name in names or ROWS:
         row = ROWS[name]
         python = interpreter(row.python)
@@ -96,10 +102,10 @@ def main(names: list[str]) -> int:
         except subprocess.CalledProcessError as error:
             line, passed = f'| {name} | {shlex.join(error.cmd)} failed | | | | | | |', False
         table.append(line)
-        good = good and passed
+        results.append(passed)
     print('\n| row | Python | torch | NumPy | MMSegmentation | mmcv | MMEngine | passed / failed / skipped |')
     print('|---|---|---|---|---|---|---|---|', *table, sep='\n')
-    return 0 if good else 1
+    return 0 if results and all(results) else 1
 
 
 if __name__ == '__main__':

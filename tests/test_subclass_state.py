@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.model import ExponentialMovingAverage, StochasticWeightAverage
+from mmengine.model import ExponentialMovingAverage, MomentumAnnealingEMA, StochasticWeightAverage
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.models.decode_heads import SegformerHead
@@ -155,6 +155,7 @@ class Model(nn.Module):
     [
         lambda model, **options: ExponentialMovingAverage(model, momentum=0.1, **options),
         lambda model, **options: StochasticWeightAverage(model, interval=2, **options),
+        lambda model, **options: MomentumAnnealingEMA(model, gamma=2, **options),
     ],
 )
 def test_an_averaged_model_holds_the_state_as_it_is(rule, late, update_buffers, average):
@@ -199,6 +200,87 @@ def test_other_copies_go_their_own_way():
             assert torch.equal(value, before[name]), name
         train(one, range(3, 6))
         assert equal(one, loss)
+
+
+def test_a_snapshot_and_its_state_dict_stay_as_they_are():
+    loss = make_loss(num_subclasses=3)
+    train(loss, range(3))
+    snapshot = copy.deepcopy(loss)
+    held, expected = snapshot.state_dict(), copy.deepcopy(snapshot.state_dict())
+    train(loss, range(3, 6))
+    assert loss.state_dict()['weighting.iteration'] == 6
+    for kept in (held, snapshot.state_dict()):
+        for name, value in kept.items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_a_snapshot_of_a_late_loss_stays_empty():
+    loss = late_loss(num_subclasses=3)
+    snapshot = copy.deepcopy(loss)
+    train(loss, range(2))
+    assert snapshot.weighting.centroid is None
+    assert not snapshot.state_dict()
+
+
+@pytest.mark.parametrize('copies', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize('part', [lambda averaged: averaged, lambda averaged: averaged.module])
+def test_a_snapshot_of_an_averaged_model_goes_its_own_way(copies, part):
+    loss = make_loss(num_subclasses=3)
+    averaged = ExponentialMovingAverage(loss)
+    train(loss, range(3))
+    averaged.update_parameters(loss)
+    snapshot = copies(part(averaged))
+    before = copy.deepcopy(snapshot.state_dict())
+    train(loss, range(3, 6))
+    averaged.update_parameters(loss)
+    assert equal(averaged.module, loss)
+    for name, value in snapshot.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_an_averaged_model_of_a_snapshot_follows_the_snapshot_alone():
+    loss = make_loss(num_subclasses=3)
+    snapshot = copy.deepcopy(loss)
+    averaged = ExponentialMovingAverage(snapshot, update_buffers=True)
+    train(loss, range(3))
+    assert empty(averaged.module)
+    train(snapshot, range(2))
+    averaged.update_parameters(snapshot)
+    assert equal(averaged.module, snapshot)
+
+
+@pytest.mark.parametrize('late', [False, True])
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_an_averaged_model_holds_what_the_original_loads(late, update_buffers):
+    model = Model(late_loss(num_subclasses=3) if late else make_loss(num_subclasses=3, dtype=torch.float32))
+    averaged = ExponentialMovingAverage(model, update_buffers=update_buffers)
+    train(model.loss, [0], dtype=torch.float32)
+    averaged.update_parameters(model)
+    model.loss.load_state_dict(trained())
+    averaged.update_parameters(model)
+    assert model.loss.weighting.iteration == 4
+    assert equal(averaged.module.loss, model.loss)
+
+
+def test_an_average_of_an_averaged_model_follows_too():
+    loss = late_loss(num_subclasses=3)
+    teacher = ExponentialMovingAverage(loss)  # part of the model, and EMAHook averages that
+    averaged = ExponentialMovingAverage(nn.ModuleList([loss, teacher]), update_buffers=True)
+    train(loss, range(3))
+    for one in (teacher.module, averaged.module[0], averaged.module[1].module):
+        assert equal(one, loss)
+
+
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_a_call_that_learns_nothing_makes_the_state_of_both(update_buffers):
+    model = Model(late_loss(num_subclasses=3)).eval()
+    averaged = ExponentialMovingAverage(model, update_buffers=update_buffers)
+    logits, target, features = batch(0)
+    model.loss(logits, target, features=features)
+    for mine, its in zip(model.buffers(), averaged.module.buffers(), strict=True):
+        assert mine.shape == its.shape
+    averaged.update_parameters(model)
+    assert empty(averaged.module.loss)
 
 
 # half precision
