@@ -38,7 +38,7 @@ def count_classes(
     """Pixels and images of each class, from annotations alone, labelled as training sees them.
 
     All ranks must call it: each counts its part, all get the whole. Of the pipeline, what loads labels and
-    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read but for 30 of its
+    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read but for 120 of its
     label files, its counts are published.
 
     Args:
