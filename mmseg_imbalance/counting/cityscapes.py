@@ -22,7 +22,7 @@ CITYSCAPES_CITIES = {
 }  # fmt: skip
 PIXELS = 2048 * 1024  # of each image
 LOOKED_AT = 120  # images
-# Shares above 5 % are in 120 images hardly ever a quarter or four times as large, others hardly ever 20 times.
+# Shares above 5 % are in 120 images hardly ever a quarter or four times as large, others never 20 times.
 FREQUENT, FACTOR, FAR_ABOVE = 0.05, 4, 20
 UNLIKELY = 1e-5  # chance that a class is in so few or so many of the images
 
@@ -53,8 +53,8 @@ def is_cityscapes_train(
         return False
     print_log(
         f'the published class counts of Cityscapes train are taken: all {len(annotations)} label files are '
-        f'there, and {LOOKED_AT} of them look like it. The look would miss a few edited files, or {_overlooked()} '
-        f'taken out of all: then max_images={len(annotations)} counts the files.',
+        f'there, and {LOOKED_AT} of them look like it. The look would miss a few edited files, or '
+        f'{_overlooked()} taken out of all: then max_images={len(annotations)} counts the files.',
         logger='current',
     )
     return True

@@ -38,8 +38,8 @@ def count_classes(
     """Pixels and images of each class, from annotations alone, labelled as training sees them.
 
     All ranks must call it: each counts its part, all get the whole. Of the pipeline, what loads labels and
-    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read but for 120 of its
-    label files, its counts are published.
+    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read but for 120 of
+    its label files, its counts are published.
 
     Args:
         dataset: BaseSegDataset, or Concat-, Repeat-, ClassBalanced-, MultiImageMixDataset of such.
