@@ -262,6 +262,44 @@ def test_an_installed_package_counts_by_its_version_unless_it_is_looked_into(tmp
     assert seen[1][1] != seen[2][1]
 
 
+LOADER_IN_A_CLONE = """
+from mmcv.transforms import LoadAnnotations
+from mmseg.datasets.somebodys_tables import MORE
+
+TABLE = {{1: {table}}}
+
+class Loader(LoadAnnotations):
+    def transform(self, results):
+        return TABLE, MORE
+"""
+
+
+@pytest.mark.parametrize('clone', ['mmseg', 'mmcv'])
+def test_a_loader_in_a_clone_of_a_framework_counts_with_its_tables(clone, monkeypatch):
+    seen = []
+    for table, more in ((1, 1), (1, 1), (2, 1), (1, 2)):
+        tables = module(f'MORE = {{1: {more}}}', 'mmseg.datasets.somebodys_tables')
+        monkeypatch.setitem(sys.modules, 'mmseg.datasets.somebodys_tables', tables)
+        made = module(LOADER_IN_A_CLONE.format(table=table), f'{clone}.transforms.somebodys_loader')
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+        loader = made.Loader()
+        seen.append(fingerprint([loader], packages(type(loader))))
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 3
+
+
+def test_an_edit_of_a_stock_loader_counts(monkeypatch):
+    def load(self, results):
+        return results
+
+    own = packages(LoadAnnotations)
+    before = fingerprint([LoadAnnotations()], own)
+    assert fingerprint([LoadAnnotations()], own) == before
+    load.__module__ = LoadAnnotations.__module__
+    monkeypatch.setattr(LoadAnnotations, '_load_seg_map', load)
+    assert fingerprint([LoadAnnotations()], own) != before
+
+
 class Colour(Enum):
     RED = 1
     BLUE = 2

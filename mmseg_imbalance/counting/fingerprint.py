@@ -27,7 +27,8 @@ import torch
 
 __all__ = ['fingerprint', 'packages']
 
-FRAMEWORKS = ('mmcv', 'mmengine', 'mmseg', 'mmseg_imbalance')
+# Their registries and backends change as they are used. MMSegmentation and MMCV are edited by their users.
+FRAMEWORKS = ('mmengine', 'mmseg_imbalance')
 # what Python itself writes into a class, as documentation, addresses or line numbers
 UNIMPORTANT = {
     '__abstractmethods__', '__annotate__', '__annotate_func__', '__annotations__', '__annotations_cache__',
@@ -42,7 +43,7 @@ def fingerprint(values: Iterable[object], own: Iterable[str] = ()) -> str:
 
     Of an object its class and attributes count; of a class written by a user, its bases, methods and
     attributes; of a function its bytecode and all that it refers to: closures, defaults, tables of its module
-    and of modules that it imports. Of Python's library, installed packages and MMSegmentation the version
+    and of modules that it imports. Of Python's library, installed packages and MMEngine the version
     counts. Addresses and the order of sets do not.
 
     Args:
@@ -216,7 +217,7 @@ def _top(module: str | None) -> str:
 
 
 def packages(kind: type) -> set[str]:
-    """Those of a class and its bases, without Python's and MMSegmentation's."""
+    """Those of a class and its bases, without Python's and MMEngine's."""
     tops = {_top(base.__module__) for base in kind.__mro__}
     return tops - set(FRAMEWORKS) - sys.stdlib_module_names
 
