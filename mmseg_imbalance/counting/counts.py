@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -117,6 +118,7 @@ def _count(
 ) -> ClassFrequency:
     """Counts from the cache or from the files, or those of Cityscapes train if this is that."""
     from mmengine.dist import get_dist_info
+    from mmengine.logging import print_log
 
     rank, world_size = get_dist_info()
     counted = AnnotationRows(annotations, len(classes))
@@ -166,8 +168,18 @@ def _count(
         sources,
         names,
     )
+    frequency = replace(frequency, unusual=unusual or None)
     if path is not None and rank == 0:
-        store_counts(frequency, path)
+        unnamed = next((row.unnamed for row in rows if row.unnamed), '')
+        if unnamed:
+            print_log(
+                'class counts are not kept: labels also come from files that the data set does not name, such '
+                f'as {unnamed}, so nobody would notice when these change. Counts are kept if load_data_list '
+                'of the data set puts the paths into what it says of each image, under any key.',
+                logger='current',
+            )
+        else:
+            store_counts(frequency, path)
     return frequency
 
 
