@@ -45,7 +45,7 @@ def count_classes(
     Args:
         dataset: BaseSegDataset, or Concat-, Repeat-, ClassBalanced-, MultiImageMixDataset of such.
         max_images: count a random sample of so many distinct images, the same in every call. All are counted
-            where the sample holds one class and ignored pixels alone.
+            where the sample holds fewer than two classes.
         ignore_index: the label that is no class; None: each data set's own.
         num_workers: worker processes of each rank; None: two where a process can be copied, else none.
         cache_dir: folder where counts are kept. They are found again by path, size and time of
@@ -84,10 +84,10 @@ def count_classes(
         chosen = [annotations[position] for position in np.sort(sample)]
     may_be_published = not per_image and (max_images is None or sampled)
     frequency = count(chosen, annotations if may_be_published else [])
-    if sampled and frequency.ignored and np.count_nonzero(frequency.pixels) < 2:
+    if sampled and np.count_nonzero(frequency.pixels) < 2:
         warn(
-            f'in a sample of {max_images} images one class and ignored pixels occur alone, so all '
-            f'{len(annotations)} are counted to see whether the others are like them.'
+            f'in a sample of {max_images} images fewer than two classes occur, so all {len(annotations)} are '
+            'counted to see whether the others are like them.'
         )
         chosen = annotations
         frequency = count(annotations)
@@ -173,9 +173,9 @@ def _count(
         unnamed = next((row.unnamed for row in rows if row.unnamed), '')
         if unnamed:
             print_log(
-                'class counts are not kept: labels also come from files that the data set does not name, such '
-                f'as {unnamed}, so nobody would notice when these change. Counts are kept if load_data_list '
-                'of the data set puts the paths into what it says of each image, under any key.',
+                'class counts are not kept: labels also come from files that the data set does not name, '
+                f'such as {unnamed}, so nobody would notice when these change. Counts are kept if '
+                'load_data_list of the data set names the files in the dict of each image, under any key.',
                 logger='current',
             )
         else:

@@ -93,7 +93,7 @@ def _opened_files(opened: list[str]) -> Iterator[None]:
         def call(file: Any, *args: Any, **options: Any) -> Any:
             mode = str(options.get('mode', args[0] if args else 'r'))
             found = plain(file, *args, **options)
-            read = mode[0] not in 'wax' and isinstance(file, str | os.PathLike)
+            read = mode[0] not in 'wax' and found is not None and isinstance(file, str | os.PathLike)
             if read and threading.get_ident() == thread:
                 opened.append(os.fspath(file))
             return found
