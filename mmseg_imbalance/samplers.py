@@ -75,13 +75,12 @@ class RareClassSampler(Sampler):
         min_pixels: at least 1, of an annotation as it is on disk; None: for each class the lower quartile of
             its pixels over the images that hold it, at most 3000: at least three of four are drawn.
         seed: the same on all ranks; None: one that they agree on.
-        cache_dir: folder of the counts; None: $MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``. A
-            sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
+        cache_dir: folder of the counts; None: as :func:`training_frequency` has it.
         num_workers: processes of each rank that count; None: as :func:`training_frequency` has it.
         uniform: share of the draws that take any image, at least 0 and below 1.
         ignore_index: the label that is no class; None: each data set's own.
         label_transforms: names of the transforms that change labels, see
-            :func:`~mmseg_imbalance.counting.count_classes`. It does not see those of a ClassWeightHook.
+            :func:`~mmseg_imbalance.counting.count_classes`; None: those of the ClassWeightHook of the run.
 
     Raises:
         ValueError: a number out of range, or no image holds `min_pixels` of any class.

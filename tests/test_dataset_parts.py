@@ -4,7 +4,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
+import torch
+from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
@@ -131,3 +132,33 @@ def test_memory_goes_by_images_and_not_by_repeats(root):
     tracemalloc.stop()
     assert rows.tolist() == list(range(4)) * 40_000
     assert peak < 5 * rows.nbytes
+
+
+class Plain(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+
+OTHERS = {
+    'of PyTorch': (lambda root: Plain(), 'test_dataset_parts.Plain', 'full_init, get_data_info, pipeline'),
+    'a part': (lambda root: torch.utils.data.Subset(make(root), [1]), r'torch\.\S*Subset', 'full_init'),
+    'joined': (
+        lambda root: torch.utils.data.ConcatDataset([make(root)]),
+        r'torch\.\S*ConcatDataset',
+        'full_init',
+    ),
+    'of MMEngine': (
+        lambda root: BaseDataset(lazy_init=True),
+        r'mmengine\.\S*BaseDataset',
+        'ignore_index',
+    ),
+    'nothing': (lambda root: None, 'builtins.NoneType', 'full_init'),
+}
+
+
+@pytest.mark.parametrize('case', OTHERS)
+def test_a_data_set_that_cannot_be_counted_is_an_error_with_those_that_can(root, case):
+    other, name, missing = OTHERS[case]
+    with pytest.raises(TypeError, match=f'{name} cannot be counted, it has no {missing}') as raised:
+        count_classes(other(root))
+    assert 'BaseSegDataset, alone or in ConcatDataset' in str(raised.value)

@@ -26,7 +26,22 @@ class Part(NamedTuple):
 
 
 def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.ndarray]:
-    """How often a possibly wrapped data set has each row of each of its parts, (rows,) int64."""
+    """How often a possibly wrapped data set has each row of each of its parts, (rows,) int64.
+
+    Raises:
+        TypeError: one that is not MMSegmentation's, or derived from such a one.
+    """
+    wrapper = hasattr(dataset, 'datasets') or hasattr(dataset, 'dataset')
+    needed = (
+        ('full_init', 'metainfo') if wrapper else ('full_init', 'get_data_info', 'pipeline', 'ignore_index')
+    )
+    if missing := [name for name in needed if not hasattr(dataset, name)]:
+        raise TypeError(
+            f'the classes of {type(dataset).__module__}.{type(dataset).__name__} cannot be counted, it has '
+            f"no {', '.join(missing)}. Take one derived from MMSegmentation's BaseSegDataset, alone or "
+            'in ConcatDataset, RepeatDataset, ClassBalancedDataset or MultiImageMixDataset. For another one '
+            'give class_weight as numbers or as a file.'
+        )
     dataset.full_init()
     if hasattr(dataset, 'datasets'):  # ConcatDataset
         found: dict[Part, np.ndarray] = {}
