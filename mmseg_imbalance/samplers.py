@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Sampler
 
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.counting.annotations import dataset_rows
+from mmseg_imbalance.counting.dataset_parts import first_indices
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.tables import table_text
 
@@ -133,9 +133,7 @@ class RareClassSampler(Sampler):
             raise ValueError(f'RareClassSampler cannot draw: {remedy}')
         self.probability = class_probability(frequency.share, temperature, found)
         # Copies of an image are alike: the first stands for all, and is as likely as they are together.
-        index_rows = dataset_rows(dataset)
-        first, repeats = np.empty(len(held), dtype=np.int64), np.bincount(index_rows)
-        first[index_rows[::-1]] = np.arange(len(index_rows))[::-1]  # the last one written stays
+        first, repeats = first_indices(dataset), frequency.repeats
         choices = np.column_stack([held, np.ones(len(held), dtype=bool)])  # the last column: any image
         columns, rows = np.nonzero(choices.T)  # by column
         self.images, self.repeats = first[rows], repeats[rows]
