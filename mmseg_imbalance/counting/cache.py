@@ -87,7 +87,7 @@ def counts_file(
         source = datasets.setdefault(id(annotation.dataset), len(datasets))
         files.append((annotation.path, stamp, annotation.repeats, source, number, info))
     steps = {id(annotation.steps): annotation.steps for annotation in annotations}.values()
-    own = set().union(*(packages(type(part)) for each in steps for part in each.parts()))
+    own = set().union(*(packages(part) for each in steps for part in each.parts()))
     with np.printoptions(threshold=sys.maxsize):  # arrays whole
         name = fingerprint([_FORMAT, classes, dataset_images, rules, repr(files)], own)
     return Path(folder, f'class_frequency_{name}.npz')
