@@ -420,11 +420,18 @@ class SecondMask(BaseTransform):
 
 
 class TwoMasks(StreetDataset):
+    listed = False
+
     def load_data_list(self):
-        return [
-            dict(row, mask_path=row['seg_map_path'].replace('/ann/', '/second/'))
-            for row in super().load_data_list()
-        ]
+        rows = super().load_data_list()
+        for row in rows:
+            second = row['seg_map_path'].replace('/ann/', '/second/')
+            row.update({'masks': [second, second]} if self.listed else {'mask_path': second})
+        return rows
+
+
+class ListedMasks(TwoMasks):
+    listed = True
 
 
 def second_masks(root, value):
@@ -452,6 +459,12 @@ UNNAMED = {
     ),
     'second mask, named': (
         TwoMasks,
+        [LoadAnnotations(), SecondMask()],
+        lambda root: second_masks(root, 1),
+        True,
+    ),
+    'second mask, in a list': (
+        ListedMasks,
         [LoadAnnotations(), SecondMask()],
         lambda root: second_masks(root, 1),
         True,

@@ -69,7 +69,8 @@ class AnnotationRows(Dataset[Row]):
 
 def named_files(annotation: Annotation) -> list[str]:
     """The local files that the data info of an annotation names: its labels, its image, and others."""
-    values = annotation.dataset.get_data_info(annotation.row).values()
+    info = annotation.dataset.get_data_info(annotation.row)
+    values = [each for value in info.values() for each in (value if isinstance(value, list) else [value])]
     texts = {os.fspath(value) for value in values if isinstance(value, str | os.PathLike)}
     return sorted(path for path in texts if os.path.isfile(path))
 
