@@ -249,7 +249,7 @@ def _ignored_labels(dataset: Any) -> set[int]:
     """Those of the data sets inside `dataset`."""
     inner = getattr(dataset, 'datasets', None) or filter(None, [getattr(dataset, 'dataset', None)])
     labels = {label for wrapped in inner for label in _ignored_labels(wrapped)}
-    return labels or {dataset.ignore_index}
+    return labels or {getattr(dataset, 'ignore_index', 255)}
 
 
 def _trains_by_iterations() -> bool:

@@ -10,9 +10,10 @@ from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
-from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.counting import count_classes, training_frequency
 from mmseg_imbalance.counting.annotations import dataset_rows, find_annotations
 from mmseg_imbalance.counting.dataset_parts import first_indices
+from mmseg_imbalance.samplers import RareClassSampler
 
 NAMES = ('sky', 'road', 'tree')
 
@@ -151,11 +152,6 @@ OTHERS = {
         r'torch\.\S*ConcatDataset',
         'full_init',
     ),
-    'of MMEngine': (
-        lambda root: BaseDataset(lazy_init=True),
-        r'mmengine\.\S*BaseDataset',
-        'ignore_index',
-    ),
     'nothing': (lambda root: None, 'builtins.NoneType', 'full_init'),
 }
 
@@ -166,3 +162,22 @@ def test_a_data_set_that_cannot_be_counted_is_an_error_with_those_that_can(root,
     with pytest.raises(TypeError, match=f'{name} cannot be counted, it has no {missing}') as raised:
         count_classes(other(root))
     assert 'BaseSegDataset, alone or in ConcatDataset' in str(raised.value)
+
+
+class OfMMEngine(BaseDataset):
+    """Neither MMSegmentation's nor with an ignored label, but with all that counting needs."""
+
+    METAINFO = {'classes': NAMES}
+    root = None
+
+    def load_data_list(self):
+        rule = dict(seg_fields=[], label_map=None, reduce_zero_label=False)
+        return [dict(rule, seg_map_path=str(path)) for path in self.root]
+
+
+def test_a_data_set_of_mmengine_alone_counts_with_255_ignored(root):
+    OfMMEngine.root = sorted((root / 'ann').iterdir())
+    dataset = OfMMEngine(pipeline=[LoadAnnotations()], data_prefix={})
+    want = count_classes(make(root))
+    assert training_frequency(dataset, progress=False).pixels.tolist() == want.pixels.tolist()
+    assert RareClassSampler(dataset, num_workers=0, min_pixels=1).ignore_index == 255

@@ -34,9 +34,7 @@ def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.nd
         TypeError: one that is not MMSegmentation's, or derived from such a one.
     """
     wrapper = hasattr(dataset, 'datasets') or hasattr(dataset, 'dataset')
-    needed = (
-        ('full_init', 'metainfo') if wrapper else ('full_init', 'get_data_info', 'pipeline', 'ignore_index')
-    )
+    needed = ('full_init',) if wrapper else ('full_init', 'get_data_info', 'pipeline')
     if missing := [name for name in needed if not hasattr(dataset, name)]:
         raise TypeError(
             f'the classes of {type(dataset).__module__}.{type(dataset).__name__} cannot be counted, it has '
