@@ -35,6 +35,7 @@ class ClassFrequency:
         sources: (images,) int64, the data set that each image is of, a position in `source_names`.
         source_names: names of the data sets that were put together; one, if there is but one.
         counted: when, in ISO format.
+        unusual: a warning about labels that were counted and may not be what is meant.
     """
 
     classes: tuple[str, ...]
@@ -51,6 +52,7 @@ class ClassFrequency:
     sources: np.ndarray | None = None
     source_names: tuple[str, ...] | None = None
     counted: str | None = None
+    unusual: str | None = None
 
     def __post_init__(self) -> None:
         for name in ('pixels', 'images', 'image_pixels'):
@@ -162,7 +164,7 @@ class ClassFrequency:
         total: dict[str, Any] = {}
         for name in [field.name for field in fields(self)][1:]:
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is None or theirs is None or name == 'counted':
+            if mine is None or theirs is None or name in ('counted', 'unusual'):
                 total[name] = None
             elif name == 'sources':
                 total[name] = np.concatenate([mine, theirs + len(self.source_names or ())])
@@ -187,8 +189,8 @@ class ClassFrequency:
             values[name] = tuple(values[name].tolist())
         for name in ('ignored', 'num_images', 'dataset_images'):
             values[name] = int(values[name])
-        if 'counted' in values:
-            values['counted'] = str(values['counted'])
+        for name in {'counted', 'unusual'} & values.keys():
+            values[name] = str(values[name])
         return cls(**values)
 
 

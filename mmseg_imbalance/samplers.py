@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Sampler
 
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.counting.annotations import dataset_rows
+from mmseg_imbalance.counting.dataset_parts import first_indices
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.tables import table_text
 
@@ -75,13 +75,12 @@ class RareClassSampler(Sampler):
         min_pixels: at least 1, of an annotation as it is on disk; None: for each class the lower quartile of
             its pixels over the images that hold it, at most 3000: at least three of four are drawn.
         seed: the same on all ranks; None: one that they agree on.
-        cache_dir: folder of the counts; None: $MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``. A
-            sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
+        cache_dir: folder of the counts; None: as :func:`training_frequency` has it.
         num_workers: processes of each rank that count; None: as :func:`training_frequency` has it.
         uniform: share of the draws that take any image, at least 0 and below 1.
         ignore_index: the label that is no class; None: each data set's own.
         label_transforms: names of the transforms that change labels, see
-            :func:`~mmseg_imbalance.counting.count_classes`. It does not see those of a ClassWeightHook.
+            :func:`~mmseg_imbalance.counting.count_classes`; None: those of the ClassWeightHook of the run.
 
     Raises:
         ValueError: a number out of range, or no image holds `min_pixels` of any class.
@@ -134,9 +133,7 @@ class RareClassSampler(Sampler):
             raise ValueError(f'RareClassSampler cannot draw: {remedy}')
         self.probability = class_probability(frequency.share, temperature, found)
         # Copies of an image are alike: the first stands for all, and is as likely as they are together.
-        index_rows = dataset_rows(dataset)
-        first, repeats = np.empty(len(held), dtype=np.int64), np.bincount(index_rows)
-        first[index_rows[::-1]] = np.arange(len(index_rows))[::-1]  # the last one written stays
+        first, repeats = first_indices(dataset), frequency.repeats
         choices = np.column_stack([held, np.ones(len(held), dtype=bool)])  # the last column: any image
         columns, rows = np.nonzero(choices.T)  # by column
         self.images, self.repeats = first[rows], repeats[rows]
@@ -252,7 +249,7 @@ def _ignored_labels(dataset: Any) -> set[int]:
     """Those of the data sets inside `dataset`."""
     inner = getattr(dataset, 'datasets', None) or filter(None, [getattr(dataset, 'dataset', None)])
     labels = {label for wrapped in inner for label in _ignored_labels(wrapped)}
-    return labels or {dataset.ignore_index}
+    return labels or {getattr(dataset, 'ignore_index', 255)}
 
 
 def _trains_by_iterations() -> bool:

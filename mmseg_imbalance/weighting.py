@@ -106,10 +106,11 @@ def _inverse_effective_number(number: np.ndarray, beta: float, unit: str) -> np.
     log_beta = math.log(beta) if beta > 0 else -math.inf
     weights = (1 - beta) / -np.expm1(number * log_beta)
     if len(weights) > 1 and weights.max() / weights.min() < 1.01:
+        other = '' if unit == 'image' else "unit='image', "
         warnings.warn(
             f'effective_num gives every class the same weight: with beta={beta} and n_c counting '
             f'{unit}s ({number.min():.0f} to {number.max():.0f}), 1 - beta^n_c hardly differs. '
-            "Take unit='image', a beta nearer to 1 - 1/n_c, or another scheme.",
+            f'Take {other}a beta nearer to 1 - 1/n_c, or another scheme.',
             stacklevel=3,
         )
     return weights
@@ -127,14 +128,15 @@ def _without_pixels(frequency: ClassFrequency) -> Iterator[str]:
     if unmet:
         yield (
             f'classes that were not met in {frequency.num_images} of {frequency.dataset_images} images are '
-            f'weighed as if one of their pixels had been: {", ".join(unmet)}. A larger max_images tells more.'
+            f'weighed as if one of their pixels had been: {", ".join(unmet)}. A larger max_images tells '
+            'more, max_ratio limits the weight.'
         )
 
 
 def _doubtful(frequency: ClassFrequency, weights: np.ndarray) -> Iterator[str]:
     """A message about classes of large weight with few pixels or images behind it."""
     ratio = weights / weights[weights > 0].min()
-    few = (frequency.images < FEW_IMAGES) | (frequency.pixels < FEW_PIXELS)
+    few = ~frequency.unmet & ((frequency.images < FEW_IMAGES) | (frequency.pixels < FEW_PIXELS))
     listed = [
         f'{frequency.classes[c]} {ratio[c]:,.0f} times, from {frequency.pixels[c]:,} pixels in '
         f'{frequency.images[c]:,} images'

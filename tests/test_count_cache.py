@@ -1,6 +1,7 @@
 """Kept counts are those of the files: what they depend on is noticed, what is damaged is counted again."""
 
 import errno
+import io
 import logging
 import os
 import re
@@ -10,8 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from mmcv.transforms import BaseTransform
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
@@ -19,6 +22,7 @@ from PIL import Image
 from test_counting import (
     NAMES,
     ShiftedLoader,
+    StreetDataset,
     in_process,
     make,
     make_labels,
@@ -153,8 +157,10 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(root, tmp_path, war
 def test_the_default_cache_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv('MMSEG_IMBALANCE_CACHE', str(tmp_path / 'folder'))
     assert default_cache_dir() == tmp_path / 'folder'
-    monkeypatch.delenv('MMSEG_IMBALANCE_CACHE')
     monkeypatch.setenv('HOME', '/home/somebody')
+    monkeypatch.setenv('MMSEG_IMBALANCE_CACHE', '~/counts')
+    assert default_cache_dir() == Path('/home/somebody/counts')
+    monkeypatch.delenv('MMSEG_IMBALANCE_CACHE')
     assert default_cache_dir() == Path('/home/somebody/.cache/mmseg_imbalance')
 
 
@@ -357,6 +363,153 @@ def test_a_loader_that_cannot_be_looked_into_is_counted_each_time(root, tmp_path
     same(count_classes(make(root, loader=loader), cache_dir=tmp_path / 'cache'), count_classes(make(root)))
     assert len(warned()) == 1
     assert 'cannot be looked into' in warned()[0]
+
+
+class BesideImage(LoadAnnotations):
+    """Finds the labels by the name of the image."""
+
+    def _load_seg_map(self, results):
+        path = results['img_path'].replace('img', 'ann').replace('.jpg', '.png')
+        results['gt_seg_map'] = self.read(path)
+        results.setdefault('seg_fields', []).append('gt_seg_map')
+
+    def read(self, path):
+        return np.array(Image.open(path))
+
+
+class ByOpenCV(BesideImage):
+    def read(self, path):
+        return cv2.imread(path, cv2.IMREAD_UNCHANGED)
+
+
+class ByCompiledCode(BesideImage):
+    def read(self, path):
+        file = os.open(path, os.O_RDONLY)
+        with os.fdopen(file, 'rb') as opened:
+            return np.array(Image.open(opened))
+
+
+class Unlabelled(StreetDataset):
+    """Names images alone, and more if it is told to."""
+
+    extra = None
+
+    def load_data_list(self):
+        rows = super().load_data_list()
+        for row in rows:
+            label = row.pop('seg_map_path')
+            if self.extra:
+                row[self.extra] = label
+        return rows
+
+
+class Naming(Unlabelled):
+    extra = 'mask'
+
+
+class SecondMask(BaseTransform):
+    """Ignores what a second mask beside the labels says."""
+
+    def transform(self, results):
+        labels = results['gt_seg_map']
+        for key in ('mask_path', 'seg_map_path'):
+            path = results.get(key, '').replace('/ann/', '/second/')
+            if os.path.exists(path):
+                labels = np.where(np.array(Image.open(path)) == 1, 255, labels)
+        return {**results, 'gt_seg_map': labels}
+
+
+class TwoMasks(StreetDataset):
+    listed = False
+
+    def load_data_list(self):
+        rows = super().load_data_list()
+        for row in rows:
+            second = row['seg_map_path'].replace('/ann/', '/second/')
+            row.update({'masks': [second, second]} if self.listed else {'mask_path': second})
+        return rows
+
+
+class ListedMasks(TwoMasks):
+    listed = True
+
+
+def second_masks(root, value):
+    for number in (2, 3):
+        path = root / 'second' / f'{number}.png'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((37, 53), value, np.uint8)).save(path)
+
+
+def change_labels(root):
+    Image.fromarray(np.full((37, 53), 4, np.uint8)).save(root / 'ann' / '3.png')
+
+
+UNNAMED = {
+    'by the image': (Unlabelled, [BesideImage()], change_labels, False),
+    'by the image, of data with labels': (StreetDataset, [BesideImage()], change_labels, True),
+    'by OpenCV': (Unlabelled, [ByOpenCV()], change_labels, False),
+    'by compiled code': (Unlabelled, [ByCompiledCode()], change_labels, False),
+    'named': (Naming, [BesideImage()], change_labels, True),
+    'second mask': (
+        StreetDataset,
+        [LoadAnnotations(), SecondMask()],
+        lambda root: second_masks(root, 1),
+        False,
+    ),
+    'second mask, named': (
+        TwoMasks,
+        [LoadAnnotations(), SecondMask()],
+        lambda root: second_masks(root, 1),
+        True,
+    ),
+    'second mask, in a list': (
+        ListedMasks,
+        [LoadAnnotations(), SecondMask()],
+        lambda root: second_masks(root, 1),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize('case', UNNAMED)
+@pytest.mark.parametrize('workers', [0, 1])
+def test_counts_from_files_that_nobody_names_are_not_kept(tmp_path, logged, case, workers):
+    kind, pipeline, change, kept = UNNAMED[case]
+    root = make_labels(tmp_path / 'data')
+    second_masks(root, 0)
+
+    def count(**options):
+        dataset = kind(
+            data_root=str(root),
+            data_prefix=dict(img_path='img', seg_map_path='ann'),
+            pipeline=pipeline,
+        )
+        return count_classes(dataset, num_workers=workers, **options)
+
+    plain = open, io.open, cv2.imread
+    for _ in range(2):
+        count(cache_dir=tmp_path / 'cache')
+    assert (open, io.open, cv2.imread) == plain
+    assert len(logged) == 1 + (not kept)
+    for level, message in logged:
+        assert level == logging.INFO
+        assert ('counted again and agree' if kept else 'class counts are not kept') in message
+    change(root)
+    same(count(cache_dir=tmp_path / 'cache'), count())
+    assert len(cached_counts(tmp_path / 'cache')) == 2 * kept
+
+
+def test_what_is_unusual_about_labels_is_said_of_kept_counts_too(root, tmp_path, warned):
+    labels = np.array(Image.open(root / 'ann' / '3.png')).astype(np.uint16)
+    labels[0, :4] = 65535
+    Image.fromarray(labels).save(root / 'ann' / '3.png')
+    for _ in range(3):
+        count_classes(make(root), cache_dir=tmp_path / 'cache')
+    messages = warned()
+    assert len(messages) == 3
+    assert messages[0] == messages[1] == messages[2]
+    assert '65535 in the file is 255, ignored, for training' in messages[0]
 
 
 # The folder

@@ -4,13 +4,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
+import torch
+from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
-from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.counting import count_classes, training_frequency
 from mmseg_imbalance.counting.annotations import dataset_rows, find_annotations
+from mmseg_imbalance.counting.dataset_parts import first_indices
+from mmseg_imbalance.samplers import RareClassSampler
 
 NAMES = ('sky', 'road', 'tree')
 
@@ -94,7 +97,10 @@ def test_counts_and_rows_are_those_of_the_data_set_index_by_index(root, case):
     truth = np.stack([np.bincount(each, minlength=256)[:3] for each in labels])
     assert frequency.pixels.tolist() == truth.sum(0).tolist()
     assert frequency.num_images == len(dataset)
+    first = first_indices(dataset)
+    assert truth[first].tolist() == frequency.counts.tolist()
     rows = dataset_rows(dataset)
+    assert first.tolist() == np.unique(rows, return_index=True)[1].tolist()
     assert (rows.dtype, rows.shape) == (np.int64, (len(dataset),))
     assert count_classes(dataset).counts[rows].tolist() == truth.tolist()
     assert np.bincount(rows).tolist() == frequency.repeats.tolist()
@@ -126,8 +132,52 @@ def test_memory_goes_by_images_and_not_by_repeats(root):
     assert frequency.pixels.tolist() == [pixels * 40_000**2 for pixels in once.pixels.tolist()]
     assert frequency.num_images == 4 * 40_000**2
     tracemalloc.start()
-    rows = dataset_rows(repeat(make(root), 40_000))
+    first = first_indices(many)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert rows.tolist() == list(range(4)) * 40_000
-    assert peak < 5 * rows.nbytes
+    assert first.tolist() == list(range(4))
+    assert peak < 2**20
+
+
+class Plain(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+
+OTHERS = {
+    'of PyTorch': (lambda root: Plain(), 'test_dataset_parts.Plain', 'full_init, get_data_info, pipeline'),
+    'a part': (lambda root: torch.utils.data.Subset(make(root), [1]), r'torch\.\S*Subset', 'full_init'),
+    'joined': (
+        lambda root: torch.utils.data.ConcatDataset([make(root)]),
+        r'torch\.\S*ConcatDataset',
+        'full_init',
+    ),
+    'nothing': (lambda root: None, 'builtins.NoneType', 'full_init'),
+}
+
+
+@pytest.mark.parametrize('case', OTHERS)
+def test_a_data_set_that_cannot_be_counted_is_an_error_with_those_that_can(root, case):
+    other, name, missing = OTHERS[case]
+    with pytest.raises(TypeError, match=f'{name} cannot be counted, it has no {missing}') as raised:
+        count_classes(other(root))
+    assert 'BaseSegDataset, alone or in ConcatDataset' in str(raised.value)
+
+
+class OfMMEngine(BaseDataset):
+    """Neither MMSegmentation's nor with an ignored label, but with all that counting needs."""
+
+    METAINFO = {'classes': NAMES}
+    root = None
+
+    def load_data_list(self):
+        rule = dict(seg_fields=[], label_map=None, reduce_zero_label=False)
+        return [dict(rule, seg_map_path=str(path)) for path in self.root]
+
+
+def test_a_data_set_of_mmengine_alone_counts_with_255_ignored(root):
+    OfMMEngine.root = sorted((root / 'ann').iterdir())
+    dataset = OfMMEngine(pipeline=[LoadAnnotations()], data_prefix={})
+    want = count_classes(make(root))
+    assert training_frequency(dataset, progress=False).pixels.tolist() == want.pixels.tolist()
+    assert RareClassSampler(dataset, num_workers=0, min_pixels=1).ignore_index == 255

@@ -249,17 +249,57 @@ def test_an_installed_package_counts_by_its_version_unless_it_is_looked_into(tmp
     for value in (1, 2):
         name = f'installed_package_{value}'
         text = (
-            f'TABLE = {value}\nclass Loader:\n    def f(self): return TABLE\nLoader.__module__ = "installed"'
+            f'TABLE = {value}\nclass Loader:\n    def f(self): return TABLE\n'
+            'Loader.__module__ = "installed"\ndef function(): return TABLE\nfunction.__module__ = "installed"'
         )
         (folder / f'{name}.py').write_text(text)
         monkeypatch.setitem(sys.modules, 'installed', importlib.import_module(name))
         loader = sys.modules['installed'].Loader()
         loader.f.__func__.__module__ = 'installed'
         fingerprint_module._is_own.cache_clear()
-        seen[value] = of(loader), fingerprint([loader], packages(type(loader)))
+        function = sys.modules['installed'].function
+        assert packages(loader) == packages(function) == {'installed'}
+        seen[value] = [of(loader), of(function)], [fingerprint([x], packages(x)) for x in (loader, function)]
     fingerprint_module._is_own.cache_clear()
     assert seen[1][0] == seen[2][0]
-    assert seen[1][1] != seen[2][1]
+    assert all(one != two for one, two in zip(seen[1][1], seen[2][1], strict=True))
+
+
+LOADER_IN_A_CLONE = """
+from mmcv.transforms import LoadAnnotations
+from mmseg.datasets.somebodys_tables import MORE
+
+TABLE = {{1: {table}}}
+
+class Loader(LoadAnnotations):
+    def transform(self, results):
+        return TABLE, MORE
+"""
+
+
+@pytest.mark.parametrize('clone', ['mmseg', 'mmcv'])
+def test_a_loader_in_a_clone_of_a_framework_counts_with_its_tables(clone, monkeypatch):
+    seen = []
+    for table, more in ((1, 1), (1, 1), (2, 1), (1, 2)):
+        tables = module(f'MORE = {{1: {more}}}', 'mmseg.datasets.somebodys_tables')
+        monkeypatch.setitem(sys.modules, 'mmseg.datasets.somebodys_tables', tables)
+        made = module(LOADER_IN_A_CLONE.format(table=table), f'{clone}.transforms.somebodys_loader')
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+        loader = made.Loader()
+        seen.append(of(loader))
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 3
+
+
+def test_an_edit_of_a_stock_loader_counts(monkeypatch):
+    def load(self, results):
+        return results
+
+    before = of(LoadAnnotations())
+    assert of(LoadAnnotations()) == before
+    load.__module__ = LoadAnnotations.__module__
+    monkeypatch.setattr(LoadAnnotations, '_load_seg_map', load)
+    assert of(LoadAnnotations()) != before
 
 
 class Colour(Enum):

@@ -55,7 +55,7 @@ def test_counts_know_the_data_sets_that_they_are_of(tmp_path):
 
 def test_a_file_of_an_older_version_has_no_data_sets(tmp_path):
     counted = count_classes(make(make_labels(tmp_path / 'data')))
-    new = ('ignored_counts', 'sources', 'source_names', 'counted')
+    new = ('ignored_counts', 'sources', 'source_names', 'counted', 'unusual')
     old = {field.name: getattr(counted, field.name) for field in fields(counted) if field.name not in new}
     np.savez(tmp_path / 'counts.npz', **old)
     loaded = ClassFrequency.load(tmp_path / 'counts.npz')

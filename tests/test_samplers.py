@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import shutil
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
@@ -513,7 +514,11 @@ def test_a_set_repeated_many_times_takes_the_room_of_its_images(root):
     """A repeat is one chance more for the image, and nothing that is kept."""
     once = make(root, indices=5)
     repeated = RepeatDataset(once, 40_000)
+    tracemalloc.start()
     sampler = make_sampler(root, repeated, uniform=0.3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
     plain = make_sampler(root, once, uniform=0.3)
     assert len(sampler) == 200_000
     kept = [value for value in vars(sampler).values() if isinstance(value, np.ndarray)]

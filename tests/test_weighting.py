@@ -171,6 +171,24 @@ def test_a_class_that_a_sample_did_not_meet_counts_as_one_pixel_in_one_image(sch
     assert weights[1] == weights.max()
 
 
+def test_a_class_that_a_sample_did_not_meet_is_warned_of_once():
+    counted = frequency([10**9, 0, 10**4], [500, 0, 9], dataset_images=3000)
+    with pytest.warns(UserWarning, match='class 1') as caught:
+        class_weights(counted)
+    unmet, heavy = (str(warning.message) for warning in caught)
+    assert 'one of their pixels had been: class 1. A larger max_images tells more, max_ratio' in unmet
+    assert 'class 2 316 times' in heavy
+    assert 'class 1' not in heavy
+
+
+@pytest.mark.parametrize(
+    ('unit', 'remedy'), [('image', 'Take a beta'), ('pixel', "Take unit='image', a beta")]
+)
+def test_effective_num_does_not_advise_the_unit_that_it_has(unit, remedy):
+    with pytest.warns(UserWarning, match=f'hardly differs. {remedy} nearer'):
+        class_weights(frequency([10**9, 10**9], [10**7, 10**7]), 'effective_num', unit=unit)
+
+
 def test_where_all_images_were_looked_at_a_class_without_a_pixel_weighs_0():
     with pytest.warns(UserWarning, match='never occur get weight 0: class 1'):
         assert class_weights(frequency([600, 0, 100]))[1] == 0

@@ -16,6 +16,7 @@ import numpy as np
 from mmseg_imbalance.counting.annotations import Annotation
 from mmseg_imbalance.counting.fingerprint import fingerprint, packages
 from mmseg_imbalance.counting.ranks import warn
+from mmseg_imbalance.counting.rows import named_files
 from mmseg_imbalance.frequency import ClassFrequency
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
 
 MAX_FILES, MAX_BYTES = 200, 10**9  # of a folder; what was not used for longest goes first
 RECOUNTED = 8  # images, each time
-_FORMAT = 2
+_FORMAT = 3
 _NAME = re.compile(r'class_frequency_[0-9a-f]{32}\.npz')
 _HALF_WRITTEN = re.compile(_NAME.pattern + r'\.[0-9a-f]{32}\.tmp')
 
@@ -44,7 +45,7 @@ def default_cache_dir() -> Path:
         RuntimeError: the variable is not set, and this user has no home folder.
     """
     if folder := os.environ.get('MMSEG_IMBALANCE_CACHE'):
-        return Path(folder)
+        return Path(os.path.expanduser(folder))
     try:
         return Path.home() / '.cache' / 'mmseg_imbalance'
     except RuntimeError as error:
@@ -62,8 +63,9 @@ def counts_file(
 ) -> Path:
     """The path of the counts of these annotations; another one where anything that they depend on differs.
 
-    These are path, size and time of each file (of files that are not local the path), how it is read and
-    labelled, the code of the loader, classes, ignored label and repeats.
+    These are path, size and time of each file (of files that are not local the path; for transforms of
+    somebody's own, of all files that the data info names), how it is read and labelled, the code of the
+    loader, classes, ignored label and repeats.
     """
     numbers: dict[tuple[int, ...], int] = {}  # of each way to read a file
     rules: list[tuple[object, ...]] = []
@@ -77,21 +79,26 @@ def counts_file(
         )
         if number == len(rules):
             rules.append(rule)
-        try:
-            stat = os.stat(annotation.path)
-            stamp: object = (stat.st_size, stat.st_mtime_ns)
-        except (OSError, ValueError):  # not a local file
-            stamp = None
-        info = None
+        info, named = None, [annotation.path]
         if annotation.table is None or annotation.steps.change:  # a transform sees all that the data set says
             info = annotation.dataset.get_data_info(annotation.row)
+            named = named_files(annotation)
+        stamp = [_stamp(path) for path in named]
         source = datasets.setdefault(id(annotation.dataset), len(datasets))
         files.append((annotation.path, stamp, annotation.repeats, source, number, info))
     steps = {id(annotation.steps): annotation.steps for annotation in annotations}.values()
-    own = set().union(*(packages(type(part)) for each in steps for part in each.parts()))
+    own = set().union(*(packages(part) for each in steps for part in each.parts()))
     with np.printoptions(threshold=sys.maxsize):  # arrays whole
         name = fingerprint([_FORMAT, classes, dataset_images, rules, repr(files)], own)
     return Path(folder, f'class_frequency_{name}.npz')
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    except (OSError, ValueError):  # not a local file
+        return None
 
 
 def load_counts(
@@ -133,6 +140,8 @@ def load_counts(
         'file, or every one with mmseg-imbalance cache --clear.',
         logger='current',
     )
+    if frequency.unusual:
+        warn(frequency.unusual)
     with suppress(OSError):  # somebody else's folder
         os.utime(path)  # used now
     return frequency

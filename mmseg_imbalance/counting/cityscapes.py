@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ CITYSCAPES_CITIES = {
     'weimar', 'zurich',
 }  # fmt: skip
 PIXELS = 2048 * 1024  # of each image
-LOOKED_AT = 30  # images
-# Shares above 5 % are compared; in 30 images they are hardly ever a quarter or four times as large.
-FREQUENT, FACTOR = 0.05, 4
+LOOKED_AT = 120  # images
+# Shares above 5 % are in 120 images hardly ever a quarter or four times as large, others never 20 times.
+FREQUENT, FACTOR, FAR_ABOVE = 0.05, 4, 20
+UNLIKELY = 1e-5  # chance that a class is in so few or so many of the images
 
 
 def is_cityscapes_train(
@@ -30,7 +32,7 @@ def is_cityscapes_train(
     annotations: Sequence[Annotation],
     recount: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> bool:
-    """Whether these are the 2975 labels that the published counts are of: by names and by a look at 30.
+    """Whether these are the 2975 labels that the published counts are of: by names and by a look at 120.
 
     All files must be there; the log says which way it is.
 
@@ -46,12 +48,13 @@ def is_cityscapes_train(
     if not looks_like_it(*recount(LOOKED_AT)[1:]):
         warn(
             f'{len(annotations)} label files have the names of Cityscapes train, but {LOOKED_AT} of them '
-            'have other sizes, labels or shares of the classes. They are counted as those of any data set.'
+            'have other sizes, labels, classes or shares of them. They are counted as those of any data set.'
         )
         return False
     print_log(
         f'the published class counts of Cityscapes train are taken: all {len(annotations)} label files are '
-        f'there, and {LOOKED_AT} of them look like it. max_images={len(annotations)} counts the files.',
+        f'there, and {LOOKED_AT} of them look like it. The look would miss a few edited files, or '
+        f'{_overlooked()} taken out of all: then max_images={len(annotations)} counts the files.',
         logger='current',
     )
     return True
@@ -78,7 +81,7 @@ def _has_the_names(classes: tuple[str, ...], annotations: Sequence[Annotation]) 
 
 
 def looks_like_it(counts: np.ndarray, ignored: np.ndarray) -> bool:
-    """Whether label images can be of Cityscapes train: by their size and the shares of frequent classes.
+    """Whether label images can be of Cityscapes train: by size, classes in them and shares of frequent ones.
 
     Args:
         counts: (images, C) int64, pixels of each class.
@@ -86,7 +89,30 @@ def looks_like_it(counts: np.ndarray, ignored: np.ndarray) -> bool:
     """
     if (counts.sum(axis=1) + ignored != PIXELS).any() or not counts.any():
         return False
+    holds = zip((counts > 0).sum(axis=0).tolist(), _in_images(), strict=True)
+    if any(_chance(images, len(counts), published) < UNLIKELY for images, published in holds):
+        return False
     published = CITYSCAPES_TRAIN.share
     share = counts.sum(axis=0) / counts.sum()
     close = (share * FACTOR > published) & (share < published * FACTOR)
-    return bool(close[published >= FREQUENT].all())
+    return bool(close[published >= FREQUENT].all() and (share < published * FAR_ABOVE).all())
+
+
+def _in_images() -> list[float]:
+    """Share of the images that hold each class."""
+    return (CITYSCAPES_TRAIN.images / CITYSCAPES_TRAIN.num_images).tolist()
+
+
+def _chance(images: int, number: int, share: float) -> float:
+    """That of `number` images so few, or so many, hold a class which a `share` of all holds.
+
+    Binomial; images that are spread over the data set vary less.
+    """
+    exactly = [math.comb(number, n) * share**n * (1 - share) ** (number - n) for n in range(number + 1)]
+    return min(sum(exactly[: images + 1]), sum(exactly[images:]))
+
+
+def _overlooked() -> str:
+    """The classes so rare that the look cannot tell whether they are there."""
+    rare = [_chance(0, LOOKED_AT, share) >= UNLIKELY for share in _in_images()]
+    return ', '.join(name for name, missed in zip(CITYSCAPES_TRAIN.classes, rare, strict=True) if missed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -38,13 +39,13 @@ def count_classes(
     """Pixels and images of each class, from annotations alone, labelled as training sees them.
 
     All ranks must call it: each counts its part, all get the whole. Of the pipeline, what loads labels and
-    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read but for 30 of its
-    label files, its counts are published.
+    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read but for 120 of
+    its label files, its counts are published.
 
     Args:
         dataset: BaseSegDataset, or Concat-, Repeat-, ClassBalanced-, MultiImageMixDataset of such.
         max_images: count a random sample of so many distinct images, the same in every call. All are counted
-            where the sample holds one class and ignored pixels alone.
+            where the sample holds fewer than two classes.
         ignore_index: the label that is no class; None: each data set's own.
         num_workers: worker processes of each rank; None: two where a process can be copied, else none.
         cache_dir: folder where counts are kept. They are found again by path, size and time of
@@ -83,10 +84,10 @@ def count_classes(
         chosen = [annotations[position] for position in np.sort(sample)]
     may_be_published = not per_image and (max_images is None or sampled)
     frequency = count(chosen, annotations if may_be_published else [])
-    if sampled and frequency.ignored and np.count_nonzero(frequency.pixels) < 2:
+    if sampled and np.count_nonzero(frequency.pixels) < 2:
         warn(
-            f'in a sample of {max_images} images one class and ignored pixels occur alone, so all '
-            f'{len(annotations)} are counted to see whether the others are like them.'
+            f'in a sample of {max_images} images fewer than two classes occur, so all {len(annotations)} are '
+            'counted to see whether the others are like them.'
         )
         chosen = annotations
         frequency = count(annotations)
@@ -117,6 +118,7 @@ def _count(
 ) -> ClassFrequency:
     """Counts from the cache or from the files, or those of Cityscapes train if this is that."""
     from mmengine.dist import get_dist_info
+    from mmengine.logging import print_log
 
     rank, world_size = get_dist_info()
     counted = AnnotationRows(annotations, len(classes))
@@ -166,8 +168,18 @@ def _count(
         sources,
         names,
     )
+    frequency = replace(frequency, unusual=unusual or None)
     if path is not None and rank == 0:
-        store_counts(frequency, path)
+        unnamed = next((row.unnamed for row in rows if row.unnamed), '')
+        if unnamed:
+            print_log(
+                'class counts are not kept: labels also come from files that the data set does not name, '
+                f'such as {unnamed}, so nobody would notice when these change. Counts are kept if '
+                'load_data_list of the data set names the files in the dict of each image, under any key.',
+                logger='current',
+            )
+        else:
+            store_counts(frequency, path)
     return frequency
 
 

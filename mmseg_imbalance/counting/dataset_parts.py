@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ['Part', 'part_repeats', 'part_rows', 'part_starts']
+__all__ = ['Part', 'first_indices', 'part_repeats', 'part_rows', 'part_starts']
+
+NEVER = 2**62  # an index behind all others
 
 
 class Part(NamedTuple):
@@ -26,7 +28,20 @@ class Part(NamedTuple):
 
 
 def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.ndarray]:
-    """How often a possibly wrapped data set has each row of each of its parts, (rows,) int64."""
+    """How often a possibly wrapped data set has each row of each of its parts, (rows,) int64.
+
+    Raises:
+        TypeError: one that is not MMSegmentation's, or derived from such a one.
+    """
+    wrapper = hasattr(dataset, 'datasets') or hasattr(dataset, 'dataset')
+    needed = ('full_init',) if wrapper else ('full_init', 'get_data_info', 'pipeline')
+    if missing := [name for name in needed if not hasattr(dataset, name)]:
+        raise TypeError(
+            f'the classes of {type(dataset).__module__}.{type(dataset).__name__} cannot be counted, it has '
+            f"no {', '.join(missing)}. Take one derived from MMSegmentation's BaseSegDataset, alone or "
+            'in ConcatDataset, RepeatDataset, ClassBalancedDataset or MultiImageMixDataset. For another one '
+            'give class_weight as numbers or as a file.'
+        )
     dataset.full_init()
     if hasattr(dataset, 'datasets'):  # ConcatDataset
         found: dict[Part, np.ndarray] = {}
@@ -68,6 +83,30 @@ def part_rows(dataset: Any, starts: dict[Part, int], mixers: tuple[Any, ...] = (
     if hasattr(dataset, 'repeat_indices'):
         return rows[np.asarray(dataset.repeat_indices, dtype=np.int64)]
     return np.tile(rows, getattr(dataset, 'times', 1))
+
+
+def first_indices(dataset: Any) -> np.ndarray:
+    """(images,) int64: the first index of `dataset` at which each of its distinct images is."""
+    repeats = part_repeats(dataset)
+    occurs = np.concatenate(list(repeats.values())) > 0
+    return _first_of_rows(dataset, *part_starts(repeats))[occurs]
+
+
+def _first_of_rows(
+    dataset: Any, starts: dict[Part, int], size: int, mixers: tuple[Any, ...] = ()
+) -> np.ndarray:
+    """(size,) int64: the first index that is each row, numbered through as in `starts`; NEVER: none is."""
+    if hasattr(dataset, 'datasets'):
+        offsets = np.cumsum([0, *map(len, dataset.datasets)])
+        found = [_first_of_rows(inner, starts, size, mixers) for inner in dataset.datasets]
+        return np.minimum.reduce([first + offset for first, offset in zip(found, offsets, strict=False)])
+    if hasattr(dataset, 'dataset') and not hasattr(dataset, 'repeat_indices'):  # copies come later
+        mixers = (dataset, *mixers) if hasattr(dataset, 'pipeline') else mixers
+        return _first_of_rows(dataset.dataset, starts, size, mixers)
+    first = np.full(size, NEVER)
+    rows = part_rows(dataset, starts, mixers)
+    first[rows[::-1]] = np.arange(len(rows))[::-1]  # the last one written stays
+    return first
 
 
 def _flat(step: Any) -> Iterator[Any]:

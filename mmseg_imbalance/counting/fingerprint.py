@@ -27,7 +27,8 @@ import torch
 
 __all__ = ['fingerprint', 'packages']
 
-FRAMEWORKS = ('mmcv', 'mmengine', 'mmseg', 'mmseg_imbalance')
+EDITED = ('mmcv', 'mmseg')  # users add their transforms to a clone
+FRAMEWORKS = ('mmengine', 'mmseg_imbalance')  # registries and backends, which change as they are used
 # what Python itself writes into a class, as documentation, addresses or line numbers
 UNIMPORTANT = {
     '__abstractmethods__', '__annotate__', '__annotate_func__', '__annotations__', '__annotations_cache__',
@@ -42,8 +43,8 @@ def fingerprint(values: Iterable[object], own: Iterable[str] = ()) -> str:
 
     Of an object its class and attributes count; of a class written by a user, its bases, methods and
     attributes; of a function its bytecode and all that it refers to: closures, defaults, tables of its module
-    and of modules that it imports. Of Python's library, installed packages and MMSegmentation the version
-    counts. Addresses and the order of sets do not.
+    and of modules that it imports. Of Python's library, installed packages and MMEngine the version
+    counts, of MMSegmentation and MMCV the code as well. Addresses and the order of sets do not.
 
     Args:
         own: names of installed packages whose code is looked into all the same.
@@ -215,17 +216,17 @@ def _top(module: str | None) -> str:
     return (module or '').partition('.')[0]
 
 
-def packages(kind: type) -> set[str]:
-    """Those of a class and its bases, without Python's and MMSegmentation's."""
-    tops = {_top(base.__module__) for base in kind.__mro__}
-    return tops - set(FRAMEWORKS) - sys.stdlib_module_names
+def packages(part: object) -> set[str]:
+    """Those of an object and of its class and bases, without Python's and MMEngine's."""
+    modules = {getattr(each, '__module__', None) for each in (part, *type(part).__mro__)}
+    return set(map(_top, modules)) - {*FRAMEWORKS, ''} - sys.stdlib_module_names
 
 
 @functools.cache
 def _is_own(module: str | None) -> bool:
     """Whether a module is somebody's own code, which may be worked on: neither Python's nor installed."""
-    if _top(module) in FRAMEWORKS:
-        return False
+    if _top(module) in FRAMEWORKS + EDITED:
+        return _top(module) in EDITED
     file = getattr(sys.modules.get(module or ''), '__file__', None)
     if file is None:
         return _top(module) not in sys.stdlib_module_names

@@ -13,9 +13,11 @@ from mmseg_imbalance.frequency import ClassFrequency
 
 __all__ = ['refuse_lonely_class']
 
+RARELY = 0.1  # of the images with objects
+
 
 def refuse_lonely_class(frequency: ClassFrequency, annotations: Sequence[Annotation]) -> None:
-    """Look for data sets that hold a single class out of several.
+    """Look for data sets that hold a single class out of several, or objects that may be ignored.
 
     Where other data sets hold the other classes, the ignored pixels of one that lacks them may well be void:
     a warning. Without ignored pixels images of one class are nothing special.
@@ -34,14 +36,17 @@ def refuse_lonely_class(frequency: ClassFrequency, annotations: Sequence[Annotat
         found = _what_is_found(frequency)
         if frequency.ignored:
             cause = _cause(frequency, annotations[0]) + not_run(annotations[0].steps)
-            raise ValueError(f'{found}, so there is nothing to learn. {cause}')
-        warn(f'{found}. Nothing can be learnt from one class alone: check annotations and classes.')
-        return
-    if len(parts) == 1:
+            raise ValueError(f'{found}, so there is nothing to learn. {cause}{_subset(annotations)}')
+        warn(
+            f'{found}. Nothing can be learnt from one class alone: check annotations and classes.'
+            f'{_subset(annotations)}'
+        )
         return
     datasets = {annotation.dataset: annotation for annotation in annotations}  # in the order of the parts
     for (name, part), one in zip(parts, datasets.values(), strict=True):
-        if np.count_nonzero(part.pixels) < 2 and part.ignored:
+        if found := _mostly_ignored(part):
+            warn(f'in {name}: {found}. If these pixels are void, all is well. {_cause(part, one)}')
+        if len(parts) > 1 and np.count_nonzero(part.pixels) < 2 and part.ignored:
             warn(
                 f'in {name}: {_what_is_found(part)}. Other data sets hold more classes, so this may be as it '
                 f'should be. {_cause(part, one)}'
@@ -55,6 +60,37 @@ def _what_is_found(frequency: ClassFrequency) -> str:
         f'{occurs} of {len(frequency.classes)} classes occurs in {frequency.num_images} images, with '
         f'{int(frequency.pixels.sum()):,} pixels, and {frequency.ignored:,} pixels have the ignored label'
     )
+
+
+def _mostly_ignored(frequency: ClassFrequency) -> str:
+    """What is found where objects seem to be ignored in most images and labelled in a few; else ''.
+
+    In most of the images that are not of one class alone, ignored pixels take the place of all other
+    classes; where these are, hardly a pixel is ignored. Void would be found beside objects too.
+    """
+    counts, ignored = frequency.counts, frequency.ignored_counts
+    if counts is None or ignored is None:
+        return ''
+    held = counts > 0  # (images, C)
+    alone = (held.sum(axis=1) == 1) & (ignored > 0)
+    usual = int(held[alone].sum(axis=0).argmax())
+    alone &= held[:, usual]
+    others = np.delete(held, usual, axis=1).any(axis=1)
+    if alone.sum() <= max(others.sum(), 2) or not others.any() or (ignored[others] > 0).mean() > RARELY:
+        return ''
+    names = [frequency.classes[c] for c in np.flatnonzero(frequency.pixels) if c != usual]
+    listed = f'{len(names)} other classes occur' if len(names) > 3 else f'{", ".join(map(repr, names))} occur'
+    return (
+        f'in {alone.sum()} of {len(counts)} images only the class {frequency.classes[usual]!r} and ignored '
+        f'pixels occur, while {listed} in {others.sum()}, which have hardly an ignored pixel'
+    )
+
+
+def _subset(annotations: Sequence[Annotation]) -> str:
+    """Another cause, where data sets are cut to a few of their images."""
+    if all(getattr(annotation.dataset, '_indices', None) is None for annotation in annotations):
+        return ''
+    return f' Or the subset is too small: indices leaves {len(annotations)} images.'
 
 
 def _cause(frequency: ClassFrequency, annotation: Annotation) -> str:
@@ -73,7 +109,8 @@ def _cause(frequency: ClassFrequency, annotation: Annotation) -> str:
     if not frequency.pixels.any():
         return f'All labels are {ignored}: check the annotations and how they are loaded.'
     return (
-        f'Masks of 0 and {ignored} look like this: {ignored} is the label that training ignores. If it is '
-        f'an object, write the number of its class into the files in place of {ignored}, or let '
-        f'get_label_map of the data set return {{{ignored}: 1}}.'
+        f'Masks of 0 and {ignored} look like this: {ignored} is the label that training ignores. If it is an '
+        'object, add a transform of your own after LoadAnnotations, in training and test, that does '
+        f"results['gt_seg_map'][results['gt_seg_map'] == {ignored}] = 1, with the number of its class for 1. "
+        'It is run in counting too. Or write this number into the files.'
     )

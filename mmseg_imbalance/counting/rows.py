@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import multiprocessing
-from collections.abc import Iterable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +19,9 @@ from mmseg_imbalance.counting.annotations import Annotation
 from mmseg_imbalance.counting.pixel_counts import Note, count_pixels
 from mmseg_imbalance.counting.ranks import warn
 
-__all__ = ['AnnotationRows', 'Row', 'count_rows', 'default_workers']
+__all__ = ['AnnotationRows', 'Row', 'count_rows', 'default_workers', 'named_files']
+
+_OPENING = threading.Lock()
 
 
 class Row(NamedTuple):
@@ -25,6 +32,7 @@ class Row(NamedTuple):
     ignored: int
     notes: tuple[Note, ...] = ()
     error: Exception | None = None
+    unnamed: str = ''  # a file that was read and is none of `named_files`
 
 
 class AnnotationRows(Dataset[Row]):
@@ -34,8 +42,14 @@ class AnnotationRows(Dataset[Row]):
         self.annotations, self.num_classes = annotations, num_classes
 
     def __getitem__(self, position: int) -> Row:
+        annotation = self.annotations[position]
+        opened: list[str] = []
         try:
-            return Row(position, *count_pixels(self.annotations[position], self.num_classes))
+            if annotation.table is not None and not annotation.steps.change:  # one file, of a known name
+                return Row(position, *count_pixels(annotation, self.num_classes))
+            with _opened_files(opened):
+                counted = count_pixels(annotation, self.num_classes)
+            return Row(position, *counted, unnamed=_unnamed(annotation, opened))
         except (FileNotFoundError, ValueError) as error:
             return Row(position, np.empty(0), 0, error=error)
 
@@ -51,6 +65,52 @@ class AnnotationRows(Dataset[Row]):
         failed = np.full(self.num_classes, -1)
         counts = [failed if row.error is not None else row.counts for row in rows]
         return positions, np.stack(counts), np.array([row.ignored for row in rows])
+
+
+def named_files(annotation: Annotation) -> list[str]:
+    """The local files that the data info of an annotation names: its labels, its image, and others."""
+    info = annotation.dataset.get_data_info(annotation.row)
+    values = [each for value in info.values() for each in (value if isinstance(value, list) else [value])]
+    texts = {os.fspath(value) for value in values if isinstance(value, str | os.PathLike)}
+    return sorted(path for path in texts if os.path.isfile(path))
+
+
+def _unnamed(annotation: Annotation, opened: Sequence[str]) -> str:
+    """The first of the opened files that the data info does not name; '' if there is none."""
+    named = set(map(os.path.realpath, named_files(annotation)))
+    if not opened and not annotation.dataset.get_data_info(annotation.row).get('seg_map_path'):
+        return annotation.path  # a guess: compiled code has read the labels, nobody knows where
+    return next((path for path in opened if os.path.realpath(path) not in named), '')
+
+
+@contextmanager
+def _opened_files(opened: list[str]) -> Iterator[None]:
+    """Add the paths of files that this thread opens to read; of compiled code, those of OpenCV alone."""
+    import cv2
+
+    thread = threading.get_ident()
+
+    def watched(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(file: Any, *args: Any, **options: Any) -> Any:
+            mode = str(options.get('mode', args[0] if args else 'r'))
+            found = plain(file, *args, **options)
+            read = mode[0] not in 'wax' and found is not None and isinstance(file, str | os.PathLike)
+            if read and threading.get_ident() == thread:
+                opened.append(os.fspath(file))
+            return found
+
+        return call
+
+    with _OPENING:
+        places = (builtins, 'open'), (io, 'open'), (cv2, 'imread')
+        plain = [getattr(*place) for place in places]
+        for place, function in zip(places, plain, strict=True):
+            setattr(*place, watched(function))
+        try:
+            yield
+        finally:
+            for place, function in zip(places, plain, strict=True):
+                setattr(*place, function)
 
 
 def count_rows(counted: AnnotationRows, part: range, num_workers: int, show: bool) -> list[Row]:
