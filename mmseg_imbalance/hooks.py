@@ -98,6 +98,7 @@ class ClassWeightHook(LoggedPartsHook):
             )
             return
         record = self._find_record(runner)
+        self._warn_of_other_counts(runner, record)
         for name, loss in waiting.items():
             if name in auto:
                 loss.class_weight.set_weights(record.weights)
@@ -115,6 +116,19 @@ class ClassWeightHook(LoggedPartsHook):
     def after_train(self, runner) -> None:
         super().after_train(runner)
         self.label_check.remove()
+
+    def _warn_of_other_counts(self, runner, record: WeightRecord) -> None:
+        """A sampler that has counted for itself may have counted other labels."""
+        drawn = getattr(getattr(runner.train_dataloader, 'sampler', None), 'pixels', None)
+        if drawn is None or record.pixels is None or record.num_images != record.dataset_images:
+            return
+        counted = zip(record.classes, drawn.tolist(), record.pixels, strict=True)
+        other = [f'{name}: {theirs:,}, here {ours:,}' for name, theirs, ours in counted if theirs != ours]
+        if other:
+            runner.logger.warning(
+                'the sampler has counted other pixels than ClassWeightHook: '
+                f'{"; ".join(other[:10])}. Give both the same label_transforms and ignore_index'
+            )
 
     def _find_record(self, runner) -> WeightRecord:
         """The weights of the checkpoint where the counts are still the same, else those of the counts."""

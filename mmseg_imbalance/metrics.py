@@ -64,9 +64,7 @@ class ClassIoUMetric(IoUMetric):
     def __init__(self, ignore_index: int | None = None, *args: object, **kwargs: object) -> None:
         parameters = inspect.signature(IoUMetric.__init__).parameters.values()
         known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != 'self']
-        known.append(
-            'keep_results'
-        )  # MMSegmentation's tools/test.py gives it to any metric
+        known.append('keep_results')  # MMSegmentation's tools/test.py gives it to any metric
         if unknown := sorted(set(kwargs) - set(known)):
             raise TypeError(
                 f'{type(self).__name__} has no option {unknown}; those of IoUMetric are {known}. What a '

@@ -75,12 +75,14 @@ class RareClassSampler(Sampler):
         min_pixels: at least 1, of an annotation as it is on disk; None: for each class the lower quartile of
             its pixels over the images that hold it, at most 3000: at least three of four are drawn.
         seed: the same on all ranks; None: one that they agree on.
-        cache_dir: folder of the counts; None: as :func:`training_frequency` has it.
+        cache_dir: folder of the counts; None: $MMSEG_IMBALANCE_CACHE, else ``~/.cache/mmseg_imbalance``. A
+            sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
         num_workers: processes of each rank that count; None: as :func:`training_frequency` has it.
         uniform: share of the draws that take any image, at least 0 and below 1.
         ignore_index: the label that is no class; None: each data set's own.
         label_transforms: names of the transforms that change labels, see
-            :func:`~mmseg_imbalance.counting.count_classes`; None: those of the ClassWeightHook of the run.
+            :func:`~mmseg_imbalance.counting.count_classes`. It does not see those of a ClassWeightHook, which
+            warns where it has counted other labels.
 
     Raises:
         ValueError: a number out of range, or no image holds `min_pixels` of any class.
@@ -120,6 +122,7 @@ class RareClassSampler(Sampler):
             per_image=True,
             label_transforms=label_transforms,
         )
+        self.pixels = frequency.pixels  # (C,), which ClassWeightHook holds against its own
         labels = sorted(_ignored_labels(dataset)) if ignore_index is None else [ignore_index]
         self.ignore_index = labels[0] if len(labels) == 1 else tuple(labels)  # what was no class
         self.uniform = uniform

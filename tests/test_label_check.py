@@ -605,3 +605,17 @@ def test_a_label_that_one_rank_receives_ends_both_with_the_same_error(tmp_path):
     assert str(first) == str(second)
     assert "class 'stain', label 2, was counted with 0 pixels in 0 of 4 images" in str(first)
     assert 'arrived with 128 pixels in 1 of 4 images' in str(first)
+
+
+@pytest.mark.parametrize('told', [False, True])
+def test_a_sampler_that_has_counted_other_labels_than_the_hook_is_named(tmp_path, told):
+    write_data(tmp_path, [half(rows=4), half(below=2, rows=6)] * 2)
+    names = dict(label_transforms=['Binarise'])
+    sampler = dict(type='RareClassSampler', min_pixels=1, num_workers=0, **(names if told else {}))
+    cfg = small_run(tmp_path, [dict(type='Binarise')], iterations=1, sampler=sampler)
+    cfg.custom_hooks[0].update(names)
+    log = log_of(train(cfg))
+    message = (
+        'the sampler has counted other pixels than ClassWeightHook: crack: 128, here 320; stain: 192, here 0'
+    )
+    assert log.count(message) == (not told)

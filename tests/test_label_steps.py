@@ -650,19 +650,6 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
     drawn = {index.class_index for index, _ in zip(sampler, range(20), strict=False)}
     assert drawn - {None} <= {0, 1}
 
-    kept = set((root / 'cache').iterdir())
-    message_hub = MessageHub.get_current_instance()
-    message_hub.update_info('cfg', cfg.pretty_text)
-    followed = RareClassSampler(dataset, num_workers=0)
-    assert followed.probability.tolist() == sampler.probability.tolist()
-    assert set((root / 'cache').iterdir()) == kept
-    assert np.count_nonzero(RareClassSampler(dataset, num_workers=0, label_transforms=()).probability) == 5
-    for text in ('no Python <object>', cfg.pretty_text.replace('BaseSegDataset', 'OtherDataset')):
-        message_hub.update_info('cfg', text)
-        assert np.count_nonzero(RareClassSampler(dataset, num_workers=0, **cache).probability) == 5
-    assert len(warned) == 2
-    assert all('MergeAll' in message for message in warned)
-
     seen_options = []
 
     def count(*_, **options):

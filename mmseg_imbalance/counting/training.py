@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,11 @@ def training_frequency(
     The counts are kept in one folder: `cache_dir`, else the `cache_dir` of a ClassWeightHook among the
     `custom_hooks` of the config, else the environment variable MMSEG_IMBALANCE_CACHE, else
     ``~/.cache/mmseg_imbalance``. Without a home folder they are not kept. `label_transforms` too are those of
-    that hook where none are given here. Of a data set alone the config is that of the runner that was made
-    last, if it trains on data sets of this class.
+    that hook where none are given here.
 
     Args:
-        source: a runner in training; a config, whose training data set is built; a data set (the
-            model is not known then); None: the config of the runner that was made last.
+        source: a runner in training; a config, whose training data set is built; a data set (neither model
+            nor config is known then); None: the config of the runner that was made last.
         heads: those whose ``ignore_index`` counts; None: the decode heads of the model.
         num_workers: worker processes of each rank; None: as many as the train_dataloader has.
         max_images, per_image, progress, label_transforms: see :func:`count_classes`.
@@ -57,7 +55,6 @@ def training_frequency(
     def find() -> tuple[Any, int, Path | None, int | None, Sequence[str] | None]:
         dataset, config, model, workers = _training_data(source)
         label = ignored_label(dataset, decode_heads(model) if heads is None else heads)
-        config = _config_that_trains_on(dataset) if config is None else config
         folder = cache_dir or _option_of_hook(config, 'cache_dir') or _users_folder() or None
         workers = workers if num_workers is None else num_workers
         names = _option_of_hook(config, 'label_transforms') if label_transforms is None else label_transforms
@@ -107,16 +104,6 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
         loader = source.train_dataloader
         return loader.dataset, source.cfg, source.model, getattr(loader, 'num_workers', None)
     return source, None, None, None
-
-
-def _config_that_trains_on(dataset: Any) -> Any:
-    """The config of the runner that was made last, as a sampler is not told it; None: it is of other data."""
-    with suppress(Exception):  # there is none, or it holds objects, whose text is no Python
-        config = current_config()
-        kind = config['train_dataloader']['dataset']['type']
-        if str(getattr(kind, '__name__', kind)).rpartition('.')[2] == type(dataset).__name__:
-            return config
-    return None
 
 
 def _part(model: Any, name: str, default: Any = None) -> Any:
