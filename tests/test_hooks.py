@@ -97,7 +97,7 @@ def test_without_an_auto_loss_it_says_that_there_is_nothing_to_do(small_config):
     plain = small_config(BALANCED.replace('-combined', ''), custom_hooks=[dict(type='ClassWeightHook')])
     runner = Runner.from_cfg(plain)
     runner.train()
-    assert "nothing to do: no loss says class_weight='auto'" in log_of(runner)
+    assert "nothing to do: no loss of this package says class_weight='auto'" in log_of(runner)
     assert not Path(runner.work_dir, 'class_weights.json').exists()
 
 
