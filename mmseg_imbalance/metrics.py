@@ -129,14 +129,17 @@ class ClassIoUMetric(IoUMetric):
         """
         if self.watched is not None:
             return
+        hub = MessageHub.get_current_instance()
+        self.watched = set()
+        if hub.get_info('loop_stage') != 'val':  # hooks and schedules look at validations
+            return
         monitored, given = _ask_config(
             lambda config: (monitored_in(config), given_in(config, self.dataset_meta)),
             ([], []),
             'which keys are watched',
         )
         self.watched = {each.key for each in monitored}
-        hub = MessageHub.get_current_instance()
-        if hub.get_info('loop_stage') != 'val' or hub.get_info('max_iters') is None:  # nobody trains
+        if hub.get_info('max_iters') is None:  # a validation alone, no training
             return
         if hub.get_info('experiment_name') != hub.instance_name:
             print_log(
@@ -291,12 +294,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             # here, where all ranks are, as the counting is shared; compute_metrics is the main rank's alone
             try:
                 self.train_pixels = self._count_train_pixels()
-            except (
-                ValueError,
-                TypeError,
-                FileNotFoundError,
-            ) as error:  # the rest of the evaluation is worth more
-                self._name_failure(error)
+            except (ValueError, TypeError, FileNotFoundError) as error:
+                self._name_failure(error)  # the rest of the evaluation is worth more
                 self.train_pixels = np.empty(0, np.int64)
 
     def _count_train_pixels(self) -> np.ndarray:

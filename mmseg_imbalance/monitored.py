@@ -144,10 +144,11 @@ def given_in(config: Mapping[str, Any], dataset_meta: dict | None) -> list[list[
         metrics = metrics.get('metrics', [metrics])
     given: list[list[str] | None] = []
     for entry in metrics:
-        metric = METRICS.build(entry) if issubclass(_kind(entry, METRICS), IoUMetric) else None
+        known = _computed_by(_kind(entry, METRICS))  # others might do anything when they are made
+        metric = None if known is None else METRICS.build(entry)
         if metric is not None:
             metric.dataset_meta = dataset_meta
-        given.append(None if metric is None else given_keys(metric))
+        given.append(given_keys(metric))
     return given
 
 
@@ -159,15 +160,16 @@ def _kind(entry: Mapping[str, Any], registry: Registry) -> type:
         return of_scope.get(kind) or object
 
 
+def _computed_by(kind: type) -> type | None:
+    """The class that computes the results of a metric; None: it is not one whose keys are known."""
+    found = next((base for base in kind.__mro__ if 'compute_metrics' in vars(base)), None)
+    return found if found is IoUMetric or 'expected_keys' in vars(found or object) else None
+
+
 def given_keys(metric: Any) -> list[str] | None:
     """All keys that the metric gives, with its prefix; None: it may give any."""
-    computed_by = next(kind for kind in type(metric).__mro__ if 'compute_metrics' in vars(kind))
-    if getattr(metric, 'format_only', False) or not (metric.dataset_meta or {}).get('classes'):
+    computed_by = _computed_by(type(metric))
+    if computed_by is None or metric.format_only or not (metric.dataset_meta or {}).get('classes'):
         return None
-    if computed_by is IoUMetric:
-        keys = framework_keys(metric.metrics)
-    elif 'expected_keys' in vars(computed_by):
-        keys = metric.expected_keys()
-    else:
-        return None
+    keys = framework_keys(metric.metrics) if computed_by is IoUMetric else metric.expected_keys()
     return with_prefix(metric.prefix, keys)
