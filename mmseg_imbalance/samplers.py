@@ -284,7 +284,8 @@ class ResumeSamplerHook(Hook):
     """Resume a run of iterations without loading the images it has seen, where MMEngine itself would.
 
     Upstream's loop asks for each past batch. Here the sampler skips them, and the loop gets nothing in their
-    place. The fork's loop does this by itself; there, and for a sampler without ``skip``, nothing is done.
+    place. The fork's loop does this by itself; there, and for a sampler without ``skip``, nothing is skipped.
+    RareClassSampler is told which loop trains, see :func:`tell_sampler_of_loop`.
     """
 
     def before_train(self, runner: Any) -> None:

@@ -778,8 +778,17 @@ def test_labels_are_those_that_training_sees(root, folding):
 
 
 class Record(Hook):
-    def __init__(self):
-        self.seen = {}
+    """What a training sees, and how many images it loads; those that counting has tried come before it."""
+
+    def __init__(self, loads):
+        self.seen, self.loads_file = {}, loads
+
+    def before_train(self, runner):
+        self.before = len(self.loads_file.read_text()) if self.loads_file.exists() else 0
+
+    @property
+    def loads(self):
+        return len(self.loads_file.read_text()) - self.before
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         self.seen[runner.iter] = [
@@ -852,11 +861,10 @@ def train(small_config, tmp_path):
         cfg.train_dataloader.dataset.pipeline.insert(0, dict(type='CountLoads', path=str(tmp_path / name)))
         cfg.work_dir = str(tmp_path / name) + '.run'
         with patch.dict(TRANSFORMS.module_dict, CountLoads=CountLoads):
-            runner, record = Runner.from_cfg(cfg), Record()
+            runner, record = Runner.from_cfg(cfg), Record(tmp_path / name)
             runner.register_hook(record)
             runner.train()
         runner._train_loop = None  # the workers end here; if the garbage collector ends them, they take 10 s
-        record.loads = len((tmp_path / name).read_text())
         return record
 
     return run
