@@ -57,6 +57,8 @@ def check_monitored_keys(runner: Any) -> None:
     """
     evaluator = getattr(runner.val_loop, 'evaluator', None)
     metrics = list(getattr(evaluator, 'metrics', ()))
+    if not metrics:
+        return
     monitored = list(_monitored_by(runner.hooks, runner.param_schedulers or []))
     given = [given_keys(metric) for metric in metrics]
     check_keys(monitored, given)
@@ -86,7 +88,7 @@ def check_keys(monitored: Sequence[Monitored], given: Sequence[Sequence[str] | N
                     f"{watcher} takes a lower {key!r} for the better one (rule='less', which MMEngine "
                     "takes for names that hold 'loss'); give it rule='greater'"
                 )
-        elif names and None not in given:
+        elif given and None not in given:
             near = get_close_matches(key, names, 6, 0.5) or names[:20]
             raise ValueError(
                 f'{watcher} names {key!r}, which no evaluation of this run will give: it has no such class, '

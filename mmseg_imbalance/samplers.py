@@ -272,8 +272,8 @@ def _trains_by_iterations() -> bool:
 def tell_sampler_of_loop(runner: Any) -> None:
     """Before training, tell RareClassSampler whether the loop goes by iterations or by epochs."""
     loop = runner.train_loop
-    loader = loop.dataloader
     if isinstance(loop, IterBasedTrainLoop | EpochBasedTrainLoop):
+        loader = loop.dataloader
         for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
             if isinstance(sampler, RareClassSampler):
                 sampler.by_iterations = isinstance(loop, IterBasedTrainLoop)

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
-from mmengine.runner import LogProcessor, Runner
+from mmengine.runner import Runner
 from scripted import HEAD, config, log_of, run, write_images
 from torch import nn
 
@@ -154,18 +154,15 @@ def test_a_training_whose_loss_stays_nan_ends_and_says_since_when(small_config, 
 
 def test_a_few_losses_that_are_not_finite_end_nothing():
     hub = MessageHub.get_instance('a few')
-    loader = SimpleNamespace(dataset=SimpleNamespace())
     runner = SimpleNamespace(
         message_hub=hub,
         iter=0,
         hooks=[RunHook()],
         model=nn.Module(),
         cfg=Config(),
-        train_dataloader=loader,
-        train_loop=SimpleNamespace(dataloader=loader),
+        train_dataloader=SimpleNamespace(dataset=SimpleNamespace()),
+        train_loop=None,
         val_loop=None,
-        param_schedulers=None,
-        log_processor=LogProcessor(),
     )
     (hook,) = runner.hooks
     hook.before_train(runner)
