@@ -46,6 +46,7 @@ else:
         WeightedTverskyLoss,
     )
     from mmseg_imbalance.metrics import ClassIoUMetric, ImbalanceIoUMetric
+    from mmseg_imbalance.run_hook import RunHook
     from mmseg_imbalance.samplers import RareClassCrop, RareClassSampler
     from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
@@ -70,6 +71,7 @@ __all__ = [
     'Overlap',
     'RareClassCrop',
     'RareClassSampler',
+    'RunHook',
     'SimilaritySubclassifiedLoss',
     'SmallRegionRemover',
     'SoftStats',

@@ -13,9 +13,10 @@ import torch
 from mmengine.dist import all_reduce, is_main_process
 from torch import Tensor
 
-from mmseg_imbalance.logged_parts import LoggedPartsHook, named_losses, unwrapped
+from mmseg_imbalance.logged_parts import named_losses, unwrapped
 from mmseg_imbalance.ops import SoftStats
 from mmseg_imbalance.plots import plot_class_balance
+from mmseg_imbalance.run_hook import RunHook
 from mmseg_imbalance.tables import names_and_colours
 
 
@@ -71,7 +72,7 @@ class ClassWatcher:
 
 
 @HOOKS.register_module()
-class ClassBalanceHook(LoggedPartsHook):
+class ClassBalanceHook(RunHook):
     """Show what each class has of the pixels, of the loss and of its gradient, and its recall in training.
 
     It watches every loss of this package. At each report it sends scalars ``balance/LOSS/KIND/CLASS`` to the
@@ -87,9 +88,8 @@ class ClassBalanceHook(LoggedPartsHook):
       all losses together, in the iteration of the report. The logits are those that the loss receives:
       MMSegmentation's own heads resize them to the label before.
 
-    A class has no scalar if it had no pixels or if the number is not finite. The parts of a combined loss go
-    into the log too where the head is MMSegmentation's own, see
-    :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
+    A class has no scalar if it had no pixels or if the number is not finite. The hook does what
+    :class:`~mmseg_imbalance.run_hook.RunHook` does.
 
     Args:
         interval: iterations from one report to the next, at least 1. Only then is the device waited for.

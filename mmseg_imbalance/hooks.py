@@ -23,25 +23,25 @@ from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.heads import check_heads
 from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.label_check import LabelCheck
-from mmseg_imbalance.logged_parts import LoggedPartsHook, unwrapped
+from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
+from mmseg_imbalance.run_hook import RunHook
 from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, source_table, subclass_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, check_options, class_weights, log_prior
 
 
 @HOOKS.register_module()
-class ClassWeightHook(LoggedPartsHook):
+class ClassWeightHook(RunHook):
     """Before training, fill every loss with ``class_weight='auto'`` from the training annotations.
 
     Losses with ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are
     counted once and the counts cached, so another scheme or run costs nothing. Logs a table and writes
     ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes the weights from
     its checkpoint, unless the options below or the counts have changed. In the first iterations it holds the
-    labels that arrive against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. The parts of
-    a combined loss go into the log too where the head is MMSegmentation's own, see
-    :class:`~mmseg_imbalance.logged_parts.LoggedPartsHook`.
+    labels that arrive against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. It does what
+    :class:`~mmseg_imbalance.run_hook.RunHook` does.
 
     Args:
         scheme: of :func:`~mmseg_imbalance.weighting.class_weights`.
@@ -91,11 +91,14 @@ class ClassWeightHook(LoggedPartsHook):
         auto = [name for name, loss in ours.items() if loss.class_weight.waiting]
         waiting = {n: x for n, x in ours.items() if n in auto or x.class_weight.needs_pixels}
         self._name_losses_left_alone(runner, model)
-        if not waiting:
+        if not any(
+            loss.class_weight.spec is not None or loss.class_weight.by_counts for loss in ours.values()
+        ):
             runner.logger.warning(
-                "ClassWeightHook has nothing to do: no loss says class_weight='auto', logit_adjustment or "
-                'logit_variation'
+                "ClassWeightHook has nothing to do: no loss of this package says class_weight='auto' or "
+                'another class_weight, logit_adjustment or logit_variation'
             )
+        if not waiting:
             return
         record = self._find_record(runner)
         self._warn_of_other_counts(runner, record)

@@ -47,7 +47,7 @@ def ignored_label(dataset: Any = None, heads: Iterable[Any] = ()) -> int:
     if len(set(said.values())) > 1:
         raise ValueError(
             f'one label is no class, but there are {" and ".join(said)}. Give the same ignore_index to all '
-            'data sets and heads, or to one of them alone: what is left at 255 follows'
+            'data sets and heads, or to one of them alone: those with the default of 255 take it over'
         )
     return next(iter(said.values()), UNSAID)
 
@@ -144,7 +144,9 @@ def label_of_evaluation(config: Any) -> int:
 
 
 def give_ignored_label(model: nn.Module, label: int) -> list[str]:
-    """Let what is left at 255 in a model ignore the label: heads, losses of their own mind, padding.
+    """Let all of a model that still has the default of 255 ignore the label instead.
+
+    These are heads, losses that have an option for it, and the padding of the data preprocessor.
 
     Returns:
         Names of what has changed.

@@ -9,22 +9,21 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakSet
+from urllib.parse import quote
 
 from mmseg_imbalance.registry import METRICS
 
 import numpy as np
 import torch
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import MessageHub, MMLogger, print_log
 from mmseg.evaluation import IoUMetric
 
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.ignored_label import UNSAID, current_config, label_of_evaluation
-from mmseg_imbalance.monitored import KEYS, framework_keys, keys_in_config, with_prefix
+from mmseg_imbalance.monitored import KEYS, check_keys, framework_keys, given_in, monitored_in, with_prefix
 from mmseg_imbalance.scores import (
     AREAS,
     GROUPS,
@@ -100,27 +99,65 @@ class ClassIoUMetric(IoUMetric):
         """The keys of every evaluation, without the prefix."""
         return [*framework_keys(self.metrics), *(f'IoU.{name}' for name in self.dataset_meta['classes'])]
 
-    def expect(self, key: str) -> None:
-        """From now on, this key with its prefix is watched; it has a number at every evaluation."""
-        self.watched = (self.watched or set()) | {key}
+    def expect(self, *keys: str) -> None:
+        """These keys with their prefix are watched: each has a number at every evaluation from now on."""
+        self.watched = {*(self.watched or ()), *keys}
 
     def evaluate(self, size: int) -> dict[str, float]:
+        if self.format_only:
+            return super().evaluate(size)
+        self._prepare()
         metrics = super().evaluate(size)
-        if self.watched is None:
-            self.watched = _ask_config(keys_in_config, set(), 'which keys are watched')
         undefined = {key for key in self.watched if math.isnan(metrics.get(key, 0))}
-        missing = self.watched - metrics.keys()
-        if missing and not self.format_only:  # of groups that are not known
+        if missing := self.watched - metrics.keys():  # of groups that are not known
             undefined |= missing & set(with_prefix(self.prefix, self.expected_keys()))
         if new := sorted(undefined - self.named):
             self.named.update(new)
             print_log(
-                f'{type(self).__name__}: {new} have no value at this evaluation, so whoever watches them '
-                'gets 0. Labels and predictions hold no pixel to compute them of, or no groups are known',
+                f'{type(self).__name__}: {new} have no value at this evaluation. A hook or schedule that '
+                'watches them gets 0 instead. Labels and predictions hold no pixel to compute them of, or no '
+                'groups are known',
                 logger='current',
                 level=logging.WARNING,
             )
         return metrics | dict.fromkeys(undefined, 0.0)
+
+    def _prepare(self) -> None:
+        """Before the first evaluation, on all ranks: ask what is watched, where no RunHook has told.
+
+        Raises:
+            ValueError: in the validations of a training, as RunHook before it.
+        """
+        if self.watched is not None:
+            return
+        hub = MessageHub.get_current_instance()
+        self.watched = set()
+        if hub.get_info('loop_stage') != 'val':  # hooks and schedules look at validations
+            return
+        monitored, given = _ask_config(
+            lambda config: (monitored_in(config), given_in(config, self.dataset_meta)),
+            ([], []),
+            'which keys are watched',
+        )
+        self.watched = {each.key for each in monitored}
+        if hub.get_info('max_iters') is None:  # a validation alone, no training
+            return
+        if hub.get_info('experiment_name') != hub.instance_name:
+            print_log(
+                f'{type(self).__name__}: a resumed run shows the config of its checkpoint. If data, '
+                "ignore_index or what is watched have changed, add dict(type='RunHook') to custom_hooks: the "
+                'metric reads the present config then',
+                logger='current',
+                level=logging.WARNING,
+            )
+            return
+        try:
+            check_keys(monitored, given)
+            self.expect(*self.watched.intersection(with_prefix(self.prefix, self.expected_keys())))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. With dict(type='RunHook') in custom_hooks you are told before training"
+            ) from error
 
     def compute_metrics(self, results: Sequence[tuple]) -> dict[str, float]:
         if self.format_only:
@@ -150,8 +187,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     A mean is over the classes that have the number, as in MMSegmentation: a class that the labels do not hold
     has no recall, a class that is never predicted has no precision. If no class has it, the mean is NaN. The
     pixels of each image go to ``image_scores.npz`` beside the log file, see
-    :func:`~mmseg_imbalance.scores.load_image_scores`; those of a second such metric in the evaluator to
-    ``image_scores_PREFIX.npz``.
+    :func:`~mmseg_imbalance.scores.load_image_scores`; with a ``prefix`` to ``image_scores_PREFIX.npz``.
 
     Args:
         groups: 'thirds', see :func:`~mmseg_imbalance.scores.class_groups`, or lists of class names,
@@ -166,9 +202,6 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         TypeError, ValueError: an option out of range; names in ``groups`` that are no classes, as soon as the
             data set is known.
     """
-
-    _alive: WeakSet[ImbalanceIoUMetric] = WeakSet()
-    _numbers = count()
 
     def __init__(
         self,
@@ -198,8 +231,6 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         self.object_areas = object_areas
         self.bootstrap = bootstrap
         self.train_pixels: np.ndarray | None = None  # (C,) int64; (0,) if they cannot be had; None: not tried
-        self.number = next(self._numbers)
-        self._alive.add(self)
 
     @ClassIoUMetric.dataset_meta.setter
     def dataset_meta(self, meta: dict | None) -> None:
@@ -244,33 +275,39 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         nothing = np.zeros((1, classes, width), np.int64)
         return [*super().expected_keys(), *self._scores(nothing, groups)]
 
-    def expect(self, key: str) -> None:
-        super().expect(key)
-        of_group = re.match(rf'm\w+\.({"|".join(GROUPS)})\b', key.removeprefix(f'{self.prefix}/'))
+    def expect(self, *keys: str) -> None:
+        super().expect(*keys)
+        group = re.compile(rf'm\w+\.({"|".join(GROUPS)})\b')
+        of_group = [key for key in keys if group.match(key.removeprefix(f'{self.prefix}/'))]
         if of_group and self.groups == 'thirds' and self.train_pixels is None:
             try:
                 self.train_pixels = self._count_train_pixels()
-            except Exception as error:
+            except (ValueError, TypeError, FileNotFoundError) as error:
                 raise ValueError(
-                    f'{key!r} is watched, but the classes of the training annotations cannot be counted '
-                    f'({type(error).__name__}: {error}). Give groups=dict(head=[NAME, ...], ...) to '
+                    f'{of_group[0]!r} is watched, but the classes of the training annotations cannot be '
+                    f'counted ({type(error).__name__}: {error}). Give groups=dict(head=[NAME, ...], ...) to '
                     f'{type(self).__name__}, or watch another key'
                 ) from error
 
-    def evaluate(self, size: int) -> dict[str, float]:
-        if self.train_pixels is None and not self.format_only:
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.train_pixels is None:
             # here, where all ranks are, as the counting is shared; compute_metrics is the main rank's alone
             try:
                 self.train_pixels = self._count_train_pixels()
-            except Exception as error:  # whatever it is, the rest of the evaluation is worth more
-                self._name_failure(error)
+            except (ValueError, TypeError, FileNotFoundError) as error:
+                self._name_failure(error)  # the rest of the evaluation is worth more
                 self.train_pixels = np.empty(0, np.int64)
-        return super().evaluate(size)
 
     def _count_train_pixels(self) -> np.ndarray:
         """(C,) int64, of the training annotations of the run's config."""
         classes = tuple(self.dataset_meta['classes'])
-        frequency = training_frequency()
+        try:
+            frequency = training_frequency()
+        except RuntimeError as error:
+            if not str(error).startswith('counting failed'):  # a rank is gone: no evaluation goes on
+                raise
+            raise ValueError(str(error)) from error
         if frequency.classes != classes:
             raise ValueError(f'training has the classes {list(frequency.classes)}, the test {list(classes)}')
         return frequency.pixels
@@ -335,16 +372,6 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             }
         return {group: members for group, members in groups.items() if len(members)}
 
-    def _file_name(self) -> str:
-        """Another one for each metric of an evaluator, which gives one object to all of them."""
-        siblings = [m for m in {*self._alive, self} if m.dataset_meta is self.dataset_meta]
-        siblings.sort(key=lambda metric: metric.number)
-        names: list[str] = []
-        for metric in siblings:
-            name = 'image_scores' + (re.sub(r'\W+', '_', f'_{metric.prefix}') if names else '')
-            names.append(f'{name}_{len(names) + 1}' if name in names else name)
-        return f'{names[siblings.index(self)]}.npz'
-
     def _save(
         self,
         logger: MMLogger,
@@ -360,7 +387,9 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         group = np.full(len(self.dataset_meta['classes']), '', '<U4')
         for name, members in groups.items():
             group[members] = name
-        file = Path(files[0].baseFilename).with_name(self._file_name())
+        # metrics of one evaluator have different prefixes; what a file name cannot hold becomes %..
+        name = f'image_scores_{quote(self.prefix, safe="")}' if self.prefix else 'image_scores'
+        file = Path(files[0].baseFilename).with_name(f'{name}.npz')
         try:
             save_image_scores(
                 file,

@@ -1,7 +1,8 @@
 """Keys of an evaluation that decide what a run keeps and when it ends: are they there, and read rightly?
 
 ``save_best`` of CheckpointHook, ``monitor`` of EarlyStoppingHook and of ReduceOnPlateau schedules name them.
-MMEngine looks at them for the first time after the first validation.
+MMEngine looks at them for the first time after the first validation. RunHook does it before training; where
+a run has no such hook, the metrics of this package do it at their first evaluation.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-import mmseg_imbalance.registry  # noqa: F401  its error says how to install MMSegmentation
+from mmseg_imbalance.registry import HOOKS, METRICS
 
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
+from mmengine.registry import PARAM_SCHEDULERS, Registry
 from mmseg.evaluation import IoUMetric
 
 # of MMSegmentation's IoUMetric, by what its iou_metrics holds
@@ -44,23 +46,6 @@ def with_prefix(prefix: str | None, keys: Iterable[str]) -> list[str]:
     return [f'{prefix}/{key}' if prefix else key for key in keys]
 
 
-def keys_in_config(config: Mapping[str, Any]) -> set[str]:
-    """The keys that the hooks and schedules of a config watch."""
-    schedules = config.get('param_scheduler') or []
-    entries = [
-        *(config.get('default_hooks') or {}).values(),
-        *(config.get('custom_hooks') or ()),
-        *([schedules] if isinstance(schedules, dict) else schedules),
-    ]
-    keys: set[str] = set()
-    for entry in entries:
-        if isinstance(entry, dict):
-            best = entry.get('save_best') or ()
-            keys.update([best] if isinstance(best, str) else best)
-            keys.update([entry['monitor']] if isinstance(entry.get('monitor'), str) else ())
-    return keys
-
-
 def check_monitored_keys(runner: Any) -> None:
     """Before training, see to it that every key that is watched will be there and is read rightly.
 
@@ -68,32 +53,42 @@ def check_monitored_keys(runner: Any) -> None:
     that of a class may have; those of the metrics are shown as they are.
 
     Raises:
-        ValueError: no metric of the validation gives such a key, two give the same ones, or the lower value
-            is taken for the better.
+        ValueError: see :func:`check_keys`.
     """
     evaluator = getattr(runner.val_loop, 'evaluator', None)
     metrics = list(getattr(evaluator, 'metrics', ()))
     if not metrics:
         return
-    keys = {number: _keys_of(metric) for number, metric in enumerate(metrics)}
-    names = [name for known in keys.values() for name in known or ()]
+    monitored = list(_monitored_by(runner.hooks, runner.param_schedulers or []))
+    given = [given_keys(metric) for metric in metrics]
+    check_keys(monitored, given)
+    _log_as_they_are(runner.log_processor, [key for keys in given for key in keys or ()])
+    for metric, keys in zip(metrics, given, strict=True):
+        if hasattr(metric, 'expect'):
+            metric.expect(*(each.key for each in monitored if each.key in (keys or ())))
+
+
+def check_keys(monitored: Sequence[Monitored], given: Sequence[Sequence[str] | None]) -> None:
+    """Hold the keys that are watched against those that each metric gives, see :func:`given_keys`.
+
+    Raises:
+        ValueError: no metric of the validation gives such a key, two give the same ones, or the lower value
+            is taken for the better.
+    """
+    names = [name for keys in given for name in keys or ()]
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise ValueError(
             f'two metrics in val_evaluator give the same keys, such as {twice[0]!r}. Give them prefixes: '
             "dict(type='ImbalanceIoUMetric', prefix='NAME')"
         )
-    _log_as_they_are(runner.log_processor, names)
-    for key, rule, watcher in _watched(runner):
-        owner = next((number for number, known in keys.items() if key in (known or ())), None)
-        if owner is not None:
+    for key, rule, watcher in monitored:
+        if key in names:
             if rule == 'less':
                 raise ValueError(
                     f"{watcher} takes a lower {key!r} for the better one (rule='less', which MMEngine "
                     "takes for names that hold 'loss'); give it rule='greater'"
                 )
-            if hasattr(metrics[owner], 'expect'):
-                metrics[owner].expect(key)
-        elif None not in keys.values():
+        elif given and None not in given:
             near = get_close_matches(key, names, 6, 0.5) or names[:20]
             raise ValueError(
                 f'{watcher} names {key!r}, which no evaluation of this run will give: it has no such class, '
@@ -109,30 +104,74 @@ def _log_as_they_are(log_processor: Any, keys: Sequence[str]) -> None:
         log_processor.mean_pattern = re.compile(others)
 
 
-def _watched(runner: Any) -> Iterator[Monitored]:
-    for hook in runner.hooks:
+def _monitored_by(hooks: Iterable[Any], schedules: Any) -> Iterator[Monitored]:
+    for hook in hooks:
         if isinstance(hook, CheckpointHook) and hook.save_best:
             for key, rule in zip(hook.key_indicators, hook.rules, strict=True):
                 if key != 'auto':
                     yield Monitored(key, rule, f'save_best of {type(hook).__name__}')
         if isinstance(hook, EarlyStoppingHook):
             yield Monitored(hook.monitor, hook.rule, f'monitor of {type(hook).__name__}')
-    schedules = runner.param_schedulers or []
     for several in schedules.values() if isinstance(schedules, dict) else [schedules]:
         for schedule in several if isinstance(several, list) else [several]:
             if getattr(schedule, 'need_val_args', False) and schedule.by_epoch:
                 yield Monitored(schedule.monitor, schedule.rule, f'monitor of {type(schedule).__name__}')
 
 
-def _keys_of(metric: Any) -> Iterable[str] | None:
-    """All keys that the metric gives, with its prefix; None: who knows."""
-    computed_by = next(kind for kind in type(metric).__mro__ if 'compute_metrics' in vars(kind))
-    if getattr(metric, 'format_only', False) or not (metric.dataset_meta or {}).get('classes'):
+def monitored_in(config: Mapping[str, Any]) -> list[Monitored]:
+    """What the hooks and schedules of a config watch; such hooks are made to ask them for their rule."""
+    hooks = [*(config.get('default_hooks') or {}).values(), *(config.get('custom_hooks') or ())]
+    made = [
+        HOOKS.build({key: value for key, value in hook.items() if key != 'priority'})
+        for hook in hooks
+        if isinstance(hook, dict) and issubclass(_kind(hook, HOOKS), CheckpointHook | EarlyStoppingHook)
+    ]
+    schedules = config.get('param_scheduler') or []
+    if isinstance(schedules, dict):
+        schedules = [schedules] if 'type' in schedules else [x for xs in schedules.values() for x in xs]
+    by_value = [
+        Monitored(
+            schedule.get('monitor', 'loss'), schedule.get('rule', 'less'), f'monitor of {kind.__name__}'
+        )
+        for schedule in schedules
+        if getattr(kind := _kind(schedule, PARAM_SCHEDULERS), 'need_val_args', False)
+    ]
+    return [*_monitored_by(made, []), *by_value]
+
+
+def given_in(config: Mapping[str, Any], dataset_meta: dict | None) -> list[list[str] | None]:
+    """The keys that each metric in the val_evaluator of a config gives, see :func:`given_keys`."""
+    metrics = config.get('val_evaluator') or []
+    if isinstance(metrics, dict):
+        metrics = metrics.get('metrics', [metrics])
+    given: list[list[str] | None] = []
+    for entry in metrics:
+        known = _computed_by(_kind(entry, METRICS))  # others might do anything when they are made
+        metric = None if known is None else METRICS.build(entry)
+        if metric is not None:
+            metric.dataset_meta = dataset_meta
+        given.append(given_keys(metric))
+    return given
+
+
+def _kind(entry: Mapping[str, Any], registry: Registry) -> type:
+    kind = entry['type']
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(None) as of_scope:
+        return of_scope.get(kind) or object
+
+
+def _computed_by(kind: type) -> type | None:
+    """The class that computes the results of a metric; None: it is not one whose keys are known."""
+    found = next((base for base in kind.__mro__ if 'compute_metrics' in vars(base)), None)
+    return found if found is IoUMetric or 'expected_keys' in vars(found or object) else None
+
+
+def given_keys(metric: Any) -> list[str] | None:
+    """All keys that the metric gives, with its prefix; None: it may give any."""
+    computed_by = _computed_by(type(metric))
+    if computed_by is None or metric.format_only or not (metric.dataset_meta or {}).get('classes'):
         return None
-    if computed_by is IoUMetric:
-        keys = framework_keys(metric.metrics)
-    elif 'expected_keys' in vars(computed_by):
-        keys = metric.expected_keys()
-    else:
-        return None
+    keys = framework_keys(metric.metrics) if computed_by is IoUMetric else metric.expected_keys()
     return with_prefix(metric.prefix, keys)

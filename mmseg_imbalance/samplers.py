@@ -17,6 +17,7 @@ from mmcv.transforms.utils import cache_randomness
 from mmengine.dist import get_dist_info, is_main_process, sync_random_seed
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, print_log
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmseg.datasets.transforms import RandomCrop
 from rich.markup import escape
 from rich.table import Table
@@ -148,6 +149,7 @@ class RareClassSampler(Sampler):
         expected = repeats * np.bincount(rows, one[columns]) * self.sizes[-1]
         self.length = math.ceil(len(dataset) / self.world_size)
         self.endless = False
+        self.by_iterations: bool | None = None  # whether the loop that trains goes by them; None: nobody told
         self.skipped = self.next = 0  # draws of this rank: before the stream starts, before the next epoch
         if is_main_process():
             if short:
@@ -210,7 +212,7 @@ class RareClassSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch. MMEngine calls it before each, and before a run of iterations."""
-        self.endless = _trains_by_iterations()
+        self.endless = _trains_by_iterations() if self.by_iterations is None else self.by_iterations
         if not self.endless:  # else a loader may have drawn already, and goes on
             self.next = self.skipped + epoch * self.length
 
@@ -258,12 +260,23 @@ def _ignored_labels(dataset: Any) -> set[int]:
 def _trains_by_iterations() -> bool:
     """Whether the config of the runner that trains counts iterations, as IterBasedTrainLoop does.
 
-    MMEngine tells a sampler nothing of the loop. A runner keeps the text of its config in the message hub; it
-    is searched, not run, because objects in a config make text that is no Python.
+    For runs without a hook that tells, as MMEngine tells a sampler nothing of the loop. A runner keeps the
+    text of its config in the message hub, a resumed one that of the checkpoint; it is searched, not run,
+    because objects in a config make text that is no Python.
     """
     text = MessageHub.get_current_instance().get_info('cfg') or ''
     train_cfg = re.search(r'^train_cfg *= *.*?(?=^\w|\Z)', text, re.MULTILINE | re.DOTALL)
     return train_cfg is not None and 'max_iters' in train_cfg[0]
+
+
+def tell_sampler_of_loop(runner: Any) -> None:
+    """Before training, tell RareClassSampler whether the loop goes by iterations or by epochs."""
+    loop = runner.train_loop
+    if isinstance(loop, IterBasedTrainLoop | EpochBasedTrainLoop):
+        loader = loop.dataloader
+        for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+            if isinstance(sampler, RareClassSampler):
+                sampler.by_iterations = isinstance(loop, IterBasedTrainLoop)
 
 
 @HOOKS.register_module()
@@ -271,11 +284,13 @@ class ResumeSamplerHook(Hook):
     """Resume a run of iterations without loading the images it has seen, where MMEngine itself would.
 
     Upstream's loop asks for each past batch. Here the sampler skips them, and the loop gets nothing in their
-    place. The fork's loop does this by itself; there, and for a sampler without ``skip``, nothing is done.
+    place. The fork's loop does this by itself; there, and for a sampler without ``skip``, nothing is skipped.
+    RareClassSampler is told which loop trains, see :func:`tell_sampler_of_loop`.
     """
 
     def before_train(self, runner: Any) -> None:
         """The loop has its iterator and its number of past iterations, and asks for these next."""
+        tell_sampler_of_loop(runner)
         loop = runner.train_loop
         iterator = getattr(loop, 'dataloader_iterator', None)  # of the loop that goes by iterations
         if runner.iter == 0 or iterator is None or hasattr(iterator, 'skip_iter'):

@@ -11,6 +11,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from PIL import Image
 from ranks import on_ranks
@@ -53,6 +55,7 @@ class Watched:
     def __init__(self, model, interval=1, work_dir=None):
         self.records, self.warnings, self.images = [], [], []
         self.runner = SimpleNamespace(
+            cfg=Config(),
             model=model.train(),
             hooks=[],
             iter=0,
@@ -60,9 +63,10 @@ class Watched:
             train_dataloader=SimpleNamespace(
                 dataset=SimpleNamespace(metainfo=dict(classes=CLASSES)), sampler=None
             ),
+            train_loop=None,
             val_loop=None,
             logger=SimpleNamespace(warning=self.warnings.append),
-            message_hub=SimpleNamespace(log_scalars={}),
+            message_hub=MessageHub.get_instance('watched'),
             visualizer=SimpleNamespace(
                 add_scalars=lambda scalars, step: self.records.append((step, scalars)),
                 add_image=lambda name, image, step: self.images.append((name, image, step)),

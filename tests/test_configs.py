@@ -80,6 +80,7 @@ def test_a_pair_differs_in_the_loss_its_hook_and_the_head_that_serves_it_alone(n
         Config.fromfile(REPOSITORY / 'configs' / f'{n}.py').to_dict()
         for n in (name.replace('-combined', ''), name)
     )
+    assert plain.pop('custom_hooks') == [dict(type='RunHook')]  # of which ClassWeightHook is one
     assert balanced.pop('custom_hooks') == [dict(type='ClassWeightHook')]
     for key in ('decode_head', 'auxiliary_head'):
         if key in plain['model']:
@@ -98,13 +99,14 @@ def without_scope(config):
 
 
 @pytest.mark.parametrize('name', SAMPLED)
-def test_rare_class_sampling_changes_the_sampler_and_the_crop_alone(name):
+def test_rare_class_sampling_changes_the_sampler_its_hook_and_the_crop_alone(name):
     ours, base = (
         without_scope(Config.fromfile(REPOSITORY / 'configs' / f'{n}.py').to_dict())
         for n in (name, name.replace('-rcs', ''))
     )
     sampler = ours['train_dataloader'].pop('sampler')
     assert base['train_dataloader'].pop('sampler')['type'] == 'InfiniteSampler'
+    assert ours.pop('custom_hooks') == [*base.pop('custom_hooks'), dict(type='ResumeSamplerHook')]
     assert sampler == dict(type='RareClassSampler', uniform=0, min_pixels=sampler['min_pixels'])
     assert ours['train_pipeline'] == ours['train_dataloader']['dataset']['pipeline']
     for config in (ours, base):

@@ -18,7 +18,9 @@ from test_subclass_state import LateHead
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.datasets import CamVidDataset
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses
@@ -97,8 +99,21 @@ def test_without_an_auto_loss_it_says_that_there_is_nothing_to_do(small_config):
     plain = small_config(BALANCED.replace('-combined', ''), custom_hooks=[dict(type='ClassWeightHook')])
     runner = Runner.from_cfg(plain)
     runner.train()
-    assert "nothing to do: no loss says class_weight='auto'" in log_of(runner)
+    assert "nothing to do: no loss of this package says class_weight='auto'" in log_of(runner)
     assert not Path(runner.work_dir, 'class_weights.json').exists()
+
+
+@pytest.mark.parametrize('weight', ['file', [1.0] * 11, dict(pole=2.0)])
+def test_weights_that_are_given_are_something_to_do(small_config, tmp_path, weight):
+    """It holds the labels that arrive against them."""
+    cfg = small_config(BALANCED)
+    if weight == 'file':
+        weight = str(tmp_path / 'weights.json')
+        WeightRecord(list(CamVidDataset.METAINFO['classes']), [1.0] * 11).save(weight)
+    cfg.model.decode_head.loss_decode.class_weight = weight
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert 'nothing to do' not in log_of(runner)
 
 
 @pytest.mark.parametrize('option', ['logit_adjustment', 'logit_variation'])

@@ -287,7 +287,7 @@ def test_losses_of_a_head_that_does_not_pass_its_label_on_get_it(ignored, loss):
             torch.testing.assert_close(found, expected)
 
 
-def test_losses_of_their_own_mind_and_nested_heads_follow_but_edges_do_not():
+def test_losses_with_their_own_option_and_nested_heads_follow_but_edges_do_not():
     stdc = MODELS.build(
         dict(type='mmseg.STDCHead', in_channels=4, channels=4, num_classes=2, boundary_threshold=0.1)
     )

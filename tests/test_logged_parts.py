@@ -3,22 +3,16 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from mmseg.models.decode_heads import SegformerHead
 from mmseg.models.utils import resize
 from ranks import on_ranks
-from torch import nn
 
 from mmseg_imbalance.compat import adapt_to_cpu
-from mmseg_imbalance.logged_parts import LoggedPartsHook
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 PARTS = {'decode.combined_ce', 'decode.combined_dice'}
@@ -34,7 +28,8 @@ def logged(cfg):
 
 
 @pytest.mark.parametrize(
-    'hooks', [['ClassWeightHook'], ['ClassBalanceHook'], ['ClassWeightHook', 'ClassBalanceHook'], []]
+    'hooks',
+    [['ClassWeightHook'], ['ClassBalanceHook'], ['ClassWeightHook', 'ClassBalanceHook'], ['RunHook'], []],
 )
 def test_mmsegmentations_head_logs_the_parts_through_a_hook(small_config, hooks):
     cfg = small_config(BALANCED)
@@ -126,50 +121,3 @@ def test_two_heads_have_their_own_keys(small_config):
     cfg.model.auxiliary_head.type = 'FCNHead'
     record = logged(cfg)[2]
     assert PARTS | {key.replace('decode', 'aux') for key in PARTS} <= record.keys()
-
-
-class NaN(Hook):
-    """Makes the images of some iterations NaN."""
-
-    def __init__(self, iterations):
-        self.iterations = iterations
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter + 1 in self.iterations:
-            data_batch['inputs'] = [image * float('nan') for image in data_batch['inputs']]
-
-
-@pytest.mark.parametrize('hooks', [['ClassWeightHook'], ['ClassBalanceHook', 'ClassWeightHook']])
-def test_a_training_whose_loss_stays_nan_ends_and_says_since_when(small_config, hooks):
-    cfg = small_config(BALANCED)
-    cfg.custom_hooks = [dict(type=hook) for hook in hooks]
-    cfg.train_cfg.update(max_iters=20, val_interval=20)
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(NaN([3]))  # one batch: the weights are NaN from then on
-    message = r'not been finite in 10 iterations in a row, up to iteration 12: loss, decode.*combined'
-    with pytest.raises(RuntimeError, match=message):
-        runner.train()
-
-
-def test_a_few_losses_that_are_not_finite_end_nothing():
-    hub = MessageHub.get_instance('a few')
-    runner = SimpleNamespace(
-        message_hub=hub,
-        iter=0,
-        hooks=[LoggedPartsHook()],
-        model=nn.Module(),
-        train_dataloader=SimpleNamespace(dataset=SimpleNamespace()),
-        val_loop=None,
-    )
-    (hook,) = runner.hooks
-    hook.before_train(runner)
-    nan, inf = float('nan'), float('inf')
-
-    def iterate(losses):
-        for value in losses:
-            hub.update_scalar('train/loss', value)
-            hook.after_train_iter(runner, 0, outputs=dict(loss=torch.tensor(value)))
-
-    iterate([1.0, *[nan] * 9, 1.0, *[inf, nan, -inf] * 3, 0.0])
-    with pytest.raises(RuntimeError, match='not been finite in 10 iterations'):
-        iterate([inf] * 10)

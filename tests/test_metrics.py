@@ -247,9 +247,9 @@ def evaluator(logger, prefixes):
     ('prefixes', 'files'),
     [
         ([None], ['image_scores.npz']),
-        (['val'], ['image_scores.npz']),
+        (['val'], ['image_scores_val.npz']),
         ([None, 'tta'], ['image_scores.npz', 'image_scores_tta.npz']),
-        (['a/b', 'a b', 'a_b'], ['image_scores.npz', 'image_scores_a_b.npz', 'image_scores_a_b_3.npz']),
+        (['a/b', 'a b', 'a_b'], ['image_scores_a%2Fb.npz', 'image_scores_a%20b.npz', 'image_scores_a_b.npz']),
     ],
 )
 def test_metrics_of_one_evaluator_write_files_of_their_own(logger, tmp_path, prefixes, files):
@@ -481,6 +481,21 @@ def test_thirds_without_a_runner_are_left_out_with_one_warning(logger, no_runner
     assert 'groups=dict(head=[NAME' in log
     scores = load_image_scores(tmp_path / 'image_scores.npz')
     assert (scores['pixels'].size, set(scores['group'])) == (0, {''})
+
+
+@pytest.mark.parametrize('watch', [True, False])
+def test_a_rank_that_is_gone_ends_the_evaluation(monkeypatch, watch):
+    """It is no reason to leave the groups out: the evaluation cannot go on."""
+
+    def lost(*_, **__):
+        raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711')
+
+    monkeypatch.setattr('mmseg_imbalance.metrics.training_frequency', lost)
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric'))
+    metric.dataset_meta = dict(classes=CLASSES)
+    metric.process({}, samples(*scenes_of(2)))
+    with pytest.raises(RuntimeError, match='Connection closed by peer'):
+        metric.expect('mIoU.tail') if watch else metric.evaluate(2)
 
 
 def log_of(runner):

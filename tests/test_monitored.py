@@ -158,16 +158,97 @@ def test_groups_whose_training_pixels_cannot_be_counted_are_refused_where_they_a
     run(config(data, **with_best('mIoU'), **options), f'{tmp_path.name}-2').train()
 
 
-def test_without_a_hook_a_group_that_cannot_be_counted_does_not_end_the_training(data, tmp_path):
+NO_HOOK = dict(custom_hooks=[])
+TOLD_BEFORE = r".* With dict\(type='RunHook'\) in custom_hooks you are told before training"
+
+
+def refused_at_the_first_evaluation(data, name, message, **options):
+    runner = run(config(data, 3, **options), name)
+    with pytest.raises(ValueError, match=message + TOLD_BEFORE):
+        runner.train()
+    assert runner.iter == 1
+    assert not list(Path(runner.work_dir).glob('best_*'))
+
+
+@pytest.mark.parametrize('metric', ['ClassIoUMetric', 'ImbalanceIoUMetric'])
+@pytest.mark.parametrize(
+    'best',
+    [dict(save_best='IoU.hair loss'), dict(save_best=['mIoU', 'IoU.hair loss'], rule=['greater', 'less'])],
+)
+def test_without_a_hook_a_rule_that_is_wrong_ends_the_first_evaluation(data, tmp_path, metric, best):
+    options = {
+        'default_hooks.checkpoint': dict(config(data).default_hooks.checkpoint) | best,
+        'val_evaluator': dict(_delete_=True, type=metric),
+        'classes': ('road', 'pole', 'hair loss'),
+    }
+    message = 'save_best of CheckpointHook takes a lower .IoU.hair loss.'
+    refused_at_the_first_evaluation(data, tmp_path.name, message, **options, **NO_HOOK)
+
+
+STOP = dict(type='EarlyStoppingHook', monitor='IoU.polee', rule='greater', priority='LOW')
+PLATEAU = dict(type='ReduceOnPlateauLR', monitor='IoU.polee', rule='greater')
+
+
+@pytest.mark.parametrize(
+    'watcher',
+    [
+        dict(custom_hooks=[STOP]),
+        dict(param_scheduler=PLATEAU),
+        dict(param_scheduler=[dict(type='ConstantLR', factor=1.0), PLATEAU]),
+        with_best('IoU.polee'),
+    ],
+)
+def test_without_a_hook_a_key_that_cannot_exist_ends_the_first_evaluation(data, tmp_path, watcher):
+    message = r"(monitor|save_best) of \w+ names 'IoU.polee', which no .*'IoU.pole'"
+    refused_at_the_first_evaluation(data, tmp_path.name, message, **(NO_HOOK | watcher))
+
+
+def test_without_a_hook_a_group_that_cannot_be_counted_ends_the_first_evaluation_if_it_is_watched(
+    data, tmp_path
+):
     options = {
         'train_dataloader.dataset.metainfo': dict(classes=('road', 'pole', 'tree')),
-        'custom_hooks': [],
+        'val_evaluator.prefix': 'v',
     }
-    evaluator = {'val_evaluator.prefix': 'v'}
-    runner = watched(data, tmp_path.name, [seeing(0)] * 2, **with_best('v/mIoU.tail'), **options, **evaluator)
-    assert runner.iter == 2
-    log = log_of(runner)
-    assert log.count('ImbalanceIoUMetric cannot count') == log.count("['v/mIoU.tail'] have no value") == 1
+    message = "'v/mIoU.tail' is watched, but .* cannot be counted .*'tree'.*"
+    name = f'{tmp_path.name}-1'
+    refused_at_the_first_evaluation(data, name, message, **with_best('v/mIoU.tail'), **options, **NO_HOOK)
+    runner = watched(data, f'{tmp_path.name}-2', [seeing(0)], **with_best('v/mIoU'), **options, **NO_HOOK)
+    assert log_of(runner).count('ImbalanceIoUMetric cannot count') == 1
+
+
+def test_without_a_hook_what_is_right_or_not_known_ends_nothing(data, tmp_path):
+    evaluators = [dict(type='ClassIoUMetric', prefix='a'), dict(type='mmseg.IoUMetric'), dict(type='Any')]
+
+    @METRICS.register_module(name='Any', force=True)
+    class AnyMetric(BaseMetric):
+        def process(self, data_batch, data_samples):
+            self.results.append(1)
+
+        def compute_metrics(self, results):
+            return dict(own=1.0)
+
+    best = with_best(['a/IoU.pole', 'mIoU', 'own'])
+    runner = watched(data, tmp_path.name, [seeing(0)], val_evaluator=evaluators, **best, **NO_HOOK)
+    assert len(list(Path(runner.work_dir).glob('best_*'))) == 3
+    assert "['a/IoU.pole'] have no value" in log_of(runner)
+
+
+def test_a_validation_alone_does_not_ask_what_a_training_would_watch(data, tmp_path):
+    assert 'mIoU' in run(config(data, param_scheduler=PLATEAU, **NO_HOOK), tmp_path.name).val()
+
+
+def test_a_mended_config_is_not_refused_for_that_of_the_checkpoint(data, tmp_path):
+    interval = {'default_hooks.checkpoint.interval': 1}
+    wrong = run(config(data, **with_best('IoU.polee'), **NO_HOOK, **interval), f'{tmp_path.name}-1')
+    with pytest.raises(ValueError, match=r"'IoU.polee', which no"):
+        wrong.train()
+    cfg = config(data, 3, **with_best('IoU.pole'), **NO_HOOK)
+    cfg.resume, cfg.load_from = True, str(Path(wrong.work_dir, 'iter_1.pth'))
+    runner = run(cfg, f'{tmp_path.name}-2')
+    runner.train()
+    assert runner.iter == 3
+    assert log_of(runner).count('a resumed run shows the config of its checkpoint') == 1
 
 
 def test_a_lower_value_is_never_the_better_one(data, tmp_path):

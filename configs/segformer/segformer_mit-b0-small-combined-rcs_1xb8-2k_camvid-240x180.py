@@ -12,3 +12,4 @@ train_dataloader = dict(
     sampler=dict(_delete_=True, type='RareClassSampler', uniform=0, min_pixels=250),
     dataset=dict(pipeline=train_pipeline),
 )
+custom_hooks = [*_base_.custom_hooks, dict(type='ResumeSamplerHook')]

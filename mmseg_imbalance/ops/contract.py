@@ -83,7 +83,7 @@ def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor:
 def sum_dtype(like: Tensor) -> torch.dtype:
     """What sums over pixels are added up in: float64, or float32 on a device that has none, as Apple's.
 
-    It is tried, not looked up: no list of such devices would be complete.
+    Whether a device has float64 is found out by making such a tensor: no list of devices would be complete.
     """
     try:
         torch.empty(0, dtype=torch.float64, device=like.device)

@@ -47,3 +47,4 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type='ImbalanceIoUMetric')
 test_evaluator = val_evaluator
+custom_hooks = [dict(type='RunHook')]
