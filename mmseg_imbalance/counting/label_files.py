@@ -48,6 +48,12 @@ def reading(path: str) -> Iterator[None]:
                 f'environment variable OPEN{limit[0]} to a larger number before the program starts, or cut '
                 'the images into tiles.'
             ) from error
+        if isinstance(error, KeyError | ImportError | NameError):
+            raise ValueError(
+                f'{path}: the transform that loads the labels raises {type(error).__name__}: {error}. What is '
+                'missing is a key of the results, such as the image where the pipeline loads none, or a '
+                'library, not the file. Mend the loading transform or the pipeline before it.'
+            ) from error
         raise ValueError(
             f'{path}: cannot be read as a label image ({type(error).__name__}: {error}). '
             'It may be empty, cut off or no image. Replace the file.'

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.counting.annotations import Annotation, option_naming
+from mmseg_imbalance.counting.annotations import Annotation
 from mmseg_imbalance.counting.label_files import decode, lossy_file, reading, value_counts, whole_numbers
-from mmseg_imbalance.counting.label_steps import LabelSteps, loads_images, names
+from mmseg_imbalance.counting.label_steps import DROPPED, LabelSteps, loads_images
+from mmseg_imbalance.counting.transforms import name_of
 
 __all__ = ['Note', 'PixelCount', 'count_pixels', 'not_run', 'notes_text', 'one_class_alone']
 
@@ -60,22 +61,18 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         notes += [_cast_note(whole[at], table[cast[at]], pixels[at], ignored) for at in changed]
         fields = [*info.get('seg_fields', ()), 'gt_seg_map']
         results = {**info, 'gt_seg_map': table[_as_bytes(raw)], 'seg_fields': fields}
-    failed = names(steps.load[-1:])
+    unusual = [DROPPED.format(name_of(steps.load[-1]))]
     if results is not None:
-        results, failed = steps.changed(results, path)
+        results, unusual = steps.changed(results, path)
     if results is None:
-        dropped = Note(
-            f'{failed[0]} returns None, so training takes another image and this counts nothing', 0
-        )
-        return PixelCount(np.zeros(num_classes, dtype=np.int64), 0, (dropped,))
+        return PixelCount(np.zeros(num_classes, dtype=np.int64), 0, (Note(unusual[0], 0),))
     labels = np.asarray(results['gt_seg_map'])
     channels = labels.squeeze().shape[2:]
     _check_array(labels, path, colours=loads_images(steps) and channels in ((2,), (3,), (4,)))
     if lossy:
         text = f'a {lossy} file does not keep labels, and transforms of your own must restore them'
         notes.append(Note(text, labels.size))
-    text = 'fails on some labels, without the image, and is left out there unless label_transforms names it'
-    notes += [Note(f'{name} {text}', labels.size) for name in failed]
+    notes += [Note(text, labels.size) for text in unusual]
     values, pixels = value_counts(labels)
     whole = whole_numbers(values, path)
     counted = _tally(annotation, num_classes, whole, whole, pixels, np.zeros(len(whole), dtype=bool), lossy)
@@ -121,8 +118,8 @@ def not_run(steps: LabelSteps) -> str:
     """What to do about transforms that may mend the labels and that counting has left out."""
     if not steps.left_out:
         return ''
-    listed, option = ', '.join(steps.left_out), option_naming(steps.left_out)
-    return f' Counting did not run {listed}: if the labels are mended there, write {option}.'
+    remedy = f'write {steps.option}' if steps.option else 'mend them in a transform before it'
+    return f' Counting did not run {", ".join(steps.left_out)}: if the labels are mended there, {remedy}.'
 
 
 def _cast_note(value: int, label: int, pixels: int, ignore_index: int) -> Note:
