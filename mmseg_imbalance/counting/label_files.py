@@ -50,8 +50,8 @@ def reading(path: str) -> Iterator[None]:
             ) from error
         if isinstance(error, KeyError | ImportError | NameError):
             raise ValueError(
-                f'{path}: the transform that loads the labels raises {type(error).__name__}: {error}. What is '
-                'missing is a key of the results, such as the image where the pipeline loads none, or a '
+                f'{path}: the transform that loads the labels raises {type(error).__name__}: {error}. What '
+                'is missing is a key of the results, such as the image where the pipeline loads none, or a '
                 'library, not the file. Mend the loading transform or the pipeline before it.'
             ) from error
         raise ValueError(

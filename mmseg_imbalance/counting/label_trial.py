@@ -204,13 +204,14 @@ def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> 
             with reading(path):
                 raise error
     listed = ', '.join(f'{name} ({what})' for name, what in happened.items()) or 'it is empty'
-    nothing = f'the pipeline loads no annotations, no transform of it yields gt_seg_map: {listed}.'
+    nothing = (
+        f'the pipeline loads no annotations, no transform of it yields gt_seg_map: {listed}. Add '
+        "dict(type='LoadAnnotations') or your own loading transform to it, the pipeline of the innermost "
+        'data set.'
+    )
     for name, error in errors.items():
         raise ValueError(
             f'{path}: {name} raises {type(error).__name__}: {error}. If it loads the labels: this file, the '
             f'first, may be broken, or a library or a key may be missing. If it does not: {nothing}'
         ) from error
-    raise ValueError(
-        f"{nothing} Add dict(type='LoadAnnotations') or your own loading transform to it, the pipeline of "
-        'the innermost data set.'
-    )
+    raise ValueError(nothing)
