@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmseg_imbalance.counting.annotations import Annotation
-from mmseg_imbalance.counting.label_files import decode, lossy_file, reading, value_counts, whole_numbers
+from mmseg_imbalance.counting.label_files import (
+    MAY_BE_LOSSY,
+    decode,
+    lossy_file,
+    reading,
+    value_counts,
+    whole_numbers,
+)
 from mmseg_imbalance.counting.label_steps import DROPPED, LabelSteps, loads_images
 from mmseg_imbalance.counting.transforms import name_of
 
@@ -55,7 +62,8 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         whole = whole_numbers(values, path)
         cast = _as_bytes(values)
         if not steps.change:
-            return _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
+            counted = _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
+            return counted._replace(notes=(*_lossy_notes(lossy, raw.size), *counted.notes))
         changed = np.flatnonzero(cast != whole)
         ignored = annotation.ignore_index
         notes += [_cast_note(whole[at], table[cast[at]], pixels[at], ignored) for at in changed]
@@ -69,9 +77,7 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
     labels = np.asarray(results['gt_seg_map'])
     channels = labels.squeeze().shape[2:]
     _check_array(labels, path, colours=loads_images(steps) and channels in ((2,), (3,), (4,)))
-    if lossy:
-        text = f'a {lossy} file does not keep labels, and transforms of your own must restore them'
-        notes.append(Note(text, labels.size))
+    notes += _lossy_notes(lossy, labels.size)
     notes += [Note(text, labels.size) for text in unusual]
     values, pixels = value_counts(labels)
     whole = whole_numbers(values, path)
@@ -102,8 +108,16 @@ def _check_array(labels: np.ndarray, path: str, colours: bool) -> None:
         )
 
 
+def _lossy_notes(lossy: str, pixels: int) -> list[Note]:
+    if lossy == MAY_BE_LOSSY:
+        text = f'a {lossy} file keeps labels only if nothing was cut off to make it smaller: save PNG'
+    else:
+        text = f'a {lossy} file does not keep labels, and transforms of your own must restore them'
+    return [Note(text, pixels)] if lossy else []
+
+
 def _refuse_lossy(lossy: str, path: str, steps: LabelSteps) -> None:
-    if lossy:
+    if lossy and lossy != MAY_BE_LOSSY:
         raise ValueError(
             f'{path}: a label image saved as {lossy}, whatever its name ends with. This compression changes '
             'values, so at the edges of objects there are labels that nobody has drawn: '
