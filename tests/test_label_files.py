@@ -160,7 +160,8 @@ def test_values_that_become_the_ignored_label_are_ignored_with_one_warning(save,
         assert got == want
         pixels = sum((np.array(Image.open(path)) == value).sum() for path in (root / 'ann').iterdir())
         (message,) = warned
-        assert f'{value} in the file is 255, ignored, for training' in message
+        what = '255 for the transforms after it' if after else '255, ignored, for training'
+        assert f'{value} in the file is {what}, as LoadAnnotations keeps one byte' in message
         assert f'(3 files, {pixels} pixels)' in message
         warned.clear()
 
@@ -197,7 +198,7 @@ def test_where_a_transform_comes_after_it_decides_and_a_warning_tells(save, warn
     assert counted(make(root, after=[nodata], suffix='.tif')) == seen(
         make(root, after=[nodata], suffix='.tif')
     )
-    assert '-9999 in the file is 241 for training' in warned[0]
+    assert '-9999 in the file is 241 for the transforms after it' in warned[0]
 
 
 @pytest.mark.parametrize('value', [0.5, -0.25, np.nan, np.inf])

@@ -563,6 +563,15 @@ def test_a_pipeline_that_loads_no_labels_names_what_was_tried(root):
     with pytest.raises(ValueError, match='it is empty'):
         counted(make(root, []))
     options = write_volumes(root)
+    (root / 'ann' / '0.npy').write_bytes(b'broken')
+    with pytest.raises(ValueError, match=r'^\S*0\.npy: Volumes raises UnpicklingError: .*may be broken'):
+        counted(make(root, [LoadImageFromFile(), Volumes()], **options))
+
+    def needs_library(results):
+        import no_such_library  # noqa: F401
+
+    with pytest.raises(ValueError, match=r'needs_library raises ModuleNotFoundError: .*no_such_lib'):
+        counted(make(root, [LoadImageFromFile(), needs_library], **options))
     (root / 'ann' / '0.npy').unlink()
     for loader in (Volumes(), LoadBiomedicalAnnotation(decode_backend='numpy')):
         with pytest.raises(FileNotFoundError, match=r'0\.npy: no such annotation file'):

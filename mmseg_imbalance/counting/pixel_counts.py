@@ -65,8 +65,7 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
             counted = _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
             return counted._replace(notes=(*_lossy_notes(lossy, raw.size), *counted.notes))
         changed = np.flatnonzero(cast != whole)
-        ignored = annotation.ignore_index
-        notes += [_cast_note(whole[at], table[cast[at]], pixels[at], ignored) for at in changed]
+        notes += [_cast_note(whole[at], table[cast[at]], pixels[at]) for at in changed]
         fields = [*info.get('seg_fields', ()), 'gt_seg_map']
         results = {**info, 'gt_seg_map': table[_as_bytes(raw)], 'seg_fields': fields}
     unusual = [DROPPED.format(name_of(steps.load[-1]))]
@@ -81,7 +80,8 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
     notes += [Note(text, labels.size) for text in unusual]
     values, pixels = value_counts(labels)
     whole = whole_numbers(values, path)
-    counted = _tally(annotation, num_classes, whole, whole, pixels, np.zeros(len(whole), dtype=bool), lossy)
+    unchanged = np.zeros(len(whole), dtype=bool)
+    counted = _tally(annotation, num_classes, whole, whole, pixels, unchanged, lossy, unusual)
     return counted._replace(notes=(*notes, *counted.notes))
 
 
@@ -136,9 +136,8 @@ def not_run(steps: LabelSteps) -> str:
     return f' Counting did not run {", ".join(steps.left_out)}: if the labels are mended there, {remedy}.'
 
 
-def _cast_note(value: int, label: int, pixels: int, ignore_index: int) -> Note:
-    what = f'{label}, ignored,' if label == ignore_index else label
-    text = f'{value} in the file is {what} for training, as LoadAnnotations keeps one byte of a value'
+def _cast_note(value: int, label: int | str, pixels: int, seen_by: str = 'the transforms after it') -> Note:
+    text = f'{value} in the file is {label} for {seen_by}, as LoadAnnotations keeps one byte of a value'
     return Note(text, int(pixels))
 
 
@@ -161,6 +160,7 @@ def _tally(
     pixels: np.ndarray,
     changed: np.ndarray,
     lossy: str = '',
+    unusual: Iterable[str] = (),
 ) -> PixelCount:
     """Counts from the values of a file, (n,) each: label, pixels, whether the cast to a byte changes it."""
     labels = labels.astype(np.int64)
@@ -174,12 +174,12 @@ def _tally(
             f'{annotation.path}: labels out of range, value in the file -> label: '
             f'{", ".join(listed[:20])}. Allowed are 0 to {num_classes - 1} and ignore_index '
             f'{annotation.ignore_index}; the file holds {values[:50].tolist()}. '
-            f'{causes}{not_run(annotation.steps)}'
+            f'{" ".join((causes + not_run(annotation.steps), *(f"{text}." for text in unusual)))}'
         )
     counts = np.zeros(num_classes, dtype=np.int64)
     np.add.at(counts, labels[~ignored], pixels[~ignored])
     at_changed = zip(values[changed], labels[changed], pixels[changed], strict=True)
-    notes = [_cast_note(*each, annotation.ignore_index) for each in at_changed]
+    notes = [_cast_note(value, f'{label}, ignored,', count, 'training') for value, label, count in at_changed]
     return PixelCount(counts, int(pixels[ignored].sum()), tuple(notes))
 
 
@@ -203,21 +203,50 @@ def _causes(
             "MMSegmentation's LoadAnnotations keeps one byte of a value, so training would see other labels "
             'than the file holds. Save labels from 0 to 255, and ignore_index where there is none.'
         )
-    drawn = np.unique(values[labels != annotation.ignore_index])
+    ignored = annotation.ignore_index
+    others = (getattr(annotation.dataset, 'label_map', None) or {}).values()
+    if ignored != 255 and 255 in others and (labels[refused] == 255).all():
+        return (
+            "Likely cause: classes is a part of the data set's classes. MMSegmentation's label_map makes 255 "
+            f'of the labels of the others, and ignore_index is {ignored}. It must be 255, in the data set '
+            'and in the decode heads.'
+        )
+    drawn = np.unique(values[labels != ignored])
     if num_classes == 1 and len(drawn) < 3:
         return f'Likely cause: two values and one class. {_two_classes(annotation.dataset)}'
-    if drawn.max() >= max(100, 3 * num_classes) and np.diff(drawn).min(initial=256) >= 10:
-        return (
-            'Likely cause: masks scaled for viewing, or made of colours, whose values are spread over the '
-            f'byte. Map the values of all files to 0 to {num_classes - 1}: values = '
-            f'{np.unique(values).tolist()}; labels = numpy.searchsorted(values, '
-            "numpy.array(PIL.Image.open(PATH))); PIL.Image.fromarray(labels.astype('uint8')).save(PATH). Or "
-            'map them in a transform of your own after LoadAnnotations, which is run in counting too.'
-        )
+    if drawn.max() >= max(100, 3 * num_classes):
+        if len(drawn) > num_classes and np.count_nonzero(refused) > 2:
+            return (
+                'Likely cause: masks with smooth edges, by a resize with interpolation, by drawing, or from '
+                'a file that once was JPEG, whose values lie beside and between those that were meant. '
+                'Export the labels anew from where they were drawn. If only two values were meant, a '
+                'threshold restores them: labels = numpy.array(PIL.Image.open(PATH)) > 127; '
+                "PIL.Image.fromarray(labels.astype('uint8')).save(PATH), or the same in a transform of your "
+                'own after LoadAnnotations, which is run in counting too. If all these values were drawn, '
+                'classes names too few.'
+            )
+        if np.diff(drawn).min(initial=256) >= 10:
+            return _scaled(np.unique(values), num_classes, ignored)
     return (
         f'Usual causes: reduce_zero_label is {getattr(annotation.dataset, "reduce_zero_label", None)} and '
         'should not be; raw labelIds instead of labelTrainIds (see seg_map_suffix); metainfo classes '
         f'({num_classes} names) that do not fit the files; another ignore_index.'
+    )
+
+
+def _scaled(values: np.ndarray, num_classes: int, ignore_index: int) -> str:
+    if len(values) > num_classes:
+        values = values[values != ignore_index]
+    known = len(values) == num_classes and ignore_index not in values  # it could be a class, or mean void
+    here = f', as {values.tolist()} in this file' if known else ''
+    return (
+        'Likely cause: masks scaled for viewing, or made of colours, whose values are spread over the byte. '
+        'First collect the values of all files: set().union(*(numpy.unique(numpy.array(PIL.Image.open(path)))'
+        f'.tolist() for path in PATHS)). Let values be the list of the {num_classes} of them that mean a '
+        f'class, in the order of the classes{here}, and map each file to 0 to {num_classes - 1} by a table, '
+        f"in which all others are ignored: table = numpy.full(256, {ignore_index}, 'uint8'); table[values] = "
+        f'range({num_classes}); PIL.Image.fromarray(table[numpy.array(PIL.Image.open(PATH))]).save(PATH). Or '
+        'map them in a transform of your own after LoadAnnotations, which is run in counting too.'
     )
 
 
