@@ -564,7 +564,7 @@ def test_a_pipeline_that_loads_no_labels_names_what_was_tried(root):
         counted(make(root, []))
     options = write_volumes(root)
     (root / 'ann' / '0.npy').write_bytes(b'broken')
-    with pytest.raises(ValueError, match=r'^\S*0\.npy: Volumes raises UnpicklingError: .*may be broken'):
+    with pytest.raises(ValueError, match=r'^\S*0\.npy: Volumes raises ValueError: .*may be broken'):
         counted(make(root, [LoadImageFromFile(), Volumes()], **options))
 
     def needs_library(results):
@@ -882,7 +882,23 @@ class DrawsItself(BaseTransform):
         return results
 
 
-AUGMENTATIONS = [noise, flip, crop_at_random, shift, shift_with_zeros, crop_at_objects, DrawsItself()]
+def crop_at_class_1(results):
+    y, x = np.argwhere(results['gt_seg_map'] == 1)[0]
+    for key in ('img', 'gt_seg_map'):
+        results[key] = results[key][y : y + 6, x : x + 6]
+    return results
+
+
+AUGMENTATIONS = [
+    noise,
+    crop_at_class_1,
+    flip,
+    crop_at_random,
+    shift,
+    shift_with_zeros,
+    crop_at_objects,
+    DrawsItself(),
+]
 
 
 @pytest.mark.parametrize('step', AUGMENTATIONS, ids=lambda step: getattr(step, '__name__', 'DrawsItself'))
@@ -896,6 +912,34 @@ def test_an_own_augmentation_with_the_image_needs_no_warning(root, warned, step,
     ):
         assert counted(make(root, pipeline)) == seen(make(root, plain))
         assert warned == []
+
+
+def keeps_crop(results):
+    assert results['img'].shape[:2] == (8, 8)
+    return flip(results)
+
+
+def by_scale(results):
+    results['img'] = results['img'] * results['scale_factor'][0]
+    return results
+
+
+@pytest.mark.parametrize('step', [keeps_crop, by_scale])
+def test_an_own_augmentation_is_tried_as_training_calls_it(root, warned, step):
+    geometry = [Resize(scale=(20, 20)), RandomCrop((8, 8))]
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), Merge(), *geometry, step, PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, [LoadAnnotations(), Merge(), PackSegInputs()]))
+    assert warned == []
+
+
+def test_a_rare_change_of_labels_is_found_in_noise(root, warned):
+    """Label 2 is in one of 40 files."""
+    draw(root, *([0, 1, 2] if row == 17 else [0, 1] for row in range(40)))
+    for step in (merge, merge_and_crop):
+        counted(make(root, [LoadImageFromFile(), LoadAnnotations(), step, PackSegInputs()]))
+        assert f'before {step.__name__} (' in warned.pop()
+    counted(make(root, [LoadAnnotations(), Unmoved(), Merge21()]), label_transforms=['Unmoved'])
+    assert 'does not name Merge21' in warned.pop()
 
 
 def swap(results):

@@ -171,8 +171,8 @@ def _warn_of_left_out(found: list[Found]) -> str:
         )
     if moving := list(dict.fromkeys(name for each in found for name in each.moving)):
         print_log(
-            f'{", ".join(moving)} only move labels or keep them, in a trial on some images, so counting does '
-            'not run them.',
+            'in a trial on some images these transforms only moved labels or kept them, so counting does not '
+            f'run them: {", ".join(moving)}.',
             logger='current',
         )
     return option

@@ -25,6 +25,7 @@ from mmseg_imbalance.counting.transforms import (
 __all__ = ['DROPPED', 'LabelSteps', 'loads_images', 'moves_labels', 'same_labels']
 
 
+LOOKED_AT = 64  # pixels of a window, and places where one may start
 DROPPED = '{} returns None, so training takes another image and this counts nothing'
 
 
@@ -119,32 +120,59 @@ def _resized(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) -> bool:
-    """Whether a transform keeps labels, or only crops, flips or warps them, as far as these tell.
+    """Whether a transform keeps labels, or only crops, flips or warps them, as far as a trial tells.
 
-    What moves labels does the same with other numbers in their place. Pixels that it fills with 0 or the
-    ignored label are none of these numbers, and count as moved where others move.
+    It is tried on these labels and on noise in their place, of all values, the small ones most.
     """
-    found = attempt_labels(_fresh(step), results)
-    if not isinstance(found, dict):
-        return False
-    if same_labels(found, results):
-        return True
-    before, after = np.asarray(results['gt_seg_map']), np.asarray(found['gt_seg_map'])
-    if not all(a.dtype.kind in 'biu' and np.isin(a, np.arange(256)).all() for a in (before, after)):
-        return False
+    labels = np.asarray(results['gt_seg_map'])
+    if labels.dtype.kind not in 'iu' or not np.isin(labels, np.arange(256)).all():
+        kept = attempt_labels(_fresh(step), results)
+        return isinstance(kept, dict) and same_labels(kept, results)
     numbers = np.random.default_rng(0)
+    noise = numbers.integers(0, 2 ** numbers.integers(1, 9, labels.shape)).astype(labels.dtype)
+    return all(_moves(_fresh(step), results, each, ignore_index) for each in (labels, noise))
+
+
+def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index: int) -> bool:
+    """Whether labels are kept, cut or moved: what does so does the same with other numbers in their place.
+
+    Pixels that are filled with 0 or the ignored label count as moved where others move.
+    """
+    after = _made(step, results, before)
+    if after is None or np.array_equal(before, after) or _is_window(after, before):
+        return after is not None
+    if not np.isin(after, np.arange(256)).all():
+        return False
+    numbers = np.random.default_rng(1)
     for first in (0, 1):  # the background is another number, or is not, for crops that look at objects
         table = np.arange(256)
         table[first:255] = numbers.permutation(table[first:255])
-        other = attempt_labels(_fresh(step), {**results, 'gt_seg_map': table[before].astype(before.dtype)})
-        if not isinstance(other, dict) or _resized(other, found):
+        other = _made(step, results, table[before].astype(before.dtype))
+        if other is None or other.shape != after.shape:
             continue
-        renamed = np.asarray(other['gt_seg_map'])
-        filled = (renamed == after) & np.isin(after, (0, 255, ignore_index))
+        filled = (other == after) & np.isin(after, (0, 255, ignore_index))
         in_place = before.shape == after.shape and (filled | (before == after)).all()
-        if (filled | (renamed == table[after])).all() and not in_place:
+        if (filled | (other == table[after.astype(int)])).all() and not in_place:
             return True
     return False
+
+
+def _made(step: Any, results: dict[str, Any], labels: np.ndarray) -> np.ndarray | None:
+    found = attempt_labels(_fresh(step), {**results, 'gt_seg_map': labels})
+    return np.asarray(found['gt_seg_map']) if isinstance(found, dict) else None
+
+
+def _is_window(part: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether a rectangle of the second is the first."""
+    if part.ndim != 2 or whole.ndim != 2 or not part.size or (np.array(part.shape) > whole.shape).any():
+        return False
+    height, width = part.shape
+    rows, columns = whole.shape[0] - height + 1, whole.shape[1] - width + 1
+    same = np.ones((rows, columns), dtype=bool)
+    for y, x in np.random.default_rng(2).integers(0, part.shape, (LOOKED_AT, 2)):
+        same &= whole[y : y + rows, x : x + columns] == part[y, x]
+    starts = np.argwhere(same)[:LOOKED_AT]
+    return any(np.array_equal(whole[y : y + height, x : x + width], part) for y, x in starts)
 
 
 def _fresh(step: Any) -> Any:

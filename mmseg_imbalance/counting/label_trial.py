@@ -74,10 +74,12 @@ def find_steps(
         if found or (packs(step) and not is_unknown):
             kept.append(step)
         elif not is_unknown:
+            trial.advance_training(step)
             continue
         elif wanted is not None:
             if trial.changes(step):
                 result.unnamed.append(name_of(step))
+            trial.advance_training(step)
             continue
         elif (reason := trial.reason(step)) is None:
             kept.append(step)
@@ -86,6 +88,7 @@ def find_steps(
                 result.left_out[name_of(step)] = reason
             elif trial.needs_image(step):
                 result.moving.append(name_of(step))
+            trial.advance_training(step)
             continue
         trial.advance(step)
     while kept and packs(kept[-1]) and keeps_labels(kept[-1]):  # nothing comes after this packing
@@ -113,18 +116,29 @@ class _Trial:
         results = [row for row in loaded if row is not None]
         results.sort(key=lambda row: -len(np.unique(np.asarray(row['gt_seg_map']))))
         self.rows = [(row, with_image(image, row)) for row in results[:TRIED]]
+        self.training = [
+            pictured for _, pictured in self.rows
+        ]  # as they are there: resized, cropped, flipped
+
+    def advance_training(self, step: Any) -> None:
+        """Go on with what training would make of the rows, where it can be tried."""
+        for at, row in enumerate(self.training):
+            found = None if row is None else attempt_labels(step, row)
+            self.training[at] = found if isinstance(found, dict) else row
 
     def advance(self, step: Any) -> None:
         """Go on with the labels that a transform makes, where it does."""
-        rows = []
-        for plain, pictured in self.rows:
+        self.advance_training(step)
+        rows, training = [], []
+        for (plain, pictured), trained in zip(self.rows, self.training, strict=True):
             found = attempt_labels(step, plain)
             seen = None if pictured is None else attempt_labels(step, pictured)
             if isinstance(found, Exception):
                 found = seen if isinstance(seen, dict) else plain
             if found is not None:
                 rows.append((found, seen if isinstance(seen, dict) else None))
-        self.rows = rows
+                training.append(trained)
+        self.rows, self.training = rows, training
 
     def changes(self, step: Any) -> bool:
         """Whether a transform makes other labels of some, with the image where there is one."""
@@ -142,17 +156,25 @@ class _Trial:
         """Why a transform is not run in counting; None: it is run; '': it needs no word."""
         if not self.rows:  # all are dropped, so nothing can be tried
             return None
-        reasons = [self._reason(step, *row) for row in self.rows]
+        rows = zip(self.rows, self.training, strict=True)
+        reasons = [self._reason(step, *row, trained) for row, trained in rows]
         for reason in reasons:
             if reason == DEPENDS:
                 return reason
         return None if None in reasons else max(reasons, key=bool)
 
-    def _reason(self, step: Any, plain: dict[str, Any], pictured: dict[str, Any] | None) -> str | None:
+    def _reason(
+        self,
+        step: Any,
+        plain: dict[str, Any],
+        pictured: dict[str, Any] | None,
+        trained: dict[str, Any] | None,
+    ) -> str | None:
         found = attempt_labels(step, plain)
         seen = found if pictured is None else attempt_labels(step, pictured)
         if isinstance(found, Exception):
-            if isinstance(seen, dict) and moves_labels(step, pictured or plain, self.ignore_index):
+            tried = pictured if isinstance(seen, dict) else trained
+            if tried is not None and moves_labels(step, tried, self.ignore_index):
                 return ''
             error = seen if isinstance(seen, Exception) else found
             return str(error) if isinstance(error, LabelsTakenAway) else f'{type(error).__name__}: {error}'
