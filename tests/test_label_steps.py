@@ -767,6 +767,18 @@ def test_a_loader_derived_from_loadannotations_gets_the_image_if_it_asks(root, w
     assert 'Replace the file' not in str(caught.value)
 
 
+def test_a_loader_derived_from_loadannotations_may_drop_the_first_image(root, warned):
+    class Skips(LoadAnnotations):
+        def transform(self, results):
+            return None if results['sample_idx'] == 0 else super().transform(results)
+
+    draw(root, [0, 1], [0, 1, 2], [0, 2])
+    pipeline = [Skips(), Merge21(), PackSegInputs()]
+    plain = [LoadAnnotations(), Merge21(), PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, plain, indices=[1, 2]))
+    assert 'Skips returns None' in warned.pop()
+
+
 # Labels that are packed
 
 
@@ -940,6 +952,15 @@ def test_a_rare_change_of_labels_is_found_in_noise(root, warned):
         assert f'before {step.__name__} (' in warned.pop()
     counted(make(root, [LoadAnnotations(), Unmoved(), Merge21()]), label_transforms=['Unmoved'])
     assert 'does not name Merge21' in warned.pop()
+
+
+def test_the_trial_leaves_the_transforms_of_training_alone(root):
+    steps = [DrawsItself(), PhotoMetricDistortion()]
+    dataset = make(root, [LoadImageFromFile(), LoadAnnotations(), Merge(), *steps, PackSegInputs()])
+    own = dataset.pipeline.transforms[3].inside['numbers'].bit_generator
+    state, drawn = own.state, random.getstate()
+    counted(dataset)
+    assert (own.state, random.getstate()) == (state, drawn)
 
 
 def swap(results):

@@ -15,7 +15,7 @@ from mmseg_imbalance.counting.dataset_parts import Part, part_repeats, part_rows
 from mmseg_imbalance.counting.label_steps import LabelSteps
 from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
 from mmseg_imbalance.counting.ranks import warn
-from mmseg_imbalance.counting.transforms import TAKEN_AWAY, keeps_labels, names
+from mmseg_imbalance.counting.transforms import TAKEN_AWAY, keeps_labels, name_of, names, packs
 
 __all__ = ['Annotation', 'dataset_rows', 'find_annotations']
 
@@ -141,7 +141,12 @@ def _warn_of_left_out(found: list[Found]) -> str:
     left_out: dict[str, str] = {}
     for each in found:
         left_out |= each.left_out
-    run = [name for each in found for name in names(s for s in each.steps.change if not keeps_labels(s))]
+    run = [
+        name_of(step)
+        for each in found
+        for step in each.steps.change
+        if not (packs(step) and keeps_labels(step))
+    ]
     unnamed = list(dict.fromkeys(name for each in found for name in each.unnamed))
     nameable = [name for name, reason in left_out.items() if reason != TAKEN_AWAY]
     option = _option_naming([*run, *unnamed, *nameable]) if unnamed or nameable else ''
@@ -160,7 +165,7 @@ def _warn_of_left_out(found: list[Found]) -> str:
         )
         warn(
             f'the labels are counted as they are before {listed}. Transforms that are not '
-            "MMSegmentation's may change what a label means, and counting, where no image is loaded, did not "
+            "MMSegmentation's may change what a label means, and counting, which loads no image, did not "
             f'run these. If they do, the counts are wrong: {remedy} label_transforms=() runs none and '
             'silences this.'
         )

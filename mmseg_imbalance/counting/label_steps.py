@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from mmseg_imbalance.counting.transforms import (
     IMAGE_LOADERS,
     LabelsTakenAway,
     attempt_labels,
+    fresh,
     is_one_of,
     keeps_labels,
     name_of,
@@ -126,11 +126,11 @@ def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) ->
     """
     labels = np.asarray(results['gt_seg_map'])
     if labels.dtype.kind not in 'iu' or not np.isin(labels, np.arange(256)).all():
-        kept = attempt_labels(_fresh(step), results)
+        kept = attempt_labels(fresh(step), results)
         return isinstance(kept, dict) and same_labels(kept, results)
     numbers = np.random.default_rng(0)
     noise = numbers.integers(0, 2 ** numbers.integers(1, 9, labels.shape)).astype(labels.dtype)
-    return all(_moves(_fresh(step), results, each, ignore_index) for each in (labels, noise))
+    return all(_moves(fresh(step), results, each, ignore_index) for each in (labels, noise))
 
 
 def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index: int) -> bool:
@@ -158,7 +158,7 @@ def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index:
 
 
 def _made(step: Any, results: dict[str, Any], labels: np.ndarray) -> np.ndarray | None:
-    found = attempt_labels(_fresh(step), {**results, 'gt_seg_map': labels})
+    found = attempt_labels(fresh(step), {**results, 'gt_seg_map': labels})
     return np.asarray(found['gt_seg_map']) if isinstance(found, dict) else None
 
 
@@ -173,11 +173,3 @@ def _is_window(part: np.ndarray, whole: np.ndarray) -> bool:
         same &= whole[y : y + rows, x : x + columns] == part[y, x]
     starts = np.argwhere(same)[:LOOKED_AT]
     return any(np.array_equal(whole[y : y + height, x : x + width], part) for y, x in starts)
-
-
-def _fresh(step: Any) -> Any:
-    """A copy with the random numbers of its own, so that it draws the same again."""
-    try:
-        return copy.deepcopy(step)
-    except Exception:
-        return step

@@ -16,6 +16,7 @@ from mmseg_imbalance.counting.transforms import (
     LabelsTakenAway,
     attempt,
     attempt_labels,
+    fresh,
     is_one_of,
     keeps_labels,
     name_of,
@@ -71,26 +72,27 @@ def find_steps(
     kept: list[Any] = []
     result = Found(steps, {}, [], [], set().union(*held))
     for step, found, is_unknown in zip(after, held, unknown, strict=True):
+        tried = fresh(step) if trial.rows else step  # training's own is left as it is
         if found or (packs(step) and not is_unknown):
             kept.append(step)
         elif not is_unknown:
-            trial.advance_training(step)
+            trial.advance_training(tried)
             continue
         elif wanted is not None:
-            if trial.changes(step):
+            if trial.changes(tried):
                 result.unnamed.append(name_of(step))
-            trial.advance_training(step)
+            trial.advance_training(tried)
             continue
-        elif (reason := trial.reason(step)) is None:
+        elif (reason := trial.reason(tried)) is None:
             kept.append(step)
         else:
             if reason:
                 result.left_out[name_of(step)] = reason
-            elif trial.needs_image(step):
+            elif trial.needs_image(tried):
                 result.moving.append(name_of(step))
-            trial.advance_training(step)
+            trial.advance_training(tried)
             continue
-        trial.advance(step)
+        trial.advance(tried)
     while kept and packs(kept[-1]) and keeps_labels(kept[-1]):  # nothing comes after this packing
         kept.pop()
     left_out = (*result.left_out, *result.unnamed)
@@ -209,8 +211,8 @@ def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> 
                 happened.setdefault(name_of(step), 'not tried, it loads no labels')
                 continue
             found = attempt(copy.copy(step), results)
-            if isinstance(found, dict) and 'gt_seg_map' in found:
-                return found_loader
+            if (isinstance(found, dict) and 'gt_seg_map' in found) or (loads and found is None):
+                return found_loader  # None: it drops this image
             if isinstance(found, Exception):
                 happened[name_of(step)] = f'{type(found).__name__}: {found}'
                 errors[name_of(step)] = found

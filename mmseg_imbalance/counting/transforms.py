@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 __all__ = [
-    'IMAGE_LOADERS', 'KEEP_LABELS', 'TAKEN_AWAY', 'LabelsTakenAway', 'attempt', 'attempt_labels', 'is_known',
-    'is_one_of', 'keeps_labels', 'name_of', 'names', 'own_name', 'packs', 'parts', 'run', 'with_image',
+    'IMAGE_LOADERS', 'KEEP_LABELS', 'TAKEN_AWAY', 'LabelsTakenAway', 'attempt', 'attempt_labels', 'fresh',
+    'is_known', 'is_one_of', 'keeps_labels', 'name_of', 'names', 'own_name', 'packs', 'parts', 'run',
+    'with_image',
 ]  # fmt: skip
 
 # Transforms of MMCV and MMSegmentation. By name, since users add their own to a copy of MMSegmentation.
@@ -52,6 +53,14 @@ def attempt(step: Any, results: dict[str, Any]) -> Any:
         return run([step], copy.deepcopy(results))
     except Exception as error:
         return error
+
+
+def fresh(step: Any) -> Any:
+    """A copy with random numbers and a memory of its own, where it can be copied."""
+    try:
+        return copy.deepcopy(step)
+    except Exception:
+        return step
 
 
 class LabelsTakenAway(Exception):
