@@ -711,6 +711,22 @@ def test_a_step_that_fails_half_way_is_run_again_with_the_image(root, warned):
         assert warned == []
 
 
+class BinariseWithImage(BaseTransform):
+    """Asks for the image unless there is nothing to do."""
+
+    def transform(self, results):
+        if results['gt_seg_map'].any():
+            results['gt_seg_map'][results['gt_seg_map'] > 0] = results['img'].ndim - 2
+        return results
+
+
+def test_files_that_need_the_image_get_it_where_others_do_not(root, warned):
+    draw(root, [0], *[[0, 255]] * 3, [0])
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), BinariseWithImage(), PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, pipeline))
+    assert warned == []
+
+
 def fit(results):
     """Cut to 12 x 17."""
     results['gt_seg_map'] = results['gt_seg_map'][:12, :17]
@@ -950,6 +966,8 @@ def test_a_rare_change_of_labels_is_found_in_noise(root, warned):
     for step in (merge, merge_and_crop):
         counted(make(root, [LoadImageFromFile(), LoadAnnotations(), step, PackSegInputs()]))
         assert f'before {step.__name__} (' in warned.pop()
+    counted(make(root, [LoadImageFromFile(), LoadAnnotations(), Merge21IfImage(), PackSegInputs()]))
+    assert 'Merge21IfImage (its labels depend on the image)' in warned.pop()
     counted(make(root, [LoadAnnotations(), Unmoved(), Merge21()]), label_transforms=['Unmoved'])
     assert 'does not name Merge21' in warned.pop()
 

@@ -22,7 +22,7 @@ from mmseg_imbalance.counting.transforms import (
     with_image,
 )
 
-__all__ = ['DROPPED', 'LabelSteps', 'loads_images', 'moves_labels', 'same_labels']
+__all__ = ['DROPPED', 'LabelSteps', 'loads_images', 'moves_labels', 'noisy', 'same_labels']
 
 
 LOOKED_AT = 64  # pixels of a window, and places where one may start
@@ -124,13 +124,24 @@ def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) ->
 
     It is tried on these labels and on noise in their place, of all values, the small ones most.
     """
-    labels = np.asarray(results['gt_seg_map'])
-    if labels.dtype.kind not in 'iu' or not np.isin(labels, np.arange(256)).all():
+    noise = noisy(results)
+    if noise is None:
         kept = attempt_labels(fresh(step), results)
         return isinstance(kept, dict) and same_labels(kept, results)
+    return all(
+        _moves(fresh(step), results, np.asarray(each['gt_seg_map']), ignore_index)
+        for each in (results, noise)
+    )
+
+
+def noisy(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The results with noise in place of labels that fit into a byte; None: they do not."""
+    labels = np.asarray(results['gt_seg_map'])
+    if labels.dtype.kind not in 'iu' or not np.isin(labels, np.arange(256)).all():
+        return None
     numbers = np.random.default_rng(0)
-    noise = numbers.integers(0, 2 ** numbers.integers(1, 9, labels.shape)).astype(labels.dtype)
-    return all(_moves(fresh(step), results, each, ignore_index) for each in (labels, noise))
+    noise = numbers.integers(0, 2 ** numbers.integers(1, 9, labels.shape))
+    return {**results, 'gt_seg_map': noise.astype(labels.dtype)}
 
 
 def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmseg_imbalance.counting.label_files import reading
-from mmseg_imbalance.counting.label_steps import LabelSteps, moves_labels, same_labels
+from mmseg_imbalance.counting.label_steps import LabelSteps, moves_labels, noisy, same_labels
 from mmseg_imbalance.counting.transforms import (
     IMAGE_LOADERS,
     LabelsTakenAway,
@@ -183,13 +183,19 @@ class _Trial:
         if pictured is not None and not isinstance(seen, Exception):
             if (found is None) != (seen is None):
                 return DEPENDS
-            if found is not None and seen is not None and not same_labels(found, seen):
+            noise = [row and attempt_labels(step, row) for row in (noisy(plain), noisy(pictured))]
+            if _differ(found, seen) or _differ(*noise):
                 return '' if moves_labels(step, pictured, self.ignore_index) else DEPENDS
         if found is None:  # drops the image, as training does
             return None
         if same_labels(found, plain):
             return '' if 'img' in found and 'img' not in plain else None  # it loads the image
         return '' if moves_labels(step, plain, self.ignore_index) else None
+
+
+def _differ(first: Any, second: Any) -> bool:
+    both = isinstance(first, dict) and isinstance(second, dict)
+    return both and not same_labels(first, second)
 
 
 def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> tuple[int, tuple[Any, ...]]:
