@@ -841,6 +841,25 @@ def test_labels_that_change_in_packing_or_after_it_are_counted_so(root, warned):
         assert warned == []
 
 
+def scale_inputs(packed):
+    packed['inputs'] = packed['inputs'] / 255
+    return packed
+
+
+def flip_packed(packed):
+    packed['inputs'] = packed['inputs'].flip(-1)
+    sample = packed['data_samples'].gt_sem_seg
+    sample.data = sample.data.flip(-1)
+    return packed
+
+
+def test_augmentations_of_what_is_packed_need_no_warning(root, warned):
+    merged = seen(make(root, [LoadAnnotations(), Merge(), PackSegInputs()]))
+    for steps in ([PackSegInputs(), scale_inputs], [OwnPack(), flip_packed, scale_inputs]):
+        assert counted(make(root, [LoadImageFromFile(), LoadAnnotations(), Merge(), *steps])) == merged
+        assert warned == []
+
+
 def test_what_takes_the_labels_away_is_not_proposed_to_be_named(root, warned):
     def packs_pairs(results):
         return {'image': results['img'], 'label': results['gt_seg_map']}

@@ -20,6 +20,7 @@ from mmseg_imbalance.counting.transforms import (
     parts,
     run,
     with_image,
+    with_labels,
 )
 
 __all__ = ['DROPPED', 'LabelSteps', 'loads_images', 'moves_labels', 'noisy', 'same_labels']
@@ -141,7 +142,7 @@ def noisy(results: dict[str, Any]) -> dict[str, Any] | None:
         return None
     numbers = np.random.default_rng(0)
     noise = numbers.integers(0, 2 ** numbers.integers(1, 9, labels.shape))
-    return {**results, 'gt_seg_map': noise.astype(labels.dtype)}
+    return with_labels(results, noise.astype(labels.dtype))
 
 
 def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index: int) -> bool:
@@ -169,7 +170,7 @@ def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index:
 
 
 def _made(step: Any, results: dict[str, Any], labels: np.ndarray) -> np.ndarray | None:
-    found = attempt_labels(fresh(step), {**results, 'gt_seg_map': labels})
+    found = attempt_labels(fresh(step), with_labels(results, labels))
     return np.asarray(found['gt_seg_map']) if isinstance(found, dict) else None
 
 

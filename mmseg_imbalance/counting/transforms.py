@@ -14,7 +14,7 @@ import torch
 __all__ = [
     'IMAGE_LOADERS', 'KEEP_LABELS', 'TAKEN_AWAY', 'LabelsTakenAway', 'attempt', 'attempt_labels', 'fresh',
     'is_known', 'is_one_of', 'keeps_labels', 'name_of', 'names', 'own_name', 'packs', 'parts', 'run',
-    'with_image',
+    'with_image', 'with_labels',
 ]  # fmt: skip
 
 # Transforms of MMCV and MMSegmentation. By name, since users add their own to a copy of MMSegmentation.
@@ -86,6 +86,17 @@ def attempt_labels(step: Any, results: dict[str, Any]) -> dict[str, Any] | Excep
 
 def _part(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def with_labels(results: dict[str, Any], labels: np.ndarray) -> dict[str, Any]:
+    """The results with other labels of the same shape, also where they are packed."""
+    packed = getattr(_part(results.get('data_samples'), 'gt_sem_seg'), 'data', None)
+    changed = {**results, 'gt_seg_map': labels}
+    if packed is not None:
+        changed['data_samples'] = copy.deepcopy(results['data_samples'])
+        same_kind = torch.as_tensor(labels).to(packed.dtype).reshape(packed.shape)
+        _part(changed['data_samples'], 'gt_sem_seg').data = same_kind
+    return changed
 
 
 def with_image(loaders: Sequence[Any], results: dict[str, Any]) -> dict[str, Any] | None:
