@@ -138,10 +138,11 @@ def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) ->
 def noisy(results: dict[str, Any]) -> dict[str, Any] | None:
     """The results with noise in place of labels that fit into a byte; None: they do not."""
     labels = np.asarray(results['gt_seg_map'])
-    if labels.dtype.kind not in 'iu' or not np.isin(labels, np.arange(256)).all():
+    if labels.dtype.kind not in 'iu' or not _are_bytes(labels):
         return None
     numbers = np.random.default_rng(0)
-    noise = numbers.integers(0, 2 ** numbers.integers(1, 9, labels.shape))
+    drawn, shifts = (numbers.integers(0, end, labels.shape, np.uint8) for end in (256, 8))
+    noise = drawn >> shifts
     return with_labels(results, noise.astype(labels.dtype))
 
 
@@ -153,20 +154,24 @@ def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index:
     after = _made(step, results, before)
     if after is None or np.array_equal(before, after) or _is_window(after, before):
         return after is not None
-    if not np.isin(after, np.arange(256)).all():
+    if not _are_bytes(after):
         return False
     numbers = np.random.default_rng(1)
     for first in (0, 1):  # the background is another number, or is not, for crops that look at objects
-        table = np.arange(256)
+        table = np.arange(256, dtype=np.uint8)
         table[first:255] = numbers.permutation(table[first:255])
-        other = _made(step, results, table[before].astype(before.dtype))
+        other = _made(step, results, table[before.astype(np.uint8)].astype(before.dtype))
         if other is None or other.shape != after.shape:
             continue
         filled = (other == after) & np.isin(after, (0, 255, ignore_index))
         in_place = before.shape == after.shape and (filled | (before == after)).all()
-        if (filled | (other == table[after.astype(int)])).all() and not in_place:
+        if (filled | (other == table[after.astype(np.uint8)])).all() and not in_place:
             return True
     return False
+
+
+def _are_bytes(labels: np.ndarray) -> bool:
+    return labels.dtype == np.uint8 or np.array_equal(labels, labels.astype(np.uint8))
 
 
 def _made(step: Any, results: dict[str, Any], labels: np.ndarray) -> np.ndarray | None:
