@@ -948,6 +948,17 @@ AUGMENTATIONS = [
 ]
 
 
+def test_an_augmentation_that_is_sometimes_drawn_costs_counting_no_image(root, warned, monkeypatch):
+    draw(root, *[[0, 1, 2]] * 30)
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), RandomApply([flip], 0.5), PackSegInputs()]
+    loaded = []
+    load = LoadImageFromFile.transform
+    monkeypatch.setattr(LoadImageFromFile, 'transform', lambda *a: loaded.append(a) or load(*a))
+    counted(make(root, pipeline))
+    assert len(loaded) <= 8
+    assert warned == []
+
+
 @pytest.mark.parametrize('step', AUGMENTATIONS, ids=lambda step: getattr(step, '__name__', 'DrawsItself'))
 @pytest.mark.parametrize('values', [[0, 1, 2, 255], [0, 1], [0, 1, 2]])
 def test_an_own_augmentation_with_the_image_needs_no_warning(root, warned, step, values):

@@ -14,7 +14,6 @@ from mmseg_imbalance.counting.transforms import (
     attempt_labels,
     fresh,
     is_one_of,
-    keeps_labels,
     name_of,
     names,
     parts,
@@ -66,8 +65,9 @@ class LabelSteps(NamedTuple):
         if self.named and (pictured := with_image(self.image, results)) is not None:
             results = pictured
         elif self.named and any(is_one_of(step, IMAGE_LOADERS) for step in self.image):
-            run_without = ', '.join(names(step for step in self.change if not keeps_labels(step)))
-            unusual.append(f'{run_without} ran without the image, which could not be loaded')
+            unusual.append(
+                f'{", ".join(names(self.change))} ran without the image, which could not be loaded'
+            )
         for step in self.change:
             after, pictured = attempt_labels(step, results), None
             if isinstance(after, Exception):

@@ -28,6 +28,7 @@ from mmseg_imbalance.counting.transforms import (
 
 __all__ = ['Found', 'find_steps']
 
+IDLE = 'it does nothing to these'
 DEPENDS = 'its labels depend on the image'
 LOOKED_AT, TRIED = 8, 4  # rows whose labels are loaded, and those with the most labels among them
 
@@ -160,10 +161,13 @@ class _Trial:
             return None
         rows = zip(self.rows, self.training, strict=True)
         reasons = [self._reason(step, *row, trained) for row, trained in rows]
-        for reason in reasons:
-            if reason == DEPENDS:
-                return reason
-        return None if None in reasons else max(reasons, key=bool)
+        if DEPENDS in reasons:
+            return DEPENDS
+        told = [reason for reason in reasons if reason not in (IDLE, '')]
+        if None in told or IDLE not in reasons:
+            return None if None in told else max(reasons, key=bool)
+        # where it did nothing without the image, counting tries it again with the image where it fails
+        return '' if not told and '' in reasons else None
 
     def _reason(
         self,
@@ -189,7 +193,8 @@ class _Trial:
         if found is None:  # drops the image, as training does
             return None
         if same_labels(found, plain):
-            return '' if 'img' in found and 'img' not in plain else None  # it loads the image
+            loads = 'img' in found and 'img' not in plain
+            return '' if loads else IDLE if moves_labels(step, plain, self.ignore_index) else None
         return '' if moves_labels(step, plain, self.ignore_index) else None
 
 
