@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from mmcv.transforms import BaseTransform
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations, PackSegInputs
-from PIL import Image
+from PIL import Image, features
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from mmseg_imbalance.counting import count_classes
-from mmseg_imbalance.counting.label_files import lossy_format, value_counts
+from mmseg_imbalance.counting.label_files import MAY_BE_LOSSY, lossy_format, value_counts
 
 NAMES = ('background', 'road', 'tree')
 
@@ -159,7 +160,8 @@ def test_values_that_become_the_ignored_label_are_ignored_with_one_warning(save,
         assert got == want
         pixels = sum((np.array(Image.open(path)) == value).sum() for path in (root / 'ann').iterdir())
         (message,) = warned
-        assert f'{value} in the file is 255, ignored, for training' in message
+        what = '255 for the transforms after it' if after else '255, ignored, for training'
+        assert f'{value} in the file is {what}, as LoadAnnotations keeps one byte' in message
         assert f'(3 files, {pixels} pixels)' in message
         warned.clear()
 
@@ -196,7 +198,7 @@ def test_where_a_transform_comes_after_it_decides_and_a_warning_tells(save, warn
     assert counted(make(root, after=[nodata], suffix='.tif')) == seen(
         make(root, after=[nodata], suffix='.tif')
     )
-    assert '-9999 in the file is 241 for training' in warned[0]
+    assert '-9999 in the file is 241 for the transforms after it' in warned[0]
 
 
 @pytest.mark.parametrize('value', [0.5, -0.25, np.nan, np.inf])
@@ -243,7 +245,10 @@ FORMATS = {
     'JPEG': {'format': 'JPEG', 'quality': 95},
     'lossy WebP': {'format': 'WEBP', 'quality': 80},
     'TIFF with JPEG compression': {'format': 'TIFF', 'compression': 'jpeg'},
+    'lossy JPEG 2000': {'format': 'JPEG2000', 'irreversible': True},
 }
+if features.check('avif'):
+    FORMATS['AVIF or HEIC'] = {'format': 'AVIF'}
 LOSSLESS = [
     {'format': 'PNG'},
     {'format': 'BMP'},
@@ -259,6 +264,55 @@ def test_lossy_files_are_known_by_their_content(name):
     for options in (*LOSSLESS, {'format': 'WEBP', 'lossless': True}):
         assert lossy_format(encoded(labels, **options)) == ''
     assert lossy_format(io.BytesIO(b'')) == lossy_format(io.BytesIO(b'II*\0broken')) == ''
+
+
+def tiff_of(data, compression, big=False):
+    """A TIFF whose only strip is another file, as GDAL writes JPEG 2000 and WebP."""
+    tags = ImageFileDirectory_v2(b'II+\0\b\0\0\0' + b'\0' * 8 if big else b'II*\0\0\0\0\0')
+    tags[256], tags[257], tags[259], tags[278], tags[279] = 14, 9, compression, 9, len(data)
+    tags[273] = 0  # behind the tags
+    head = b'II+\0\b\0\0\0' + (16).to_bytes(8, 'little') if big else b'II*\0' + (8).to_bytes(4, 'little')
+    return io.BytesIO(head + tags.tobytes(len(head)) + data)
+
+
+@pytest.mark.parametrize('big', [False, True])
+@pytest.mark.parametrize(('name', 'compression'), [('lossy JPEG 2000', 34712), ('lossy WebP', 50001)])
+def test_a_tiff_is_as_lossy_as_its_strips(name, compression, big):
+    labels = labels_of([0, 1, 2]).astype(np.uint8)
+    data = encoded(labels, **FORMATS[name]).read()
+    assert lossy_format(tiff_of(data, compression, big)) == f'TIFF with {name} compression'
+    lossless = {
+        50001: {'format': 'WEBP', 'lossless': True},
+        34712: {'format': 'JPEG2000', 'irreversible': False},
+    }
+    data = encoded(labels, **lossless[compression]).read()
+    assert lossy_format(tiff_of(data, compression, big)) == ('' if compression == 50001 else MAY_BE_LOSSY)
+
+
+def test_lossy_webp_is_known_with_anything_beside_it():
+    labels = Image.fromarray(labels_of([0, 1, 2]).astype(np.uint8)).convert('RGBA')
+    for lossless, name in ((False, 'lossy WebP'), (True, '')):
+        file = io.BytesIO()
+        labels.save(file, format='WEBP', lossless=lossless, exif=b'Exif\0\0' + b'VP8 ' * 5)
+        assert b'VP8X' in file.getvalue()[:20]
+        file.seek(0)
+        assert lossy_format(file) == name
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.jp2'])
+@pytest.mark.parametrize('bare', [False, True])
+def test_jpeg_2000_is_refused_unless_its_wavelet_is_reversible_and_warned_of_then(save, warned, suffix, bare):
+    root = save(labels_of([0, 1, 2]).astype(np.uint8))
+    options = {'format': 'JPEG2000', 'no_jp2': bare}
+    path = root / 'ann' / f'0{suffix}'
+    labels = labels_of([0, 1, 2]).astype(np.uint8)
+    path.write_bytes(encoded(labels, irreversible=True, **options).read())
+    with pytest.raises(ValueError, match='a label image saved as lossy JPEG 2000'):
+        counted(make(root, suffix=suffix))
+    path.write_bytes(encoded(labels, irreversible=False, **options).read())
+    for after in ((), (Unchanged(),)):
+        assert counted(make(root, after=after, suffix=suffix))[0] == np.bincount(labels.ravel()).tolist()
+        assert 'only if nothing was cut off to make it smaller' in warned.pop()
 
 
 @pytest.mark.parametrize('backend', ['pillow', 'cv2'])

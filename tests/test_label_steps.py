@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmseg_imbalance.commands import class_weights
-from mmseg_imbalance.counting import count_classes, label_steps, training_frequency
+from mmseg_imbalance.counting import count_classes, training_frequency, transforms
 from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.samplers import RareClassSampler
@@ -179,7 +179,7 @@ def test_known_transforms_are_not_run_and_not_named(root, warned):
 
 def test_every_transform_of_the_stack_is_known():
     """A new one of another version is tried as a user's would be."""
-    known = label_steps.KEEP_LABELS | label_steps.IMAGE_LOADERS
+    known = transforms.KEEP_LABELS | transforms.IMAGE_LOADERS
     stack = {
         name
         for registry in (TRANSFORMS, *TRANSFORMS.children.values())
@@ -391,13 +391,13 @@ def shrink_and_scale(results):
     return results
 
 
-def test_an_own_crop_is_left_out_with_a_warning_but_a_change_of_values_with_it_is_run(root, warned):
+def test_an_own_crop_is_left_out_but_a_change_of_values_with_it_is_run(root, warned):
     classes = tuple(f'class {at}' for at in range(6))
     pipeline = [LoadAnnotations(), own_crop, PackSegInputs()]
     assert counted(make(root, pipeline, classes)) == seen(
         make(root, [LoadAnnotations(), PackSegInputs()], classes)
     )
-    assert 'own_crop (it changes the size of the labels)' in warned.pop()
+    assert warned == []
     assert counted(make(root, pipeline, classes), label_transforms=['own_crop']) == seen(
         make(root, pipeline, classes)
     )
@@ -563,6 +563,15 @@ def test_a_pipeline_that_loads_no_labels_names_what_was_tried(root):
     with pytest.raises(ValueError, match='it is empty'):
         counted(make(root, []))
     options = write_volumes(root)
+    (root / 'ann' / '0.npy').write_bytes(b'broken')
+    with pytest.raises(ValueError, match=r'^\S*0\.npy: Volumes raises ValueError: .*may be broken'):
+        counted(make(root, [LoadImageFromFile(), Volumes()], **options))
+
+    def needs_library(results):
+        import no_such_library  # noqa: F401
+
+    with pytest.raises(ValueError, match=r'needs_library raises ModuleNotFoundError: .*no_such_lib'):
+        counted(make(root, [LoadImageFromFile(), needs_library], **options))
     (root / 'ann' / '0.npy').unlink()
     for loader in (Volumes(), LoadBiomedicalAnnotation(decode_backend='numpy')):
         with pytest.raises(FileNotFoundError, match=r'0\.npy: no such annotation file'):
@@ -588,6 +597,467 @@ def test_counts_before_and_after_a_transform_are_cached_apart(root, tmp_path):
     for steps in ((), (Merge(),), (RandomApply([Merge()], 1.0),), (MergeByFields(),)):
         count(*steps)
     assert len(list(cache.iterdir())) == files
+
+
+# Transforms that are tried on several rows
+
+
+def draw(root, *files, suffix='.png'):
+    """One file of labels for each list of values, which are all in it, and a random image."""
+    numbers = np.random.default_rng(3)
+    for folder in ('img', 'ann'):
+        for path in (root / folder).iterdir():
+            path.unlink()
+    for at, values in enumerate(files):
+        labels = numbers.permutation(np.resize(np.array(values, np.uint8), 12 * 17)).reshape(12, 17)
+        Image.fromarray(labels).save(root / 'ann' / f'{at}{suffix}')
+        Image.fromarray(numbers.integers(0, 256, (12, 17, 3), np.uint8)).save(root / 'img' / f'{at}.jpg')
+    return root
+
+
+class Merge21(BaseTransform):
+    def transform(self, results):
+        results['gt_seg_map'][results['gt_seg_map'] == 2] = 1
+        return results
+
+
+class Void9(BaseTransform):
+    """9 is void; asks for the image."""
+
+    def transform(self, results):
+        assert results['img'].ndim == 3
+        results['gt_seg_map'][results['gt_seg_map'] == 9] = 255
+        return results
+
+
+def test_the_advice_of_an_error_keeps_what_was_run_also_for_other_data_sets(root, warned):
+    draw(root, [0, 1, 2, 9])
+
+    def pipeline(*steps):
+        return [LoadImageFromFile(), LoadAnnotations(), *steps, PackSegInputs()]
+
+    other = make(root, pipeline(MergeByFields(), Void9()))
+    for dataset, names in (
+        (make(root, pipeline(Merge21(), Void9())), ('Merge21', 'Void9')),
+        (ConcatDataset([make(root, pipeline(Merge21(), Void9())), other]), None),
+    ):
+        with pytest.raises(ValueError, match='9 -> 9') as caught:
+            counted(dataset)
+        option = str(caught.value).rpartition('label_transforms=')[2].rstrip('.')
+        if names:
+            assert eval(option) == names
+            assert counted(dataset, label_transforms=names) == seen(dataset)
+        assert set(eval(option)) >= {'Merge21', 'Void9'}
+        assert option in warned[-1]
+        assert len(warned.pop()) > 0
+        warned.clear()
+
+
+def test_what_changes_labels_and_is_not_among_those_named_is_warned_of(root, warned):
+    draw(root, [0, 1], [0, 1], [0, 1, 2])
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), Merge21(), Unmoved(), IfImage(), PackSegInputs()]
+    counted(make(root, pipeline), label_transforms=['IfImage'])
+    (message,) = warned
+    assert 'label_transforms does not name Merge21, which' in message
+    assert "label_transforms=('IfImage', 'Merge21',)" in message
+    warned.clear()
+    counted(make(root, pipeline), label_transforms=['IfImage', 'Merge21'])
+    counted(make(root, pipeline), label_transforms=())
+    assert warned == []
+
+
+class Unmoved(BaseTransform):
+    def transform(self, results):
+        return results
+
+
+class Merge21IfImage(BaseTransform):
+    def transform(self, results):
+        return Merge21()(results) if 'img' in results else results
+
+
+@pytest.mark.parametrize('at', range(6))
+def test_a_silent_need_of_the_image_is_found_in_whichever_file_shows_it(root, warned, at):
+    draw(root, *([0, 1, 2] if row == at else [0, 1] for row in range(6)))
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), Merge21IfImage(), PackSegInputs()]
+    counted(make(root, pipeline))
+    assert 'Merge21IfImage (its labels depend on the image)' in warned.pop()
+    assert counted(make(root, pipeline), label_transforms=['Merge21IfImage']) == seen(make(root, pipeline))
+    assert warned == []
+
+
+def test_a_named_transform_gets_the_image_of_every_file(root, warned):
+    """Of 30 files one needs it, which no look at some of them finds."""
+    draw(root, *([0, 1, 2] if row == 17 else [0, 1] for row in range(30)))
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), Merge21IfImage(), PackSegInputs()]
+    assert counted(make(root, pipeline), label_transforms=['Merge21IfImage']) == seen(make(root, pipeline))
+    assert warned == []
+    for path in (root / 'img').iterdir():
+        path.write_bytes(b'')
+    counted(make(root, pipeline), label_transforms=['Merge21IfImage'])
+    assert 'Merge21IfImage ran without the image, which could not be loaded (30 files' in warned.pop()
+
+
+def test_a_step_that_fails_half_way_is_run_again_with_the_image(root, warned):
+    from mmcv.transforms import RandomFlip as MMCVFlip
+
+    draw(root, *[[0, 1, 2]] * 12)
+    for choice in (
+        [[Merge21()], [Merge21(), MMCVFlip(prob=1.0)]],
+        [[Merge21(), Unmoved()], [MMCVFlip(prob=1.0), Merge21()]],
+    ):
+        pipeline = [LoadImageFromFile(), LoadAnnotations(), RandomChoice(choice), PackSegInputs()]
+        assert counted(make(root, pipeline)) == seen(make(root, [LoadAnnotations(), Merge21(), pipeline[-1]]))
+        assert warned == []
+
+
+class BinariseWithImage(BaseTransform):
+    """Asks for the image unless there is nothing to do."""
+
+    def transform(self, results):
+        if results['gt_seg_map'].any():
+            results['gt_seg_map'][results['gt_seg_map'] > 0] = results['img'].ndim - 2
+        return results
+
+
+def test_files_that_need_the_image_get_it_where_others_do_not(root, warned):
+    draw(root, [0], *[[0, 255]] * 3, [0])
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), BinariseWithImage(), PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, pipeline))
+    assert warned == []
+
+
+def fit(results):
+    """Cut to 12 x 17."""
+    results['gt_seg_map'] = results['gt_seg_map'][:12, :17]
+    return results
+
+
+def halve(results):
+    results['gt_seg_map'] = results['gt_seg_map'][::2, ::2]
+    return results
+
+
+def merge_and_halve_large(results):
+    labels = Merge21()(results)['gt_seg_map']
+    results['gt_seg_map'] = labels[::2, ::2] if len(labels) > 12 else labels
+    return results
+
+
+def test_an_own_crop_that_the_first_files_do_not_need_is_run_on_none(root, warned):
+    draw(root, *[[0, 1, 2]] * 20)
+    numbers = np.random.default_rng(1)
+    for at in (9, 10):
+        Image.fromarray(numbers.choice([0, 1, 2], (30, 40)).astype(np.uint8)).save(root / 'ann' / f'{at}.png')
+    plain = [LoadAnnotations(), PackSegInputs()]
+    assert counted(make(root, [LoadAnnotations(), fit, PackSegInputs()])) == seen(make(root, plain))
+    assert warned == []
+    pipeline = [LoadAnnotations(), merge_and_halve_large, PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, pipeline))  # what it makes of values counts
+    assert warned == []
+
+
+class Loads(LoadAnnotations):
+    """Needs the image, as a loader that resizes or rasterizes to its size."""
+
+    def transform(self, results):
+        height, width = results['img_shape'][:2]
+        results = super().transform(results)
+        assert results['gt_seg_map'].shape == (height, width)
+        results['gt_seg_map'][results['gt_seg_map'] > 2] = 2
+        return results
+
+
+def test_a_loader_derived_from_loadannotations_gets_the_image_if_it_asks(root, warned):
+    draw(root, [0, 1, 2, 5], [0, 1])
+    pipeline = [LoadImageFromFile(), Loads(), PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, pipeline))
+    assert warned == []
+    (root / 'ann' / '1.png').write_bytes(b'no image')
+    with pytest.raises(ValueError, match=r'1\.png: cannot be read as a label image'):
+        counted(make(root, pipeline))
+    with pytest.raises(
+        ValueError, match=r"0\.png: .*raises KeyError: 'img_shape'.*such as the image"
+    ) as caught:
+        counted(make(root, [Loads(), PackSegInputs()]))
+    assert 'Replace the file' not in str(caught.value)
+
+
+def test_a_loader_derived_from_loadannotations_may_drop_the_first_image(root, warned):
+    class Skips(LoadAnnotations):
+        def transform(self, results):
+            return None if results['sample_idx'] == 0 else super().transform(results)
+
+    draw(root, [0, 1], [0, 1, 2], [0, 2])
+    pipeline = [Skips(), Merge21(), PackSegInputs()]
+    plain = [LoadAnnotations(), Merge21(), PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, plain, indices=[1, 2]))
+    assert 'Skips returns None' in warned.pop()
+
+
+# Labels that are packed
+
+
+class PackBinary(PackSegInputs):
+    def transform(self, results):
+        packed = super().transform(results)
+        labels = packed['data_samples'].gt_sem_seg.data
+        labels[(labels > 0) & (labels < 255)] = 1
+        return packed
+
+
+class PackWithImage(PackBinary):
+    def transform(self, results):
+        assert results['img'].ndim == 3
+        return super().transform(results)
+
+
+def binary_after_packing(packed):
+    labels = packed['data_samples'].gt_sem_seg.data
+    labels[(labels > 0) & (labels < 255)] = 1
+    return packed
+
+
+def with_inputs(packed):
+    assert packed['inputs'].ndim == 3
+    return binary_after_packing(packed)
+
+
+def test_labels_that_change_in_packing_or_after_it_are_counted_so(root, warned):
+    for steps in ([PackBinary()], [PackSegInputs(), binary_after_packing], [OwnPack(), binary_after_packing]):
+        pipeline = [LoadImageFromFile(), LoadAnnotations(), *steps]
+        assert counted(make(root, pipeline)) == seen(make(root, pipeline))
+        assert warned == []
+    for steps in ([PackWithImage()], [PackSegInputs(), with_inputs], [OwnPack(), with_inputs]):
+        pipeline = [LoadImageFromFile(), LoadAnnotations(), *steps]
+        name = 'PackWithImage' if len(steps) == 1 else 'with_inputs'
+        classes = tuple(f'class {at}' for at in range(6))
+        counted(make(root, pipeline, classes))
+        assert name in warned[-1]
+        option = warned.pop().partition('label_transforms=')[2].partition(' of ')[0]
+        assert counted(make(root, pipeline, classes), label_transforms=eval(option)) == seen(
+            make(root, pipeline, classes)
+        )
+        assert warned == []
+
+
+def scale_inputs(packed):
+    packed['inputs'] = packed['inputs'] / 255
+    return packed
+
+
+def flip_packed(packed):
+    packed['inputs'] = packed['inputs'].flip(-1)
+    sample = packed['data_samples'].gt_sem_seg
+    sample.data = sample.data.flip(-1)
+    return packed
+
+
+def test_augmentations_of_what_is_packed_need_no_warning(root, warned):
+    merged = seen(make(root, [LoadAnnotations(), Merge(), PackSegInputs()]))
+    for steps in ([PackSegInputs(), scale_inputs], [OwnPack(), flip_packed, scale_inputs]):
+        assert counted(make(root, [LoadImageFromFile(), LoadAnnotations(), Merge(), *steps])) == merged
+        assert warned == []
+
+
+def test_what_takes_the_labels_away_is_not_proposed_to_be_named(root, warned):
+    def packs_pairs(results):
+        return {'image': results['img'], 'label': results['gt_seg_map']}
+
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), Merge(), packs_pairs]
+    counted(make(root, pipeline))
+    message = warned.pop()
+    assert 'packs_pairs (it takes gt_seg_map away)' in message
+    assert 'before these' in message
+    assert 'name all' not in message
+    with pytest.raises(ValueError, match=r'packs_pairs, named in .*takes gt_seg_map away.*before it'):
+        counted(make(root, pipeline), label_transforms=['packs_pairs'])
+
+
+# Ordinary augmentations of somebody's own
+
+
+def noise(results):
+    results['img'] = results['img'] + np.random.default_rng(0).integers(0, 9, results['img'].shape)
+    return results
+
+
+def flip(results):
+    results['img'] = results['img'][:, ::-1]
+    results['gt_seg_map'] = results['gt_seg_map'][:, ::-1]
+    return results
+
+
+def crop_at_random(results):
+    top, left = np.random.randint(6), np.random.randint(6)  # noqa: NPY002
+    for key in ('img', 'gt_seg_map'):
+        results[key] = results[key][top : top + 6, left : left + 6]
+    return results
+
+
+def shift(results):
+    moved = np.full_like(results['gt_seg_map'], 255)
+    moved[2:, 3:] = results['gt_seg_map'][:-2, :-3]
+    results['img'] = np.roll(results['img'], (2, 3), (0, 1))
+    results['gt_seg_map'] = moved
+    return results
+
+
+def shift_with_zeros(results):
+    results = shift(results)
+    results['gt_seg_map'][:2] = results['gt_seg_map'][:, :3] = 0
+    return results
+
+
+def crop_at_objects(results):
+    y, x = np.argwhere((results['gt_seg_map'] > 0) & (results['gt_seg_map'] < 255))[0]
+    for key in ('img', 'gt_seg_map'):
+        results[key] = results[key][y : y + 6, x : x + 6]
+    return results
+
+
+class DrawsItself(BaseTransform):
+    """As Albumentations: random numbers somewhere inside."""
+
+    def __init__(self):
+        self.inside = {'numbers': np.random.default_rng(0)}
+
+    def transform(self, results):
+        turns = self.inside['numbers'].integers(4)
+        for key in ('img', 'gt_seg_map'):
+            results[key] = np.rot90(results[key], turns)
+        return results
+
+
+def crop_at_class_1(results):
+    y, x = np.argwhere(results['gt_seg_map'] == 1)[0]
+    for key in ('img', 'gt_seg_map'):
+        results[key] = results[key][y : y + 6, x : x + 6]
+    return results
+
+
+AUGMENTATIONS = [
+    noise,
+    crop_at_class_1,
+    flip,
+    crop_at_random,
+    shift,
+    shift_with_zeros,
+    crop_at_objects,
+    DrawsItself(),
+]
+
+
+def test_an_augmentation_that_is_sometimes_drawn_costs_counting_no_image(root, warned, monkeypatch):
+    draw(root, *[[0, 1, 2]] * 30)
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), RandomApply([flip], 0.5), PackSegInputs()]
+    loaded = []
+    load = LoadImageFromFile.transform
+    monkeypatch.setattr(LoadImageFromFile, 'transform', lambda *a: loaded.append(a) or load(*a))
+    counted(make(root, pipeline))
+    assert len(loaded) <= 8
+    assert warned == []
+
+
+@pytest.mark.parametrize('step', AUGMENTATIONS, ids=lambda step: getattr(step, '__name__', 'DrawsItself'))
+@pytest.mark.parametrize('values', [[0, 1, 2, 255], [0, 1], [0, 1, 2]])
+def test_an_own_augmentation_with_the_image_needs_no_warning(root, warned, step, values):
+    draw(root, *[values] * 5)
+    plain = [LoadAnnotations(), PackSegInputs()]
+    for pipeline in (
+        [LoadImageFromFile(), LoadAnnotations(), step, PackSegInputs()],
+        [LoadImageFromFile(), LoadAnnotations(), RandomApply([step], 0.5), PackSegInputs()],
+    ):
+        assert counted(make(root, pipeline)) == seen(make(root, plain))
+        assert warned == []
+
+
+def keeps_crop(results):
+    assert results['img'].shape[:2] == (8, 8)
+    return flip(results)
+
+
+def by_scale(results):
+    results['img'] = results['img'] * results['scale_factor'][0]
+    return results
+
+
+@pytest.mark.parametrize('step', [keeps_crop, by_scale])
+def test_an_own_augmentation_is_tried_as_training_calls_it(root, warned, step):
+    geometry = [Resize(scale=(20, 20)), RandomCrop((8, 8))]
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), Merge(), *geometry, step, PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, [LoadAnnotations(), Merge(), PackSegInputs()]))
+    assert warned == []
+
+
+def test_a_rare_change_of_labels_is_found_in_noise(root, warned):
+    """Label 2 is in one of 40 files."""
+    draw(root, *([0, 1, 2] if row == 17 else [0, 1] for row in range(40)))
+    for step in (merge, merge_and_crop):
+        counted(make(root, [LoadImageFromFile(), LoadAnnotations(), step, PackSegInputs()]))
+        assert f'before {step.__name__} (' in warned.pop()
+    counted(make(root, [LoadImageFromFile(), LoadAnnotations(), Merge21IfImage(), PackSegInputs()]))
+    assert 'Merge21IfImage (its labels depend on the image)' in warned.pop()
+    counted(make(root, [LoadAnnotations(), Unmoved(), Merge21()]), label_transforms=['Unmoved'])
+    assert 'does not name Merge21' in warned.pop()
+
+
+def test_the_trial_leaves_the_transforms_of_training_alone(root):
+    steps = [DrawsItself(), PhotoMetricDistortion()]
+    dataset = make(root, [LoadImageFromFile(), LoadAnnotations(), Merge(), *steps, PackSegInputs()])
+    own = dataset.pipeline.transforms[3].inside['numbers'].bit_generator
+    state, drawn = own.state, random.getstate()
+    counted(dataset)
+    assert (own.state, random.getstate()) == (state, drawn)
+
+
+def swap(results):
+    labels = results['gt_seg_map']
+    assert results['img'].ndim == 3
+    results['gt_seg_map'] = np.array([1, 0, *range(2, 256)], np.uint8)[labels]
+    return results
+
+
+def shift_down(results):
+    assert results['img'].ndim == 3
+    labels = results['gt_seg_map'].astype(int)
+    results['gt_seg_map'] = np.where(labels == 0, 255, labels - (labels < 255))
+    return results
+
+
+def merge(results):
+    assert results['img'].ndim == 3
+    return Merge21()(results)
+
+
+def merge_and_crop(results):
+    return crop_at_random(merge(results))
+
+
+def dark_is_ignored(results):
+    results['gt_seg_map'][results['img'][..., 0] < 60] = 255
+    return results
+
+
+def dark_is_background(results):
+    results['gt_seg_map'][results['img'][..., 0] < 60] = 0
+    return results
+
+
+def everything(results):
+    results['gt_seg_map'] = np.zeros(results['img'].shape[:2], np.uint8)
+    return results
+
+
+CHANGES = [swap, shift_down, merge, merge_and_crop, dark_is_ignored, dark_is_background, everything]
+
+
+@pytest.mark.parametrize('step', CHANGES, ids=lambda step: step.__name__)
+@pytest.mark.parametrize('values', [[0, 1, 2, 255], [0, 1, 2]])
+def test_labels_that_change_with_the_image_are_warned_of(root, warned, step, values):
+    draw(root, *[values] * 5)
+    counted(make(root, [LoadImageFromFile(), LoadAnnotations(), step, PackSegInputs()]))
+    assert f'before {step.__name__} (' in warned.pop()
 
 
 # Who hands the option on

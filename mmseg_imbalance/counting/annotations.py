@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.counting.dataset_parts import part_repeats, part_rows, part_starts
-from mmseg_imbalance.counting.label_steps import LabelSteps, find_steps, names
+from mmseg_imbalance.counting.dataset_parts import Part, part_repeats, part_rows, part_starts
+from mmseg_imbalance.counting.label_steps import LabelSteps
+from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
 from mmseg_imbalance.counting.ranks import warn
+from mmseg_imbalance.counting.transforms import TAKEN_AWAY, keeps_labels, name_of, names, packs
 
-__all__ = ['Annotation', 'dataset_rows', 'find_annotations', 'option_naming']
+__all__ = ['Annotation', 'dataset_rows', 'find_annotations']
 
 
 class Annotation(NamedTuple):
@@ -46,7 +48,8 @@ def find_annotations(
         dataset: see :func:`~mmseg_imbalance.counting.count_classes`.
         ignore_index: the label that is no class; None: each data set's own.
         label_transforms: names of transforms after the loading one that change labels; None: those that are
-            not known to keep labels and need no image. What is left out then is named in a warning.
+            not known to keep labels and need no image. What may change labels and is not run is named in a
+            warning.
 
     Raises:
         ValueError: no image, no class names, no annotations, a name that no pipeline has.
@@ -70,34 +73,34 @@ def find_annotations(
     wanted = [label_transforms] if isinstance(label_transforms, str) else label_transforms
     if wanted is not None:  # type= takes classes, and names with the scope of a registry
         wanted = [str(getattr(name, '__name__', name)).rpartition('.')[2] for name in wanted]
+    chosen = {part: np.flatnonzero(times).tolist() for part, times in repeats.items()}
+    found: dict[Part, Found] = {}
+    for part, rows in chosen.items():
+        spread = np.unique(np.linspace(0, len(rows) - 1, LOOKED_AT).astype(int))
+        infos = [part.dataset.get_data_info(rows[at]) for at in spread]
+        looked_at = [(info, _path(info)) for info in infos]
+        ignored = part.dataset.ignore_index if ignore_index is None else ignore_index
+        found[part] = find_steps(part.pipeline(), looked_at, wanted, ignored)
+    if unknown := set(wanted or ()).difference(*(each.held for each in found.values())):
+        listed = [name for part in found for name in names(part.pipeline())]
+        raise ValueError(
+            f'label_transforms names {sorted(unknown)}, but no pipeline of the training data has it after '
+            f'the transform that loads annotations. The transforms are {list(dict.fromkeys(listed))}.'
+        )
+    option = _warn_of_left_out(list(found.values()))
     annotations: list[Annotation] = []
-    left_out: dict[str, str] = {}
-    held: set[str] = set()
-    run: list[str] = []
-    for part, times in repeats.items():
-        base = part.dataset
-        rows = np.flatnonzero(times).tolist()
-        info = base.get_data_info(rows[0])
-        transforms = part.pipeline()
-        steps, reasons, found = find_steps(transforms, info, _path(info), wanted)
-        left_out |= reasons
-        held |= found
-        run += names(steps.change)
+    for part, rows in chosen.items():
+        base, steps = part.dataset, found[part].steps._replace(option=option)
+        ignored = base.ignore_index if ignore_index is None else ignore_index
         tables: dict[Any, np.ndarray | None] = {}
-        ignore = base.ignore_index if ignore_index is None else ignore_index
         for row in rows:
             info = base.get_data_info(row)
             rule = repr(info.get('label_map')), info.get('reduce_zero_label')
             if rule not in tables:
                 tables[rule] = _label_table(steps, info)
             path = _path(info, needed=tables[rule] is not None)
-            annotations.append(Annotation(base, row, path, int(times[row]), ignore, steps, tables[rule]))
-    if unknown := [name for name in wanted or () if name not in held]:
-        raise ValueError(
-            f'label_transforms names {unknown}, but no pipeline of the training data has it after the '
-            f'transform that loads annotations. The transforms are {names(transforms)}.'
-        )
-    _warn_of_left_out(left_out, run)
+            times = int(repeats[part][row])
+            annotations.append(Annotation(base, row, path, times, ignored, steps, tables[rule]))
     return classes, annotations
 
 
@@ -133,22 +136,54 @@ def _path(info: dict[str, Any], needed: bool = False) -> str:
     return next((path for path in paths if os.path.isfile(path)), str(info.get('img_path')))
 
 
-def _warn_of_left_out(left_out: dict[str, str], run: list[str]) -> None:
+def _warn_of_left_out(found: list[Found]) -> str:
+    """Name the transforms that are not run; the option with them and with those that are."""
+    left_out: dict[str, str] = {}
+    for each in found:
+        left_out |= each.left_out
+    run = [
+        name_of(step)
+        for each in found
+        for step in each.steps.change
+        if not (packs(step) and keeps_labels(step))
+    ]
+    unnamed = list(dict.fromkeys(name for each in found for name in each.unnamed))
+    nameable = [name for name, reason in left_out.items() if reason != TAKEN_AWAY]
+    option = _option_naming([*run, *unnamed, *nameable]) if unnamed or nameable else ''
     from mmengine.dist import is_main_process
+    from mmengine.logging import print_log
 
-    if not left_out or not is_main_process():
-        return
-    listed = ', '.join(f'{name} ({reason})' for name, reason in left_out.items())
-    wanted = option_naming([*run, *left_out])
-    warn(
-        f"the labels are counted as they are before {listed}. Transforms that are not MMSegmentation's may "
-        'change what a label means, and counting, where no image is loaded, could not run these. If they do, '
-        f'the counts are wrong: name all that do, {wanted} of ClassWeightHook, RareClassSampler and others. '
-        'They are run with the image then. label_transforms=() runs none and silences this.'
-    )
+    if not is_main_process():
+        return option
+    if left_out:
+        listed = ', '.join(f'{name} ({reason})' for name, reason in left_out.items())
+        remedy = (
+            f'name all that do, {option} of ClassWeightHook, RareClassSampler and others. They are run with '
+            'the image then.'
+            if option
+            else 'change labels in a transform of your own before these, where gt_seg_map still is.'
+        )
+        warn(
+            f'the labels are counted as they are before {listed}. Transforms that are not '
+            "MMSegmentation's may change what a label means, and counting, which loads no image, did not "
+            f'run these. If they do, the counts are wrong: {remedy} label_transforms=() runs none and '
+            'silences this.'
+        )
+    if unnamed:
+        warn(
+            f'label_transforms does not name {", ".join(unnamed)}, which change labels in a trial, so the '
+            f'labels are counted as they are without. If they change what a label means, write {option}.'
+        )
+    if moving := list(dict.fromkeys(name for each in found for name in each.moving)):
+        print_log(
+            'in a trial on some images these transforms only moved labels or kept them, so counting does not '
+            f'run them: {", ".join(moving)}.',
+            logger='current',
+        )
+    return option
 
 
-def option_naming(listed: Iterable[str]) -> str:
+def _option_naming(listed: Iterable[str]) -> str:
     """``label_transforms=`` with these transforms, those inside a wrapper in place of it."""
     inside = (name.rpartition('(')[2].rstrip(')').split(', ') for name in listed)
     return f'label_transforms=({", ".join(map(repr, dict.fromkeys(chain.from_iterable(inside))))},)'

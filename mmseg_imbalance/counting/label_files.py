@@ -11,7 +11,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ['decode', 'lossy_file', 'lossy_format', 'reading', 'value_counts', 'whole_numbers']
+__all__ = ['MAY_BE_LOSSY', 'decode', 'lossy_file', 'lossy_format', 'reading', 'value_counts', 'whole_numbers']
+
+JPEG_2000 = b'\xff\x4f\xff\x51'  # how a code stream starts
+MAY_BE_LOSSY = 'JPEG 2000 with the reversible wavelet'
 
 
 @contextmanager
@@ -48,6 +51,12 @@ def reading(path: str) -> Iterator[None]:
                 f'environment variable OPEN{limit[0]} to a larger number before the program starts, or cut '
                 'the images into tiles.'
             ) from error
+        if isinstance(error, KeyError | ImportError | NameError):
+            raise ValueError(
+                f'{path}: the transform that loads the labels raises {type(error).__name__}: {error}. What '
+                'is missing is a key of the results, such as the image where the pipeline loads none, or a '
+                'library, not the file. Mend the loading transform or the pipeline before it.'
+            ) from error
         raise ValueError(
             f'{path}: cannot be read as a label image ({type(error).__name__}: {error}). '
             'It may be empty, cut off or no image. Replace the file.'
@@ -67,19 +76,57 @@ def decode(path: str, loader: Any) -> tuple[np.ndarray, str]:
 
 
 def lossy_format(file: BinaryIO) -> str:
-    """The name of a compression that does not give back the values that were saved, by content; or ''."""
-    from PIL import Image
+    """The name of a compression that does not give back the values that were saved, by content; or ''.
 
+    JPEG 2000 with the reversible wavelet may, and mostly does not: :data:`MAY_BE_LOSSY`.
+    """
+    start = file.tell()
     head = file.read(16)
+    file.seek(start)
     if head[:3] == b'\xff\xd8\xff':
         return 'JPEG'
-    if head[8:16] == b'WEBPVP8 ':
-        return 'lossy WebP'
+    if head[:4] == b'RIFF' and head[8:12] == b'WEBP':
+        return _lossy_webp(file.read()[12:])
+    if head[4:8] == b'jP  ' or head[:4] == JPEG_2000:
+        return _lossy_jpeg_2000(file.read())
+    if head[4:8] == b'ftyp' and head[8:12] in (b'avif', b'heic', b'heix', b'mif1'):
+        return 'AVIF or HEIC'
     if head[:2] in (b'II', b'MM'):
         with suppress(Exception):  # not an image then, which is not asked here
-            file.seek(0)
-            if 'jpeg' in Image.open(file).info.get('compression', ''):
-                return 'TIFF with JPEG compression'
+            return _lossy_tiff(file)
+    return ''
+
+
+def _lossy_webp(chunks: bytes) -> str:
+    while chunks and chunks[:4] != b'VP8 ':
+        size = int.from_bytes(chunks[4:8], 'little')
+        chunks = chunks[8 + size + size % 2 :]
+    return 'lossy WebP' if chunks else ''
+
+
+def _lossy_jpeg_2000(data: bytes) -> str:
+    at = data.find(JPEG_2000) + 2  # the first marker of the code stream, and the length of its segment
+    while data[at : at + 1] == b'\xff' and data[at : at + 2] != b'\xff\x52':  # COD, which names the wavelet
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+    return MAY_BE_LOSSY if data[at + 13 : at + 14] == b'\1' else 'lossy JPEG 2000'
+
+
+def _lossy_tiff(file: BinaryIO) -> str:
+    """What Pillow would say, also of compressions that it cannot decode and others can."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    header = file.read(8)
+    tags = ImageFileDirectory_v2(header + file.read(8 if header[2:4] in (b'\0+', b'+\0') else 0))
+    file.seek(tags.next)
+    tags.load(file)
+    compression: Any = tags.get(259)
+    strips: Any = tags.get(273) or tags.get(324)
+    if compression in (6, 7):
+        return 'TIFF with JPEG compression'
+    if compression in (33003, 33004, 33005, 34712, 50001):  # JPEG 2000 and WebP, each strip or tile a file
+        file.seek(strips[0])
+        inner = lossy_format(file)
+        return inner if inner in ('', MAY_BE_LOSSY) else f'TIFF with {inner} compression'
     return ''
 
 

@@ -8,9 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.counting.annotations import Annotation, option_naming
-from mmseg_imbalance.counting.label_files import decode, lossy_file, reading, value_counts, whole_numbers
-from mmseg_imbalance.counting.label_steps import LabelSteps, loads_images, names
+from mmseg_imbalance.counting.annotations import Annotation
+from mmseg_imbalance.counting.label_files import (
+    MAY_BE_LOSSY,
+    decode,
+    lossy_file,
+    reading,
+    value_counts,
+    whole_numbers,
+)
+from mmseg_imbalance.counting.label_steps import DROPPED, LabelSteps, loads_images
+from mmseg_imbalance.counting.transforms import name_of
 
 __all__ = ['Note', 'PixelCount', 'count_pixels', 'not_run', 'notes_text', 'one_class_alone']
 
@@ -54,31 +62,26 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         whole = whole_numbers(values, path)
         cast = _as_bytes(values)
         if not steps.change:
-            return _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
+            counted = _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
+            return counted._replace(notes=(*_lossy_notes(lossy, raw.size), *counted.notes))
         changed = np.flatnonzero(cast != whole)
-        ignored = annotation.ignore_index
-        notes += [_cast_note(whole[at], table[cast[at]], pixels[at], ignored) for at in changed]
+        notes += [_cast_note(whole[at], table[cast[at]], pixels[at]) for at in changed]
         fields = [*info.get('seg_fields', ()), 'gt_seg_map']
         results = {**info, 'gt_seg_map': table[_as_bytes(raw)], 'seg_fields': fields}
-    failed = names(steps.load[-1:])
+    unusual = [DROPPED.format(name_of(steps.load[-1]))]
     if results is not None:
-        results, failed = steps.changed(results, path)
+        results, unusual = steps.changed(results, path)
     if results is None:
-        dropped = Note(
-            f'{failed[0]} returns None, so training takes another image and this counts nothing', 0
-        )
-        return PixelCount(np.zeros(num_classes, dtype=np.int64), 0, (dropped,))
+        return PixelCount(np.zeros(num_classes, dtype=np.int64), 0, (Note(unusual[0], 0),))
     labels = np.asarray(results['gt_seg_map'])
     channels = labels.squeeze().shape[2:]
     _check_array(labels, path, colours=loads_images(steps) and channels in ((2,), (3,), (4,)))
-    if lossy:
-        text = f'a {lossy} file does not keep labels, and transforms of your own must restore them'
-        notes.append(Note(text, labels.size))
-    text = 'fails on some labels, without the image, and is left out there unless label_transforms names it'
-    notes += [Note(f'{name} {text}', labels.size) for name in failed]
+    notes += _lossy_notes(lossy, labels.size)
+    notes += [Note(text, labels.size) for text in unusual]
     values, pixels = value_counts(labels)
     whole = whole_numbers(values, path)
-    counted = _tally(annotation, num_classes, whole, whole, pixels, np.zeros(len(whole), dtype=bool), lossy)
+    unchanged = np.zeros(len(whole), dtype=bool)
+    counted = _tally(annotation, num_classes, whole, whole, pixels, unchanged, lossy, unusual)
     return counted._replace(notes=(*notes, *counted.notes))
 
 
@@ -105,8 +108,16 @@ def _check_array(labels: np.ndarray, path: str, colours: bool) -> None:
         )
 
 
+def _lossy_notes(lossy: str, pixels: int) -> list[Note]:
+    if lossy == MAY_BE_LOSSY:
+        text = f'a {lossy} file keeps labels only if nothing was cut off to make it smaller: save PNG'
+    else:
+        text = f'a {lossy} file does not keep labels, and transforms of your own must restore them'
+    return [Note(text, pixels)] if lossy else []
+
+
 def _refuse_lossy(lossy: str, path: str, steps: LabelSteps) -> None:
-    if lossy:
+    if lossy and lossy != MAY_BE_LOSSY:
         raise ValueError(
             f'{path}: a label image saved as {lossy}, whatever its name ends with. This compression changes '
             'values, so at the edges of objects there are labels that nobody has drawn: '
@@ -121,13 +132,12 @@ def not_run(steps: LabelSteps) -> str:
     """What to do about transforms that may mend the labels and that counting has left out."""
     if not steps.left_out:
         return ''
-    listed, option = ', '.join(steps.left_out), option_naming(steps.left_out)
-    return f' Counting did not run {listed}: if the labels are mended there, write {option}.'
+    remedy = f'write {steps.option}' if steps.option else 'mend them in a transform before it'
+    return f' Counting did not run {", ".join(steps.left_out)}: if the labels are mended there, {remedy}.'
 
 
-def _cast_note(value: int, label: int, pixels: int, ignore_index: int) -> Note:
-    what = f'{label}, ignored,' if label == ignore_index else label
-    text = f'{value} in the file is {what} for training, as LoadAnnotations keeps one byte of a value'
+def _cast_note(value: int, label: int | str, pixels: int, seen_by: str = 'the transforms after it') -> Note:
+    text = f'{value} in the file is {label} for {seen_by}, as LoadAnnotations keeps one byte of a value'
     return Note(text, int(pixels))
 
 
@@ -150,6 +160,7 @@ def _tally(
     pixels: np.ndarray,
     changed: np.ndarray,
     lossy: str = '',
+    unusual: Iterable[str] = (),
 ) -> PixelCount:
     """Counts from the values of a file, (n,) each: label, pixels, whether the cast to a byte changes it."""
     labels = labels.astype(np.int64)
@@ -163,12 +174,12 @@ def _tally(
             f'{annotation.path}: labels out of range, value in the file -> label: '
             f'{", ".join(listed[:20])}. Allowed are 0 to {num_classes - 1} and ignore_index '
             f'{annotation.ignore_index}; the file holds {values[:50].tolist()}. '
-            f'{causes}{not_run(annotation.steps)}'
+            f'{" ".join((causes + not_run(annotation.steps), *(f"{text}." for text in unusual)))}'
         )
     counts = np.zeros(num_classes, dtype=np.int64)
     np.add.at(counts, labels[~ignored], pixels[~ignored])
     at_changed = zip(values[changed], labels[changed], pixels[changed], strict=True)
-    notes = [_cast_note(*each, annotation.ignore_index) for each in at_changed]
+    notes = [_cast_note(value, f'{label}, ignored,', count, 'training') for value, label, count in at_changed]
     return PixelCount(counts, int(pixels[ignored].sum()), tuple(notes))
 
 
@@ -192,21 +203,50 @@ def _causes(
             "MMSegmentation's LoadAnnotations keeps one byte of a value, so training would see other labels "
             'than the file holds. Save labels from 0 to 255, and ignore_index where there is none.'
         )
-    drawn = np.unique(values[labels != annotation.ignore_index])
+    ignored = annotation.ignore_index
+    others = (getattr(annotation.dataset, 'label_map', None) or {}).values()
+    if ignored != 255 and 255 in others and (labels[refused] == 255).all():
+        return (
+            "Likely cause: classes is a part of the data set's classes. MMSegmentation's label_map makes 255 "
+            f'of the labels of the others, and ignore_index is {ignored}. It must be 255, in the data set '
+            'and in the decode heads.'
+        )
+    drawn = np.unique(values[labels != ignored])
     if num_classes == 1 and len(drawn) < 3:
         return f'Likely cause: two values and one class. {_two_classes(annotation.dataset)}'
-    if drawn.max() >= max(100, 3 * num_classes) and np.diff(drawn).min(initial=256) >= 10:
-        return (
-            'Likely cause: masks scaled for viewing, or made of colours, whose values are spread over the '
-            f'byte. Map the values of all files to 0 to {num_classes - 1}: values = '
-            f'{np.unique(values).tolist()}; labels = numpy.searchsorted(values, '
-            "numpy.array(PIL.Image.open(PATH))); PIL.Image.fromarray(labels.astype('uint8')).save(PATH). Or "
-            'map them in a transform of your own after LoadAnnotations, which is run in counting too.'
-        )
+    if drawn.max() >= max(100, 3 * num_classes):
+        if len(drawn) > num_classes and np.count_nonzero(refused) > 2:
+            return (
+                'Likely cause: masks with smooth edges, by a resize with interpolation, by drawing, or from '
+                'a file that once was JPEG, whose values lie beside and between those that were meant. '
+                'Export the labels anew from where they were drawn. If only two values were meant, a '
+                'threshold restores them: labels = numpy.array(PIL.Image.open(PATH)) > 127; '
+                "PIL.Image.fromarray(labels.astype('uint8')).save(PATH), or the same in a transform of your "
+                'own after LoadAnnotations, which is run in counting too. If all these values were drawn, '
+                'classes names too few.'
+            )
+        if np.diff(drawn).min(initial=256) >= 10:
+            return _scaled(np.unique(values), num_classes, ignored)
     return (
         f'Usual causes: reduce_zero_label is {getattr(annotation.dataset, "reduce_zero_label", None)} and '
         'should not be; raw labelIds instead of labelTrainIds (see seg_map_suffix); metainfo classes '
         f'({num_classes} names) that do not fit the files; another ignore_index.'
+    )
+
+
+def _scaled(values: np.ndarray, num_classes: int, ignore_index: int) -> str:
+    if len(values) > num_classes:
+        values = values[values != ignore_index]
+    known = len(values) == num_classes and ignore_index not in values  # it could be a class, or mean void
+    here = f', as {values.tolist()} in this file' if known else ''
+    return (
+        'Likely cause: masks scaled for viewing, or made of colours, whose values are spread over the byte. '
+        'First collect the values of all files: set().union(*(numpy.unique(numpy.array(PIL.Image.open(path)))'
+        f'.tolist() for path in PATHS)). Let values be the list of the {num_classes} of them that mean a '
+        f'class, in the order of the classes{here}, and map each file to 0 to {num_classes - 1} by a table, '
+        f"in which all others are ignored: table = numpy.full(256, {ignore_index}, 'uint8'); table[values] = "
+        f'range({num_classes}); PIL.Image.fromarray(table[numpy.array(PIL.Image.open(PATH))]).save(PATH). Or '
+        'map them in a transform of your own after LoadAnnotations, which is run in counting too.'
     )
 
 
