@@ -6,6 +6,7 @@ import math
 
 from mmseg_imbalance.registry import HOOKS
 
+import torch
 from mmengine.hooks import Hook, LoggerHook
 
 from mmseg_imbalance.ignored_label import follow_ignored_label
@@ -78,7 +79,8 @@ class RunHook(Hook):
         latest = float(runner.message_hub.get_scalar('train/loss').current())
         self.not_finite = 0 if math.isfinite(latest) else self.not_finite + 1
         if self.not_finite == NOT_FINITE:
-            which = [key for key, value in (outputs or {}).items() if not math.isfinite(value)]
+            scalars = {key: torch.as_tensor(value).detach() for key, value in (outputs or {}).items()}
+            which = [key for key, value in scalars.items() if not value.isfinite().all()]
             raise RuntimeError(
                 f'the loss has not been finite in {NOT_FINITE} iterations in a row, up to iteration '
                 f'{runner.iter + 1}: {", ".join(which)}. Training does not recover from that. Resume from a '

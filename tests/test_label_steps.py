@@ -1137,6 +1137,7 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
         logger=logging.getLogger('x'),
         message_hub=MessageHub('x'),
         train_dataloader=DataLoader(dataset),
+        train_loop=None,
         val_loop=None,
     )
     with pytest.MonkeyPatch.context() as patch:
