@@ -177,7 +177,10 @@ def check_arguments(
 
 
 def _check_weight(weight: Tensor, valid: Tensor) -> None:
-    least, most = weight.detach().aminmax()  # of NaN, both are
+    single = weight.detach().to(
+        torch.promote_types(weight.dtype, torch.float32)
+    )  # PyTorch 2.1 has none of half
+    least, most = single.aminmax()  # of NaN, both are
     if least >= 0 and most < torch.inf:
         return
     weight = weight.detach()
