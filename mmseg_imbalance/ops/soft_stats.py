@@ -177,13 +177,11 @@ def check_arguments(
 
 
 def _check_weight(weight: Tensor, valid: Tensor) -> None:
-    single = weight.detach().to(
-        torch.promote_types(weight.dtype, torch.float32)
-    )  # PyTorch 2.1 has none of half
-    least, most = single.aminmax()  # of NaN, both are
+    weight = weight.detach()
+    at_least_single = torch.promote_types(weight.dtype, torch.float32)  # PyTorch 2.1 has no aminmax of half
+    least, most = weight.to(at_least_single).aminmax()  # of NaN, both are
     if least >= 0 and most < torch.inf:
         return
-    weight = weight.detach()
     wrong = weight[valid & ~(weight.isfinite() & (weight >= 0))]
     if wrong.numel():
         found = list(dict.fromkeys(map(str, wrong.unique().tolist())))
