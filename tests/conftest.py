@@ -1,8 +1,10 @@
 import functools
 import gc
 import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 # Tests run side by side, a core each, and so do processes that they start. Read when torch is imported.
 os.environ['OMP_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = '1'
@@ -46,11 +48,26 @@ def let_runs_start_at_once(patch):
     patch.setattr(utils, 'load', functools.cache(utils.load))
 
 
+def let_runs_have_folders_of_their_own(patch):
+    """MMEngine names the folder of a run's logs by the second, and two short runs start within one."""
+    from mmengine.runner import runner
+
+    latest = [0.0]
+
+    def later():
+        latest[0] = max(time.time(), latest[0] + 1)
+        return latest[0]
+
+    clock = SimpleNamespace(time=later, strftime=time.strftime, localtime=time.localtime)
+    patch.setattr(runner, 'time', clock)
+
+
 @pytest.fixture(autouse=True, scope='session')
 def runs_start_at_once():
     with pytest.MonkeyPatch.context() as patch:
         if find_spec('mmengine') is not None:
             let_runs_start_at_once(patch)
+            let_runs_have_folders_of_their_own(patch)
         yield
 
 
