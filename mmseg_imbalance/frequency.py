@@ -182,16 +182,25 @@ class ClassFrequency:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassFrequency:
-        """Read what `save` wrote, in older versions too; a damaged or missing file raises what NumPy does."""
-        with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
-            values: dict[str, Any] = {name: archive[name] for name in archive.files}
-        for name in {'classes', 'image_keys', 'source_names'} & values.keys():
-            values[name] = tuple(values[name].tolist())
-        for name in ('ignored', 'num_images', 'dataset_images'):
-            values[name] = int(values[name])
-        for name in {'counted', 'unusual'} & values.keys():
-            values[name] = str(values[name])
-        return cls(**values)
+        """Read what `save` wrote, in older versions too.
+
+        Raises:
+            OSError: the file is missing or may not be read.
+            ValueError: it is damaged, or another kind of file.
+        """
+        with open(path, 'rb') as file:
+            try:
+                with np.load(file, allow_pickle=False) as archive:
+                    values: dict[str, Any] = {name: archive[name] for name in archive.files}
+                for name in {'classes', 'image_keys', 'source_names'} & values.keys():
+                    values[name] = tuple(values[name].tolist())
+                for name in ('ignored', 'num_images', 'dataset_images'):
+                    values[name] = int(values[name])
+                for name in {'counted', 'unusual'} & values.keys():
+                    values[name] = str(values[name])
+                return cls(**values)
+            except Exception as error:  # zipfile, zlib and NumPy have their own
+                raise ValueError(f'{type(error).__name__}: {error}') from error
 
 
 # Published counts of the 2975 training images, all of 2048x1024: pixels, images that hold the class.

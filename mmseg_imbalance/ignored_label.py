@@ -112,7 +112,8 @@ def _unread(dataset: Any) -> Any:
 
     try:
         return DATASETS.build(dict(dataset, lazy_init=True, pipeline=[]))
-    except Exception:  # one that takes no such options, or looks for its files at once
+    # it is not registered here, takes no such options, or looks for its files at once
+    except (AssertionError, KeyError, OSError, TypeError):
         return dataset
 
 

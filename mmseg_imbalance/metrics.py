@@ -414,7 +414,7 @@ def _ask_config(question: Callable[[Mapping[str, Any]], T], otherwise: T, what: 
     """
     try:
         return question(current_config() or {})
-    except Exception as error:  # no text that can be read again, or data sets and heads that disagree
+    except Exception as error:  # a config is Python; data sets and heads may disagree
         print_log(
             f'the config of the run does not tell {what} ({type(error).__name__}: {error}); the metric takes '
             f'{otherwise}',

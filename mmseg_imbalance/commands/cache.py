@@ -63,8 +63,8 @@ def _table(files: list[CachedCounts]) -> Table:
     for file in files:
         try:
             frequency = ClassFrequency.load(file.path)
-        except Exception as error:  # whatever is in it
-            cells = [f'damaged: {type(error).__name__}', '', '', '']
+        except (OSError, ValueError) as error:
+            cells = [f'damaged: {error}'.partition('\n')[0][:60], '', '', '']
         else:
             classes, sources = frequency.classes, frequency.source_names or ()
             listed = ', '.join(classes[:NAMED]) + (', ...' if len(classes) > NAMED else '')

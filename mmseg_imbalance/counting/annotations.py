@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.counting.dataset_parts import Part, part_repeats, part_rows, part_starts
+from mmseg_imbalance.counting.dataset_parts import Part, part_repeats
 from mmseg_imbalance.counting.label_steps import LabelSteps
 from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
 from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.counting.transforms import TAKEN_AWAY, keeps_labels, name_of, names, packs
 
-__all__ = ['Annotation', 'dataset_rows', 'find_annotations']
+__all__ = ['Annotation', 'find_annotations']
 
 
 class Annotation(NamedTuple):
@@ -30,13 +30,6 @@ class Annotation(NamedTuple):
     ignore_index: int
     steps: LabelSteps
     table: np.ndarray | None  # (256,) byte -> label, of MMSegmentation's loader; None: it is another
-
-
-def dataset_rows(dataset: Any) -> np.ndarray:
-    """(len(dataset),) int64: which row of the counts of all images of `dataset` each of its indices is."""
-    repeats = part_repeats(dataset)
-    occurs = np.concatenate(list(repeats.values())) > 0
-    return (np.cumsum(occurs, dtype=np.int64) - 1)[part_rows(dataset, part_starts(repeats)[0])]
 
 
 def find_annotations(
@@ -138,6 +131,9 @@ def _path(info: dict[str, Any], needed: bool = False) -> str:
 
 def _warn_of_left_out(found: list[Found]) -> str:
     """Name the transforms that are not run; the option with them and with those that are."""
+    from mmengine.dist import is_main_process
+    from mmengine.logging import print_log
+
     left_out: dict[str, str] = {}
     for each in found:
         left_out |= each.left_out
@@ -150,9 +146,6 @@ def _warn_of_left_out(found: list[Found]) -> str:
     unnamed = list(dict.fromkeys(name for each in found for name in each.unnamed))
     nameable = [name for name, reason in left_out.items() if reason != TAKEN_AWAY]
     option = _option_naming([*run, *unnamed, *nameable]) if unnamed or nameable else ''
-    from mmengine.dist import is_main_process
-    from mmengine.logging import print_log
-
     if not is_main_process():
         return option
     if left_out:

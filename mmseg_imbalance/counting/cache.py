@@ -121,7 +121,7 @@ def load_counts(
         all_counts, all_ignored = _rows(frequency, classes, annotations)
     except FileNotFoundError:  # another run has made room
         return None
-    except Exception as error:
+    except (OSError, ValueError) as error:
         warn(f'class counts in {path} are damaged ({error}), counting again.')
         return None
     positions, counts, ignored = recount(RECOUNTED)

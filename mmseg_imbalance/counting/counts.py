@@ -134,7 +134,7 @@ def _count(
             return None, None
         try:
             path = counts_file(cache_dir, classes, annotations, dataset_images)
-        except Exception as error:  # whatever a loader of somebody's own holds
+        except Exception as error:  # the repr or an attribute of what a loader of the user's own holds
             warn(f'class counts are not cached, the loader cannot be looked into: {error!r}')
             return None, None
         return path, load_counts(path, classes, annotations, counted.some)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ['Part', 'first_indices', 'part_repeats', 'part_rows', 'part_starts']
+__all__ = ['Part', 'first_indices', 'initialising', 'part_repeats', 'part_rows', 'part_starts']
 
 NEVER = 2**62  # an index behind all others
 
@@ -27,6 +28,24 @@ class Part(NamedTuple):
         return [each for step in transforms for each in _flat(step)]
 
 
+@contextmanager
+def initialising() -> Iterator[None]:
+    """Say what to take in place of ClassBalancedDataset, which fails while it is built or read.
+
+    Raises:
+        ValueError: a data set has no ``get_cat_ids``, as those of MMSegmentation.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        if 'get_cat_ids' not in str(error):
+            raise
+        raise ValueError(
+            f'{error}: ClassBalancedDataset needs it, and data sets of MMSegmentation have none. Take '
+            "the data set without it, and sampler=dict(type='RareClassSampler') in train_dataloader."
+        ) from error
+
+
 def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.ndarray]:
     """How often a possibly wrapped data set has each row of each of its parts, (rows,) int64.
 
@@ -42,7 +61,8 @@ def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.nd
             'in ConcatDataset, RepeatDataset, ClassBalancedDataset or MultiImageMixDataset. For another one '
             'give class_weight as numbers or as a file.'
         )
-    dataset.full_init()
+    with initialising():
+        dataset.full_init()
     if hasattr(dataset, 'datasets'):  # ConcatDataset
         found: dict[Part, np.ndarray] = {}
         for inner in dataset.datasets:

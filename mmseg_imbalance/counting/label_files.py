@@ -42,7 +42,9 @@ def reading(path: str) -> Iterator[None]:
             'PIL.Image.MAX_IMAGE_PIXELS = None in a module that custom_imports names, where workers are '
             'forked, as they are by default on Linux; or images cut into tiles.'
         ) from error
-    except Exception as error:
+    except MemoryError:  # not the file's fault
+        raise
+    except Exception as error:  # of the decoder, or of a loader of the user's own
         if isinstance(error, KeyError) and error.args == ('seg_map_path',):
             raise ValueError(f'{path} has no annotation. Give data_prefix=dict(seg_map_path=...).') from error
         if limit := re.search(r'CV_IO_MAX_IMAGE_\w+', str(error)):

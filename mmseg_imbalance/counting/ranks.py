@@ -20,11 +20,6 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         for kind in (FileNotFoundError, TypeError, ValueError):
             if isinstance(error, kind):
                 failure = kind(str(error))  # a subclass may not survive pickling
-        if isinstance(error, NotImplementedError) and 'get_cat_ids' in str(error):
-            failure = ValueError(
-                f'{error}: ClassBalancedDataset needs it, and data sets of MMSegmentation have none. Take '
-                "the data set without it, and sampler=dict(type='RareClassSampler') in train_dataloader."
-            )
         failure.__cause__ = error
         return None, failure
 

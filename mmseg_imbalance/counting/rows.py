@@ -138,7 +138,9 @@ def count_rows(counted: AnnotationRows, part: range, num_workers: int, show: boo
                 )
             )
             return rows
-        except Exception as error:  # errors of files are rows; this is one of processes
+        # Errors of files are rows. Of processes many kinds are known, and what a loader of the user's own
+        # raises there is raised once more below.
+        except Exception as error:
             warn(
                 f'{num_workers} worker processes cannot count classes ({type(error).__name__}: {error}). '
                 'This process counts the rest, which takes longer; num_workers=0 does so from the start.'

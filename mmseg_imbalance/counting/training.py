@@ -9,6 +9,7 @@ from typing import Any
 
 from mmseg_imbalance.counting.cache import default_cache_dir
 from mmseg_imbalance.counting.counts import count_classes
+from mmseg_imbalance.counting.dataset_parts import initialising
 from mmseg_imbalance.counting.ranks import attempt, exchange, warn
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.ignored_label import current_config, decode_heads, ignored_label
@@ -99,7 +100,9 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
                 'the training annotations are counted, but the config has no train_dataloader; add one, only '
                 'its dataset is used'
             )
-        return DATASETS.build(loader['dataset']), source, source.get('model'), loader.get('num_workers')
+        with initialising():
+            dataset = DATASETS.build(loader['dataset'])
+        return dataset, source, source.get('model'), loader.get('num_workers')
     if hasattr(source, 'train_dataloader'):  # a runner
         loader = source.train_dataloader
         return loader.dataset, source.cfg, source.model, getattr(loader, 'num_workers', None)

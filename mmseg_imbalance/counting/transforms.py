@@ -51,7 +51,7 @@ def attempt(step: Any, results: dict[str, Any]) -> Any:
     """What a transform makes of a copy of the results, or the error that it raises."""
     try:
         return run([step], copy.deepcopy(results))
-    except Exception as error:
+    except Exception as error:  # a transform of the user's own raises what it likes
         return error
 
 
@@ -59,7 +59,7 @@ def fresh(step: Any) -> Any:
     """A copy with random numbers and a memory of its own, where it can be copied."""
     try:
         return copy.deepcopy(step)
-    except Exception:
+    except Exception:  # it may hold what cannot be copied, such as an open file
         return step
 
 

@@ -87,7 +87,7 @@ def sum_dtype(like: Tensor) -> torch.dtype:
     """
     try:
         torch.empty(0, dtype=torch.float64, device=like.device)
-    except Exception:  # a TypeError of Apple's; others may name another
+    except (TypeError, RuntimeError):  # Apple's raises the first, others the second
         return torch.float32
     return torch.float64
 

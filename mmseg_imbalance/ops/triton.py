@@ -78,7 +78,7 @@ def _why_not_on(device: torch.device) -> str | None:
         return f'its kernels need compute capability 8.0 and {device} has {major}.{minor}'
     try:
         _start_a_kernel(device)
-    except Exception as error:
+    except Exception as error:  # compilers, drivers and Triton raise what they like
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
         warnings.warn(
             f"Triton cannot start a kernel on {device} ({reason}), so backend='auto' takes 'strips', which "
