@@ -1,5 +1,6 @@
 import functools
 import gc
+import logging
 import os
 import time
 from importlib.util import find_spec
@@ -81,6 +82,47 @@ def nothing_of_other_runs():
 
         MessageHub._instance_dict.clear()
         DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """(level, text) of what counting logs."""
+    messages = []
+
+    def log(message, logger=None, level=logging.INFO):
+        messages.append((level, message))
+
+    monkeypatch.setattr('mmengine.logging.print_log', log)
+    return messages
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The warnings of counting."""
+    messages = []
+
+    def log(message, logger=None, level=logging.INFO):
+        if level == logging.WARNING:
+            messages.append(message)
+
+    monkeypatch.setattr('mmengine.logging.print_log', log)
+    return messages
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write a label image of each list of values; the folder of the data set."""
+
+    def write(*files):
+        for name in ('img', 'ann'):
+            (tmp_path / name).mkdir(exist_ok=True)
+        for at, values in enumerate(files):
+            labels = np.repeat(np.array(values), 6).reshape(-1, 3)
+            Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
+            (tmp_path / 'img' / f'{at}.jpg').touch()
+        return tmp_path
+
+    return write
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -38,6 +38,23 @@ def _worker(rank, world_size, store, environment, function, args, queue):
     dist.destroy_process_group()
 
 
+def trained_on_rank(text):
+    """The runner of this rank after the training of a config."""
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    from mmseg_imbalance.compat import adapt_to_cpu
+
+    cfg = Config.fromstring(text, '.py')
+    cfg.launcher = 'pytorch'
+    rank = str(dist.get_rank())
+    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=str(dist.get_world_size()))
+    adapt_to_cpu(cfg)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner
+
+
 def on_ranks(world_size, function, *args, timeout=120):
     """What ``function(*args)`` returned, or the exception it raised, on each rank."""
     queue = CONTEXT.Queue()

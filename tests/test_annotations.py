@@ -1,31 +1,13 @@
 """Which annotations a data set has, of which classes."""
 
-import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
-from PIL import Image
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.counting.annotations import find_annotations
 from mmseg_imbalance.counting.pixel_counts import count_pixels, notes_text
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Write a label image of each list of values; the folder of the data set."""
-
-    def write(*files):
-        for name in ('img', 'ann'):
-            (tmp_path / name).mkdir(exist_ok=True)
-        for at, values in enumerate(files):
-            labels = np.repeat(np.array(values), 6).reshape(-1, 3)
-            Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
-            (tmp_path / 'img' / f'{at}.jpg').touch()
-        return tmp_path
-
-    return write
 
 
 def make(root, classes, pipeline=None, **options):

@@ -83,17 +83,6 @@ def full(tmp_path_factory):
 
 
 @pytest.fixture
-def logged(monkeypatch):
-    messages = []
-
-    def log(message, logger=None, level=logging.INFO):
-        messages.append((level, message))
-
-    monkeypatch.setattr('mmengine.logging.print_log', log)
-    return messages
-
-
-@pytest.fixture
 def counted(monkeypatch):
     """Positions at which files were decoded, one list for each call."""
     calls = []

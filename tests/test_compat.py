@@ -129,8 +129,8 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'nothing.pth'), 'cpu')
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU, and nothing to adapt')
-def test_on_a_cpu_amp_becomes_bfloat16_and_nothing_else_changes():
+def test_on_a_cpu_amp_becomes_bfloat16_and_nothing_else_changes(monkeypatch):
+    monkeypatch.setattr('mmseg_imbalance.compat.get_device', lambda: 'cpu')
     cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad=None)))
     adapt_to_cpu(cfg)
     assert cfg.to_dict() == dict(optim_wrapper=dict(type='CPUAmpOptimWrapper', clip_grad=None))
@@ -168,8 +168,8 @@ def wrapped_on_a_rank(options):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU, and nothing to adapt')
-def test_ranks_on_a_cpu_are_wrapped_as_mmengine_does_on_gpus():
+def test_ranks_on_a_cpu_are_wrapped_as_mmengine_does_on_gpus(monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')  # of the ranks, which are processes of their own
     name = 'MMDistributedDataParallel'
     for options in (
         dict(find_unused_parameters=True),

@@ -48,18 +48,6 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def logged(monkeypatch):
-    """(level, text) of what was logged."""
-    messages = []
-
-    def log(message, logger=None, level=logging.INFO):
-        messages.append((level, message))
-
-    monkeypatch.setattr('mmengine.logging.print_log', log)
-    return messages
-
-
-@pytest.fixture
 def warned(logged):
     """A function that returns the warnings so far."""
     return lambda: [message for level, message in logged if level == logging.WARNING]

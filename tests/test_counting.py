@@ -1,6 +1,5 @@
 """Counts equal a slow loop through the real pipeline, or there is one clear error."""
 
-import logging
 import multiprocessing
 import os
 import runpy
@@ -32,7 +31,7 @@ from mmseg_imbalance.counting import (
     rows,
     training_frequency,
 )
-from mmseg_imbalance.counting.annotations import dataset_rows
+from mmseg_imbalance.counting.dataset_parts import part_repeats, part_rows, part_starts
 from mmseg_imbalance.frequency import ClassFrequency
 
 CAMVID = Path(__file__).resolve().parents[2] / 'shared' / 'camvid'
@@ -127,16 +126,11 @@ def root(tmp_path):
     return make_labels(tmp_path / 'data')
 
 
-@pytest.fixture
-def warned(monkeypatch):
-    messages = []
-
-    def log(message, logger=None, level=logging.INFO):
-        if level == logging.WARNING:
-            messages.append(message)
-
-    monkeypatch.setattr('mmengine.logging.print_log', log)
-    return messages
+def dataset_rows(dataset):
+    """(len(dataset),): which row of the counts of all images each index of a data set is."""
+    repeats = part_repeats(dataset)
+    occurs = np.concatenate(list(repeats.values())) > 0
+    return (np.cumsum(occurs) - 1)[part_rows(dataset, part_starts(repeats)[0])]
 
 
 def same(first, second):

@@ -9,9 +9,10 @@ from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, R
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
+from test_counting import dataset_rows
 
 from mmseg_imbalance.counting import count_classes, training_frequency
-from mmseg_imbalance.counting.annotations import dataset_rows, find_annotations
+from mmseg_imbalance.counting.annotations import find_annotations
 from mmseg_imbalance.counting.dataset_parts import first_indices
 from mmseg_imbalance.samplers import RareClassSampler
 

@@ -270,7 +270,6 @@ def test_losses_of_a_head_that_does_not_pass_its_label_on_get_it(ignored, loss):
     target[void] = ignored
     logits = [torch.randn(1, 3, 8, 8) for _ in range(2)]
     expected = WeightedCrossEntropyLoss()(logits[0], target.masked_fill(void, 255))
-    sample = MODELS.build(HEAD)  # noqa: F841  mmseg is imported
     heads = [
         ddr_head(lambda **options: FeatureHead(base='DDRHead', **options), ignored, loss),
         ddr_head(DDRHead, 255, loss),

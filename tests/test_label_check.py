@@ -1,13 +1,11 @@
 """What the losses receive is held against the counts: the rule itself, and whole runs on small data."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
@@ -15,7 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, TRANSFORMS
 from mmengine.runner import Runner
 from PIL import Image
-from ranks import on_ranks
+from ranks import on_ranks, trained_on_rank
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -576,15 +574,7 @@ class WatchersAreCounted(Hook):
 
 
 def train_on_ranks(text, root):
-    from mmseg_imbalance.compat import adapt_to_cpu
-
-    cfg = Config.fromstring(text, '.py')
-    cfg.launcher = 'pytorch'
-    rank = str(dist.get_rank())
-    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE='2')
-    adapt_to_cpu(cfg)
-    runner = Runner.from_cfg(cfg)
-    runner.train()
+    trained_on_rank(text)
 
 
 def test_what_a_head_cannot_do_with_its_losses_is_refused_before_training(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image, features
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from mmseg_imbalance.counting import count_classes
-from mmseg_imbalance.counting.label_files import MAY_BE_LOSSY, lossy_format, value_counts
+from mmseg_imbalance.counting.label_files import MAY_BE_LOSSY, lossy_format, reading, value_counts
 
 NAMES = ('background', 'road', 'tree')
 
@@ -395,3 +395,8 @@ def test_a_file_above_opencvs_limit_names_the_variable(save, monkeypatch):
     monkeypatch.setattr('mmcv.imfrombytes', refuse)
     with pytest.raises(ValueError, match=r'0\.png: larger than OpenCV reads.* OPENCV_IO_MAX_IMAGE_PIXELS to'):
         counted(make(root, LoadAnnotations(imdecode_backend='cv2')))
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_file():
+    with pytest.raises(MemoryError), reading('0.png'):
+        raise MemoryError

@@ -41,18 +41,6 @@ NAMES = ('background', 'tumour', 'vessel')
 
 
 @pytest.fixture
-def warned(monkeypatch):
-    messages = []
-
-    def keep(message, logger=None, level=logging.INFO):
-        if level == logging.WARNING:
-            messages.append(message)
-
-    monkeypatch.setattr('mmengine.logging.print_log', keep)
-    return messages
-
-
-@pytest.fixture
 def root(tmp_path):
     """Five masks with the values 0 to 5 and 255, and images of the same size."""
     numbers = np.random.default_rng(0)
@@ -214,7 +202,7 @@ class Half(BaseTransform):
         self.own = np.random.default_rng(0)
 
     def transform(self, results):
-        draws = random.random(), np.random.rand(), torch.rand(1).item(), self.own.random()  # noqa: NPY002
+        draws = random.random(), np.random.rand(), torch.rand(1).item(), self.own.random()  # noqa: NPY002  as transforms of users do
         results['gt_seg_map'][results['gt_seg_map'] != 255] = 0
         for at, draw in enumerate(draws):
             results['gt_seg_map'][at, : int(17 * draw)] = 1

@@ -1,18 +1,13 @@
 """The parts of a loss in the log of a run, with MMSegmentation's heads and with ours."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.models.decode_heads import SegformerHead
 from mmseg.models.utils import resize
-from ranks import on_ranks
-
-from mmseg_imbalance.compat import adapt_to_cpu
+from ranks import on_ranks, trained_on_rank
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 PARTS = {'decode.combined_ce', 'decode.combined_dice'}
@@ -79,13 +74,7 @@ def test_a_feature_head_that_computes_its_losses_itself_logs_through_the_hook(sm
 
 def keys_on_a_rank(text):
     """What a rank of a training run has in its log, and the last value of each part."""
-    cfg = Config.fromstring(text, '.py')
-    cfg.launcher = 'pytorch'
-    rank = str(dist.get_rank())
-    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE='2')
-    adapt_to_cpu(cfg)
-    runner = Runner.from_cfg(cfg)
-    runner.train()
+    runner = trained_on_rank(text)
     scalars = runner.message_hub.log_scalars
     return sorted(key for key in scalars if key.startswith('train/')), scalars[
         'train/decode.combined_ce'

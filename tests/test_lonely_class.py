@@ -1,6 +1,5 @@
 """Masks of 0 and 255 end in an error; void beside an object, or in one of several data sets, does not."""
 
-import logging
 import re
 
 import numpy as np
@@ -34,18 +33,6 @@ def make(root, classes=NAMES, **options):
         metainfo=dict(classes=classes),
         **dict(dict(pipeline=[LoadAnnotations()]), **options),
     )
-
-
-@pytest.fixture
-def warned(monkeypatch):
-    messages = []
-
-    def log(message, logger=None, level=logging.INFO):
-        if level == logging.WARNING:
-            messages.append(message)
-
-    monkeypatch.setattr('mmengine.logging.print_log', log)
-    return messages
 
 
 OBJECT_IGNORED = [(0, 0, 255, 255), (0, 0, 0, 0), (0, 255, 0, 0)]

@@ -2,39 +2,12 @@
 
 import contextlib
 
-import numpy as np
 import pytest
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
-from PIL import Image
+from test_annotations import make
 
 from mmseg_imbalance.counting import count_classes
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Write a label image of each list of values; the folder of the data set."""
-
-    def write(*files):
-        for name in ('img', 'ann'):
-            (tmp_path / name).mkdir(exist_ok=True)
-        for at, values in enumerate(files):
-            labels = np.repeat(np.array(values), 6).reshape(-1, 3)
-            Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
-            (tmp_path / 'img' / f'{at}.jpg').touch()
-        return tmp_path
-
-    return write
-
-
-def make(root, classes, pipeline=None, **options):
-    return BaseSegDataset(
-        data_root=str(root),
-        data_prefix={'img_path': 'img', 'seg_map_path': 'ann'},
-        metainfo={'classes': classes},
-        pipeline=pipeline or [LoadAnnotations()],
-        **options,
-    )
 
 
 def message(dataset, **options):
