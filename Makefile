@@ -50,7 +50,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) $(TORCH)
-	.venv/bin/python $(PIP) -e '.[onedl,test,dev,docs]'
+	.venv/bin/python $(PIP) -e '.[onedl,experiments,test,dev,docs]'
 	touch $@
 
 # mmcv 2.1 has no wheel for recent versions of torch and needs what pip's build isolation hides from it

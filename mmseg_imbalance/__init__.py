@@ -24,6 +24,7 @@ except ImportError as error:
 
 else:
     from mmseg_imbalance import compat  # noqa: F401
+    from mmseg_imbalance.backbones import EfficientNetLite0
     from mmseg_imbalance.class_balance import ClassBalanceHook
     from mmseg_imbalance.components import SmallRegionRemover
     from mmseg_imbalance.counting import count_classes, training_frequency
@@ -61,6 +62,7 @@ __all__ = [
     'ClassWeightHook',
     'CombinedWeightedLoss',
     'CrossEntropy',
+    'EfficientNetLite0',
     'FeatureASPPHead',
     'FeatureDepthwiseSeparableASPPHead',
     'FeatureHead',

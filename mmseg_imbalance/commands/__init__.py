@@ -14,6 +14,7 @@ COMMANDS = {
     'train': 'train a model of a config, on GPUs or CPU',
     'test': 'test a trained model; logit adjustment, small regions, test time augmentation',
     'compare': 'compare trained models class by class and tell differences from noise',
+    'suite': 'run a suite of experiments and collect their results',
     'subclasses': 'show the subclasses that a trained model has found',
     'benchmark': 'time and memory of the losses beside plain cross-entropy',
     'make-scenes': 'generate a small long-tailed data set of street scenes',

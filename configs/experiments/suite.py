@@ -1,0 +1,58 @@
+"""What helps, on four data sets: ``mmseg-imbalance suite configs/experiments/suite.py --data DIR``."""
+
+datasets = dict(
+    camvid='segformer_efficientnet-lite0_1xb8-2k_camvid-240x180.py',
+    clothing='segformer_efficientnet-lite0_1xb8-2k_clothing_160x240.py',
+    magnetic_tile='segformer_efficientnet-lite0_1xb8-2k_magnetic-tile_240x180.py',
+    neu_seg='segformer_efficientnet-lite0_1xb8-2k_neu-seg_200x200.py',
+)
+# iterations of training
+schedules = dict(short=500, converged=2000)
+
+
+def loss(type='CombinedWeightedLoss', sampler=False, hook=None, **options):
+    """The lines in which a method differs from plain cross-entropy."""
+    changed = dict(
+        model=dict(decode_head=dict(loss_decode=dict(_delete_=True, type=type, **options))),
+        custom_hooks=[dict(type='ClassWeightHook', **(hook or {}))],
+    )
+    if sampler:
+        changed['train_dataloader'] = dict(sampler=dict(_delete_=True, type='RareClassSampler'))
+        changed['custom_hooks'] += [dict(type='ResumeSamplerHook')]
+    return changed
+
+
+CE, FOCAL, DICE = 'WeightedCrossEntropyLoss', 'WeightedFocalLoss', 'WeightedDiceLoss'
+AUTO = dict(class_weight='auto')
+JACCARD = dict(
+    region='jaccard', ce_weight=0.25, dice_weight=0.75, region_reduction='batch', absent_classes='ignore'
+)
+methods = {
+    'cross-entropy': dict(),
+    'CE, sqrt_inv_freq': loss(CE, **AUTO),
+    'CE, inverse_freq': loss(CE, **AUTO, hook=dict(scheme='inverse_freq')),
+    'focal': loss(FOCAL),
+    'Dice': loss(DICE, **AUTO),
+    'combined, auto': loss(**AUTO),
+    'combined': loss(),
+    'combined, auto, present': loss(**AUTO, absent_classes='ignore'),
+    'combined, auto, batch': loss(**AUTO, region_reduction='batch'),
+    'combined, power 0.5': loss(**AUTO, hook=dict(power=0.5)),
+    'Jaccard': loss(**JACCARD),
+    'Jaccard, power 0.5': loss(**JACCARD, **AUTO, hook=dict(power=0.5)),
+    'focal Tversky': loss(region='tversky', alpha=0.3, beta=0.7, gamma=0.75, **AUTO),
+    'logit adjustment 0.5': loss(CE, logit_adjustment=0.5),
+    'logit adjustment 1': loss(CE, logit_adjustment=1.0),
+    'logit variation': loss(CE, logit_variation=4.0),
+    'CE, rare class sampling': loss(CE, sampler=True),
+    'Jaccard, rare class sampling': loss(**JACCARD, sampler=True),
+}
+runs = [
+    dict(dataset='camvid', schedule='short', seeds=5),
+    dict(
+        dataset='camvid',
+        schedule='converged',
+        seeds=3,
+        methods=['cross-entropy', 'combined, auto', 'Jaccard', 'Jaccard, power 0.5'],
+    ),
+]

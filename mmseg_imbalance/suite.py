@@ -1,0 +1,230 @@
+"""A suite of experiments: data sets x schedules x methods x seeds, each run a config and a row of results.
+
+A suite file is an MMEngine config that sets four names:
+
+    datasets = dict(NAME='CONFIG of the baseline, relative to the suite file')
+    schedules = dict(NAME=iterations)
+    methods = {'NAME': dict(lines that differ from the baseline)}
+    runs = [dict(dataset=NAME, schedule=NAME, seeds=5, methods=[NAME, ...])]   # without methods: all
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
+
+SPLITS = ('train', 'val', 'test')
+# what a row says before its metrics
+COLUMNS = (
+    'suite',
+    'dataset',
+    'schedule',
+    'method',
+    'seed',
+    'iterations',
+    'commit',
+    'hardware',
+    'minutes',
+    'config',
+    'curve',
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a suite."""
+
+    suite: str
+    dataset: str
+    schedule: str
+    method: str
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What names a run in the rows of results."""
+        return (self.suite, self.dataset, self.schedule, self.method, str(self.seed))
+
+    @property
+    def title(self) -> str:
+        return f'{self.dataset}/{self.schedule}/{self.method}'
+
+    @property
+    def name(self) -> str:
+        """The folder of the run, below the work dir."""
+        method = re.sub(r'[^a-z0-9.]+', '-', self.method.lower()).strip('-')
+        return f'{self.dataset}/{self.schedule}/{method}/seed{self.seed}'
+
+
+class Suite:
+    """A suite file, read and checked.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: the file, or the config of a data set, does not exist.
+        ValueError: a name is missing, unknown or of the wrong kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f'no suite file {os.fspath(path)!r}; configs/experiments/suite.py is one')
+        self.name = self.path.stem
+        content = Config.fromfile(self.path)
+        missing = [name for name in ('datasets', 'schedules', 'methods', 'runs') if not content.get(name)]
+        if missing:
+            raise ValueError(
+                f'{self.path} does not set {", ".join(missing)}; a suite file sets datasets, schedules, '
+                'methods and runs'
+            )
+        self.datasets = {name: self.path.parent / config for name, config in content.datasets.items()}
+        for name, config in self.datasets.items():
+            if not config.is_file():
+                raise FileNotFoundError(f'{self.path}: the data set {name!r} has no config {config}')
+        self.schedules: dict[str, int] = dict(content.schedules)
+        self.methods: dict[str, ConfigDict] = dict(content.methods)
+        self.groups = [dict(group) for group in content.runs]
+        for group in self.groups:
+            self._check(group)
+
+    def _check(self, group: dict) -> None:
+        unknown = set(group) - {'dataset', 'schedule', 'seeds', 'methods'}
+        if unknown or not {'dataset', 'schedule', 'seeds'} <= set(group):
+            raise ValueError(
+                f'{self.path}: an entry of runs has dataset, schedule, seeds and perhaps methods, got {group}'
+            )
+        for what, known in (('dataset', self.datasets), ('schedule', self.schedules)):
+            if group[what] not in known:
+                raise ValueError(f'{self.path}: {what} {group[what]!r} is none of {list(known)}')
+        for method in group.get('methods') or ():
+            if method not in self.methods:
+                raise ValueError(f'{self.path}: method {method!r} is none of {list(self.methods)}')
+
+    def runs(self, seeds: Iterable[int] | None = None) -> list[Run]:
+        """All runs, seed by seed, so that a suite that is stopped early holds whole comparisons.
+
+        Args:
+            seeds: of the suite's seeds only these; None: all.
+        """
+        runs = []
+        for group in self.groups:
+            for seed in range(group['seeds']):
+                if seeds is not None and seed not in seeds:
+                    continue
+                for method in group.get('methods') or self.methods:
+                    run = Run(self.name, group['dataset'], group['schedule'], method, seed)
+                    if run not in runs:  # a group may name again what another has
+                        runs.append(run)
+        return runs
+
+    def iterations(self, run: Run) -> int:
+        return self.schedules[run.schedule]
+
+    def config(self, run: Run) -> Config:
+        """The config of a run, with the data where the config of the data set says."""
+        cfg = Config.fromfile(self.datasets[run.dataset])
+        iterations = self.iterations(run)
+        warmup = min(100, iterations // 5)
+        cfg.merge_from_dict(
+            {
+                'train_cfg.max_iters': iterations,
+                'train_cfg.val_interval': min(iterations, 500),
+                'param_scheduler': [
+                    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=warmup),
+                    dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=warmup, end=iterations),
+                ],
+                'default_hooks.checkpoint': dict(interval=100, max_keep_ckpts=1),
+                'randomness': dict(seed=run.seed),
+            }
+        )
+        cfg.merge_from_dict(self.methods[run.method].to_dict())
+        return cfg
+
+
+def fingerprint(cfg: Config) -> str:
+    """What the config of a run says, in 12 letters: another one is another run."""
+    text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def on_this_machine(cfg: Config, data: Path, workers: int) -> None:
+    """Set where the data lie and how many processes load them; a run is the same without."""
+    for split in SPLITS:
+        loader = cfg[f'{split}_dataloader']
+        loader.dataset.data_root = str(data)
+        loader.num_workers = workers
+        loader.persistent_workers = workers > 0
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a checkout, with a '+' where files differ from it; '' outside one."""
+
+    def git(*arguments: str) -> str:
+        command = ['git', '-C', str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git('rev-parse', '--short=7', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return ''
+
+
+def evaluations(work_dir: Path) -> dict[int, dict[str, float]]:
+    """The metrics of each evaluation of a run by its iteration, also of one that was resumed."""
+    found = {}
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in path.read_text(encoding='utf-8').splitlines():
+            record = json.loads(line)
+            if 'mIoU' in record:
+                found[record['step']] = record
+    return found
+
+
+def training_minutes(work_dir: Path, iterations: int) -> float:
+    """The time of the iterations, without evaluations, from the mean that the log has."""
+    times = [
+        json.loads(line).get('time')
+        for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
+        for line in path.read_text(encoding='utf-8').splitlines()
+        if '"loss"' in line
+    ]
+    times = [time for time in times if time is not None]
+    return sum(times) / len(times) * iterations / 60 if times else float('nan')
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of results; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, row: dict[str, object]) -> None:
+    """Add a row; the columns of the file are those of its first row and what later ones bring.
+
+    A row that another process adds meanwhile is not lost where each has a file of its own.
+    """
+    rows = read_rows(path)
+    columns = list(rows[0]) if rows else []
+    columns += [name for name in row if name not in columns]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    with open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    temporary.replace(path)
