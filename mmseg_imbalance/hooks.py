@@ -29,7 +29,14 @@ from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
 from mmseg_imbalance.run_hook import RunHook
 from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, source_table, subclass_table, table_text
-from mmseg_imbalance.weighting import SCHEMES, check_options, class_weights, log_prior
+from mmseg_imbalance.weighting import (
+    SCHEMES,
+    check_options,
+    check_power_schedule,
+    class_weights,
+    log_prior,
+    scheduled_weights,
+)
 
 
 @HOOKS.register_module()
@@ -50,6 +57,8 @@ class ClassWeightHook(RunHook):
         num_workers: worker processes of each rank; None: as many as the train_dataloader has.
         label_transforms: names of the transforms that change labels, see
             :func:`~mmseg_imbalance.counting.count_classes`.
+        power_schedule: points (progress, power) of an exponent on the weights while training, see
+            :func:`~mmseg_imbalance.weighting.scheduled_weights`; None: the weights stay.
         **options: of the scheme: beta, unit, k, power, max_ratio.
 
     Raises:
@@ -64,6 +73,7 @@ class ClassWeightHook(RunHook):
         max_images: int | None = None,
         num_workers: int | None = None,
         label_transforms: Sequence[str] | None = None,
+        power_schedule: Sequence[tuple[float, float]] | None = None,
         **options: object,
     ) -> None:
         if scheme not in SCHEMES:
@@ -79,6 +89,9 @@ class ClassWeightHook(RunHook):
         self.max_images = max_images
         self.num_workers = num_workers
         self.label_transforms = label_transforms
+        if power_schedule is not None:
+            check_power_schedule(power_schedule)
+        self.power_schedule = power_schedule
         self.options = options
 
     def before_train(self, runner) -> None:
@@ -86,6 +99,7 @@ class ClassWeightHook(RunHook):
         super().before_train(runner)
         check_heads(unwrapped(runner.model))
         self.label_check = LabelCheck(runner)
+        self.scheduled: list[WeightedLoss] = []  # whose weights change while training
         model = unwrapped(runner.model)
         ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
         auto = [name for name, loss in ours.items() if loss.class_weight.waiting]
@@ -98,6 +112,10 @@ class ClassWeightHook(RunHook):
                 "ClassWeightHook has nothing to do: no loss of this package says class_weight='auto' or "
                 'another class_weight, logit_adjustment or logit_variation'
             )
+        if self.power_schedule is not None and not auto:
+            runner.logger.warning(
+                "power_schedule of ClassWeightHook changes nothing: no loss says class_weight='auto'"
+            )
         if not waiting:
             return
         record = self._find_record(runner)
@@ -107,8 +125,17 @@ class ClassWeightHook(RunHook):
                 loss.class_weight.set_weights(record.weights)
             if loss.class_weight.needs_pixels:
                 loss.class_weight.set_pixels(record.pixels)
+        if self.power_schedule is not None:
+            self.record, self.scheduled = record, [ours[name] for name in auto]
         if auto:
             runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(auto)}')
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        if self.scheduled:
+            progress = runner.iter / runner.max_iters
+            weights = scheduled_weights(self.record.weights, self.power_schedule, progress)
+            for loss in self.scheduled:
+                loss.class_weight.set_weights(weights)
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None

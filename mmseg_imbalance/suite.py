@@ -23,6 +23,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
+from mmseg_imbalance.files import write_atomically
 
 SPLITS = ('train', 'val', 'test')
 # what a row says before its metrics
@@ -137,7 +138,7 @@ class Suite:
         """The config of a run, with the data where the config of the data set says."""
         cfg = Config.fromfile(self.datasets[run.dataset])
         iterations = self.iterations(run)
-        warmup = min(100, iterations // 5)
+        warmup = max(1, min(100, iterations // 5))
         cfg.merge_from_dict(
             {
                 'train_cfg.max_iters': iterations,
@@ -214,17 +215,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, row: dict[str, object]) -> None:
-    """Add a row; the columns of the file are those of its first row and what later ones bring.
-
-    A row that another process adds meanwhile is not lost where each has a file of its own.
-    """
+    """Add a row to a file of results, and the columns that no earlier row has."""
     rows = read_rows(path)
-    columns = list(rows[0]) if rows else []
-    columns += [name for name in row if name not in columns]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    with open(temporary, 'w', newline='', encoding='utf-8') as file:
+    columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+    with write_atomically(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
         writer.writerows([*rows, row])
-    temporary.replace(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Real
 
 import numpy as np
@@ -12,7 +12,14 @@ from numpy.typing import ArrayLike
 
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = ['SCHEMES', 'check_options', 'class_weights', 'log_prior']
+__all__ = [
+    'SCHEMES',
+    'check_options',
+    'check_power_schedule',
+    'class_weights',
+    'log_prior',
+    'scheduled_weights',
+]
 
 SCHEMES = ('inverse_freq', 'sqrt_inv_freq', 'effective_num', 'median_freq', 'log_inv_freq')
 # A class so many times as heavy as the lightest, with fewer images or pixels behind it, is warned of.
@@ -83,6 +90,50 @@ def class_weights(
     for message in (*_without_pixels(sample), *_doubtful(sample, result)):
         warnings.warn(message, stacklevel=2)
     return result
+
+
+def scheduled_weights(
+    weights: ArrayLike, power_schedule: Sequence[tuple[float, float]], progress: float
+) -> np.ndarray:
+    """The weights at a moment of the training: w_c^p, (C,) float64, with mean 1 over those above 0.
+
+    Args:
+        weights: (C,) numbers >= 0; those that are 0 stay 0.
+        power_schedule: points (progress, p) between which p is linear. Before the first and after the last it
+            is constant; at two points of one progress it jumps.
+        progress: share of the iterations done, 0 to 1.
+
+    Source: [(0.8, 0), (0.8, 1)] is deferred re-weighting (Cao et al. 2019, https://arxiv.org/abs/1906.07413,
+    section 3.3), with weights as they are chosen here.
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    after = sum(at <= progress for at, _ in power_schedule)  # points passed
+    earlier, later = power_schedule[max(after - 1, 0)], power_schedule[min(after, len(power_schedule) - 1)]
+    width = later[0] - earlier[0]
+    part = (progress - earlier[0]) / width if width > 0 else 0.0
+    power = earlier[1] + min(max(part, 0.0), 1.0) * (later[1] - earlier[1])
+    occurs = weights > 0
+    result = np.zeros(len(weights))
+    # relative to the largest: no overflow
+    result[occurs] = (weights[occurs] / weights[occurs].max()) ** power
+    return result / result[occurs].mean()
+
+
+def check_power_schedule(points: object) -> None:
+    """Raise a ValueError unless it is a list of points as :func:`scheduled_weights` takes them."""
+    try:
+        pairs = [(at, power) for at, power in points]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        pairs = []
+    numbers = all(_is_number(x) and math.isfinite(x) for pair in pairs for x in pair)
+    places = [at for at, _ in pairs]
+    ordered = numbers and places == sorted(places) and all(0 <= at <= 1 for at in places)
+    if not pairs or not ordered or any(power < 0 for _, power in pairs):
+        raise ValueError(
+            f'power_schedule={points!r}, allowed is a list of points (progress, power): progress from 0 to 1 '
+            'and in order, power at least 0. [(0.25, 1), (0.75, 0)] are weights that fade between a quarter '
+            'and three quarters of the training.'
+        )
 
 
 def log_prior(pixels: ArrayLike) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
@@ -271,6 +272,45 @@ def test_a_resumed_run_gets_the_weights_of_its_checkpoint(resume):
     changed = resumed('changed', dict(type='ClassWeightHook', scheme='median_freq'))
     expected = class_weights(count_classes(changed.train_dataloader.dataset), 'median_freq')
     assert filled(changed)['decode_head.loss_decode'] == pytest.approx(expected.tolist())
+
+
+def test_weights_follow_their_schedule_and_a_resumed_run_goes_on_in_it(small_config):
+    seen = []
+
+    @HOOKS.register_module(force=True)
+    class WeightsHook(Hook):
+        priority = 'LOW'
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            seen.append(filled(runner)['decode_head.loss_decode'])
+
+    cfg = small_config(BALANCED)
+    cfg.train_cfg.update(max_iters=4, val_interval=4)
+    cfg.custom_hooks = [
+        dict(type='ClassWeightHook', power_schedule=[(0.0, 1.0), (0.5, 0.0)]),
+        dict(type='WeightsHook'),
+    ]
+    cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+    Runner.from_cfg(cfg).train()
+    record = WeightRecord.load(Path(cfg.work_dir, 'class_weights.json'))
+    assert seen[0] == pytest.approx(record.weights)
+    assert np.ptp([weight for weight in seen[1] if weight]) < np.ptp([w for w in seen[0] if w])
+    assert [weight for weight in seen[2] if weight] == pytest.approx([1.0] * np.count_nonzero(seen[2]))
+    assert seen[3] == seen[2]
+
+    cfg.load_from, cfg.resume = str(Path(cfg.work_dir, 'iter_1.pth')), True
+    cfg.experiment_name = 'resumed'
+    Runner.from_cfg(cfg).train()
+    assert seen[4:] == [pytest.approx(weights) for weights in seen[1:4]]
+
+
+def test_a_schedule_without_auto_weights_is_warned_of(small_config):
+    cfg = small_config(BALANCED)
+    cfg.model.decode_head.loss_decode.class_weight = [1.0] * 11
+    cfg.custom_hooks = [dict(type='ClassWeightHook', power_schedule=[(0.0, 1.0)])]
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert 'power_schedule of ClassWeightHook changes nothing' in log_of(runner)
 
 
 def test_a_run_resumed_on_mended_labels_gets_new_weights_and_says_how_to_keep_the_old(resume, camvid):

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
-from mmseg_imbalance.weighting import SCHEMES, check_options, class_weights, log_prior
+from mmseg_imbalance.weighting import (
+    SCHEMES,
+    check_options,
+    check_power_schedule,
+    class_weights,
+    log_prior,
+    scheduled_weights,
+)
 
 
 def frequency(pixels, images=None, image_pixels=None, dataset_images=10, ignored=0):
@@ -265,3 +272,45 @@ def test_the_log_prior_of_what_never_occurs_is_that_of_the_rarest():
     np.testing.assert_allclose(log_prior([60, 0, 30, 10]), np.log(np.array([60, 10, 30, 10]) / 110))
     with pytest.raises(ValueError, match='none of the 2 classes has a pixel'):
         log_prior([0, 0])
+
+
+@pytest.mark.parametrize(
+    ('points', 'progress', 'power'),
+    [
+        ([(0.25, 1), (0.75, 0)], 0.0, 1),
+        ([(0.25, 1), (0.75, 0)], 0.25, 1),
+        ([(0.25, 1), (0.75, 0)], 0.5, 0.5),
+        ([(0.25, 1), (0.75, 0)], 0.7, 0.1),
+        ([(0.25, 1), (0.75, 0)], 1.0, 0),
+        ([(0.8, 0), (0.8, 1)], 0.79, 0),
+        ([(0.8, 0), (0.8, 1)], 0.8, 1),
+        ([(0.8, 0), (0.8, 1)], 1.0, 1),
+        ([(0.0, 2)], 0.3, 2),
+        ([(0.0, 0), (0.5, 1), (1.0, 0)], 0.75, 0.5),
+    ],
+)
+def test_the_exponent_is_linear_between_points_and_jumps_at_two_of_one_progress(points, progress, power):
+    found = scheduled_weights([4.0, 1.0, 0.0, 0.25], points, progress)
+    expected = [4.0**power, 1.0, 0.25**power]
+    assert found[[0, 1, 3]] == pytest.approx([3 * weight / sum(expected) for weight in expected])
+    assert found[2] == 0
+
+
+@pytest.mark.parametrize(
+    'points',
+    [
+        [],
+        3,
+        None,
+        [(0.5,)],
+        [(0.5, -1)],
+        [(0.7, 1), (0.3, 0)],
+        [(1.5, 1)],
+        [(math.nan, 1)],
+        [('a', 1)],
+        [0.5, 1],
+    ],
+)
+def test_a_schedule_that_is_no_list_of_points_is_refused(points):
+    with pytest.raises(ValueError, match=r'power_schedule=.*allowed is a list of points'):
+        check_power_schedule(points)

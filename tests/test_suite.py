@@ -1,0 +1,253 @@
+"""Suite files, the runs that they ask for, their rows; and a suite that is killed and goes on."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from mmseg_imbalance.commands import main
+from mmseg_imbalance.commands.suite import make_slots, seed_list
+from mmseg_imbalance.suite import Suite, append_row, commit_of, fingerprint, on_this_machine, read_rows
+
+CAMVID = REPOSITORY / 'configs/experiments/segformer_efficientnet-lite0_1xb8-2k_camvid-240x180.py'
+SUITE = f"""
+datasets = dict(camvid={str(CAMVID)!r})
+schedules = dict(short=2, long=4)
+methods = {{
+    'cross-entropy': dict(),
+    'combined, auto': dict(
+        model=dict(decode_head=dict(loss_decode=dict(
+            _delete_=True, type='CombinedWeightedLoss', class_weight='auto'))),
+        custom_hooks=[dict(type='ClassWeightHook')],
+    ),
+}}
+runs = [
+    dict(dataset='camvid', schedule='short', seeds=2),
+    dict(dataset='camvid', schedule='long', seeds=1, methods=['combined, auto']),
+]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(text=SUITE, name='tiny'):
+        path = tmp_path / f'{name}.py'
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def test_runs_come_seed_by_seed_so_that_what_is_finished_can_be_compared(write):
+    runs = [(run.schedule, run.method, run.seed) for run in Suite(write()).runs()]
+    assert runs == [
+        ('short', 'cross-entropy', 0),
+        ('short', 'combined, auto', 0),
+        ('short', 'cross-entropy', 1),
+        ('short', 'combined, auto', 1),
+        ('long', 'combined, auto', 0),
+    ]
+    assert [run.seed for run in Suite(write()).runs([1])] == [1, 1]
+
+
+def test_a_run_that_two_groups_name_is_one_run(write):
+    twice = SUITE.replace(
+        'seeds=1, methods', 'seeds=1), dict(dataset="camvid", schedule="short", seeds=3, methods'
+    )
+    assert len(Suite(write(twice)).runs()) == 4 + 2 + 1
+
+
+def test_the_config_of_a_run_is_the_baseline_with_schedule_seed_and_the_lines_of_the_method(write):
+    suite = Suite(write())
+    plain, combined = (suite.config(run) for run in suite.runs([0])[:2])
+    assert (plain.train_cfg.max_iters, plain.train_cfg.val_interval) == (2, 2)
+    assert plain.param_scheduler[1].end == 2
+    assert plain.randomness.seed == 0
+    assert plain.model.decode_head.loss_decode == dict(type='CrossEntropyLoss')
+    assert plain.custom_hooks == [dict(type='RunHook')]
+    loss = dict(type='CombinedWeightedLoss', class_weight='auto')
+    assert combined.model.decode_head.pop('loss_decode') == loss
+    assert combined.pop('custom_hooks') == [dict(type='ClassWeightHook')]
+    plain.model.decode_head.pop('loss_decode')
+    plain.pop('custom_hooks')
+    assert combined.to_dict() == plain.to_dict()
+
+
+def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
+    suite = Suite(write())
+    run, other = suite.runs()[:2]
+    cfg = suite.config(run)
+    before = fingerprint(cfg)
+    assert fingerprint(suite.config(run)) == before != fingerprint(suite.config(other))
+    on_this_machine(cfg, Path('/somewhere'), workers=3)
+    assert cfg.train_dataloader.dataset.data_root == '/somewhere'
+    assert (cfg.val_dataloader.num_workers, cfg.val_dataloader.persistent_workers) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'error', 'words'),
+    [
+        ('schedules', 'plans', ValueError, 'does not set schedules'),
+        (
+            "dataset='camvid', schedule='long'",
+            "dataset='camvid', schedule='huge'",
+            ValueError,
+            "'huge' is none of",
+        ),
+        (
+            "dataset='camvid', schedule='long'",
+            "dataset='kitti', schedule='long'",
+            ValueError,
+            "'kitti' is none of",
+        ),
+        ("methods=['combined, auto']", "methods=['focal']", ValueError, "'focal' is none of"),
+        ('seeds=1', 'seed=1', ValueError, 'an entry of runs has'),
+        (str(CAMVID), 'gone.py', FileNotFoundError, "'camvid' has no config"),
+    ],
+)
+def test_a_suite_file_that_is_wrong_is_refused(write, old, new, error, words):
+    assert old in SUITE
+    with pytest.raises(error, match=words):
+        Suite(write(SUITE.replace(old, new)))
+
+
+def test_a_suite_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'no suite file .*nothing\.py'):
+        Suite(tmp_path / 'nothing.py')
+
+
+def test_the_suite_of_the_repository_is_whole():
+    suite = Suite(REPOSITORY / 'configs/experiments/suite.py')
+    configs = {run.method: suite.config(run) for run in suite.runs([0])}
+    assert set(configs) == set(suite.methods)
+    assert len({fingerprint(cfg) for cfg in configs.values()}) == len(configs)
+    assert len({run.name for run in suite.runs()}) == len(suite.runs())
+
+
+@pytest.mark.parametrize(('text', 'seeds'), [('0-4', [0, 1, 2, 3, 4]), ('3', [3]), ('0,2-3', [0, 2, 3])])
+def test_seeds_are_written_as_ranges_and_lists(text, seeds):
+    assert seed_list(text) == seeds
+
+
+def test_seeds_that_are_no_list_are_refused(write, capsys):
+    with pytest.raises(SystemExit):
+        main(['suite', str(write()), '--data', '.', '--work-dir', '.', '--seeds', 'all'])
+    assert "'all' is no list of seeds" in capsys.readouterr().err
+
+
+def test_a_row_brings_columns_that_earlier_rows_lack(tmp_path):
+    path = tmp_path / 'results' / 'camvid.csv'
+    append_row(path, dict(method='Jaccard, power 0.5', mIoU=50.5))
+    append_row(path, dict(method='focal', seed=1, mIoU=49.0))
+    assert read_rows(path) == [
+        {'method': 'Jaccard, power 0.5', 'mIoU': '50.5', 'seed': ''},
+        {'method': 'focal', 'mIoU': '49.0', 'seed': '1'},
+    ]
+    assert read_rows(tmp_path / 'none.csv') == []
+
+
+def test_cores_are_shared_by_the_jobs(monkeypatch):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)))
+    assert [slot.environment for slot in make_slots(None)] == [dict(OMP_NUM_THREADS='1')] * 8
+    assert [slot.environment for slot in make_slots(2)] == [dict(OMP_NUM_THREADS='4')] * 2
+
+
+def test_gpus_are_shared_by_the_jobs(monkeypatch):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    assert [slot.environment['CUDA_VISIBLE_DEVICES'] for slot in make_slots(None)] == ['0', '1']
+    assert [slot.environment['CUDA_VISIBLE_DEVICES'] for slot in make_slots(4)] == ['0', '1', '0', '1']
+
+
+def test_the_commit_says_where_files_differ_from_it(tmp_path):
+    def git(*arguments):
+        subprocess.run(['git', '-C', tmp_path, *arguments], check=True, capture_output=True)
+
+    assert commit_of(tmp_path) == ''
+    git('init')
+    (tmp_path / 'file').write_text('one')
+    git('add', 'file')
+    git('-c', 'user.name=n', '-c', 'user.email=e', 'commit', '-m', 'one')
+    clean = commit_of(tmp_path)
+    assert len(clean) == 7
+    (tmp_path / 'file').write_text('two')
+    assert commit_of(tmp_path) == f'{clean}+'
+
+
+@pytest.fixture
+def quick(write, camvid, tmp_path):
+    """The command line of a suite of small runs, of two and of twelve iterations."""
+    text = SUITE.replace('long=4', 'long=12').replace('seeds=2', 'seeds=1')
+    small = dict(train_dataloader=dict(batch_size=2), model=dict(backbone=dict(pretrained=False)))
+    text += f"""
+small = {small!r}
+small['default_hooks'] = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
+methods['cross-entropy'] = small
+methods['combined, auto'] = {{**small, **methods['combined, auto']}}
+methods['combined, auto']['model'] = {{**small['model'], **methods['combined, auto']['model']}}
+"""
+    data = tmp_path / 'data'
+    data.mkdir()
+    (data / 'camvid').symlink_to(camvid)
+    work_dir = tmp_path / 'runs'
+    command = ['-m', 'mmseg_imbalance', 'suite', write(text), '--data', data, '--work-dir', work_dir]
+    return [sys.executable, *map(str, command), '--jobs', '1'], work_dir
+
+
+@pytest.mark.slow
+def test_a_suite_that_is_killed_goes_on_where_it_was_and_finished_runs_are_skipped(quick):
+    command, work_dir = quick
+    rows = work_dir / 'results' / 'camvid.csv'
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    folder = work_dir / 'camvid/long/combined-auto/seed0'
+    deadline = time.monotonic() + 300
+    while not list(folder.glob('iter_*.pth')):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(read_rows(rows)) == 2
+
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '3 runs, 2 of them finished before' in done.stdout
+    assert 'resumed epoch: 0' in (folder / 'output.txt').read_text()
+    with open(rows) as file:
+        found = list(csv.DictReader(file))
+    assert [(row['schedule'], row['method'], row['seed'], row['iterations']) for row in found] == [
+        ('short', 'cross-entropy', '0', '2'),
+        ('short', 'combined, auto', '0', '2'),
+        ('long', 'combined, auto', '0', '12'),
+    ]
+    for row in found:
+        assert 0 <= float(row['mIoU']) <= 100
+        assert 0 <= float(row['IoU.pole']) <= 100
+        assert row['curve'] == f'{row["iterations"]}:{row["mIoU"]}'
+        assert row['hardware']
+        assert float(row['minutes']) > 0
+
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert '3 runs, 3 of them finished before' in again.stdout
+    assert len(read_rows(rows)) == 3
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_the_others_go_on(quick):
+    command, work_dir = quick
+    suite = Path(command[command.index('suite') + 1])
+    broken = "methods['cross-entropy']['optim_wrapper'] = dict(optimizer=dict(lr=-1.0))"
+    suite.write_text(f'{suite.read_text()}\n{broken}')
+    done = subprocess.run([*command, '--only', '*/short/*'], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'camvid/short/cross-entropy/seed0 failed, status 1' in done.stdout
+    assert 'Invalid learning rate' in (work_dir / 'camvid/short/cross-entropy/seed0/output.txt').read_text()
+    assert [row['method'] for row in read_rows(work_dir / 'results' / 'camvid.csv')] == ['combined, auto']
