@@ -50,12 +50,30 @@ methods = {
     'CE, rare class sampling': loss(CE, sampler=True),
     'Jaccard, rare class sampling': loss(**JACCARD, sampler=True),
 }
+LAST = ['cross-entropy', 'combined, auto', 'combined, fading']
+# in the order of what they decide
 runs = [
+    dict(dataset='camvid', schedule='converged', seeds=1, methods=LAST),
+    dict(dataset='camvid', schedule='short', seeds=3, methods=LAST),
+    dict(dataset='camvid', schedule='converged', seeds=3, methods=LAST),
     dict(dataset='camvid', schedule='short', seeds=5),
     dict(
         dataset='camvid',
         schedule='converged',
         seeds=3,
-        methods=['cross-entropy', 'combined, auto', 'Jaccard', 'Jaccard, power 0.5'],
+        methods=[
+            'CE, sqrt_inv_freq',
+            'combined',
+            'combined, auto, present',
+            'combined, auto, batch',
+            'combined, deferred',
+            'Jaccard, power 0.5',
+            'Jaccard, fading',
+            'CE, rare class sampling',
+        ],
+    ),
+    *(
+        dict(dataset=dataset, schedule='converged', seeds=3, methods=LAST)
+        for dataset in ('clothing', 'magnetic_tile', 'neu_seg')
     ),
 ]
