@@ -26,6 +26,18 @@ import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
 from mmseg_imbalance.files import write_atomically
 
 SPLITS = ('train', 'val', 'test')
+# entries of a config that decide what comes out; not how it is logged, watched and saved
+DECISIVE = (
+    'model',
+    'train_dataloader',
+    'val_dataloader',
+    'optim_wrapper',
+    'param_scheduler',
+    'train_cfg',
+    'custom_hooks',
+    'load_from',
+    'randomness',
+)
 # what a row says before its metrics
 COLUMNS = (
     'suite',
@@ -156,8 +168,9 @@ class Suite:
 
 
 def fingerprint(cfg: Config) -> str:
-    """What the config of a run says, in 12 letters: another one is another run."""
-    text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+    """What trains and what is tested, in 12 letters: a config that differs in it is another run."""
+    content = cfg.to_dict()
+    text = json.dumps({name: content.get(name) for name in DECISIVE}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
