@@ -23,6 +23,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
+from mmseg_imbalance.scores import load_image_scores
 
 SPLITS = ('train', 'val', 'test')
 # what a row says before its metrics
@@ -191,6 +192,15 @@ def evaluations(work_dir: Path) -> dict[int, dict[str, float]]:
             if 'mIoU' in record:
                 found[record['step']] = record
     return found
+
+
+def class_pixels(work_dir: Path) -> dict[str, int]:
+    """The pixels of each class in the training annotations, as the last evaluation left them; {} without."""
+    paths = sorted(work_dir.glob('*/image_scores.npz'))
+    if not paths:
+        return {}
+    scores = load_image_scores(paths[-1])
+    return dict(zip(scores['classes'].tolist(), scores['pixels'].tolist(), strict=False))  # not known: (0,)
 
 
 def training_minutes(work_dir: Path, iterations: int) -> float:

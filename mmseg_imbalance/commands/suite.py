@@ -173,7 +173,7 @@ class Execution:
         return folder
 
     def end(self, slot: Slot) -> None:
-        from mmseg_imbalance.suite import append_row, evaluations, training_minutes
+        from mmseg_imbalance.suite import append_row, class_pixels, evaluations, training_minutes
 
         run, code = slot.run, slot.process.returncode
         folder, iterations = self.folder(run), self.suite.iterations(run)
@@ -196,6 +196,7 @@ class Execution:
             config=self.prints[run],
             curve=' '.join(f'{step}:{record["mIoU"]}' for step, record in curve.items()),
             **metrics,
+            **{f'Pixels.{name}': pixels for name, pixels in class_pixels(folder).items()},
         )
         append_row(self.results / f'{run.dataset}.csv', row)
         self.trained += iterations
