@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BEST = 4  # methods in the plot of classes
+NEITHER = (
+    'Tested, and neither a gain nor a loss of mIoU or tail survives. A range that leaves out 0 is a hint, no '
+    'claim. Few seeds prove only what is much the same in each.'
+)
 
 
 class Plot(NamedTuple):
@@ -78,8 +82,8 @@ def _page(regimes: list[Regime], folder: str) -> Iterator[str]:
     suites = _joined(f'`{regime.suite}.py`' for regime in regimes)
     yield f'- What each method changes is in the suite file: {suites}\n'
     yield from _table(
-        ['data set', 'schedule', 'iterations', 'methods', 'seeds', 'runs', 'hours'],
-        ([*_place(regime), f'{regime.iterations:,}', *_size(regime)] for regime in regimes),
+        ['data', 'iterations', 'methods', 'seeds', 'runs', 'hours'],
+        ([_place(regime), f'{regime.iterations:,}', *_size(regime)] for regime in regimes),
     )
     yield '## How to read it\n'
     yield from (
@@ -108,10 +112,10 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
             number_of_tests += sum(test.p is not None for test in tests)
             surviving += len(left)
             if all(test.p is None for test in tests):
-                untested.append(f'{_text(method)} ({", ".join(_place(regime))})')
+                untested.append(f'{_text(method)} ({_place(regime)})')
                 continue
             cells = (cell for test in tests for cell in (_difference(test), _p(test)))
-            row = [*_place(regime), _text(method), str(len(tests[0].seeds)), *cells]
+            row = [_whole(_place(regime)), _text(method), str(len(tests[0].seeds)), *cells]
             for rows, chosen in (
                 (better, any(test.mean > 0 for test in left)),
                 (worse, any(test.mean < 0 for test in left)),
@@ -120,11 +124,11 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
                 rows += [row] if chosen else []
     yield '## Which claims survive\n'
     yield f'{surviving} of {number_of_tests} tests are below 0.05 after the correction.\n'
-    header = ['data set', 'schedule', 'method', 'seeds', 'mIoU', 'p', 'tail', 'p']
+    header = ['data', 'method', 'seeds', 'mIoU', 'p', 'tail', 'p']
     for title, rows in (
         (f'### Better than {base}', better),
         (f'### Worse than {base}', worse),
-        ('## What did not help\n\nTested, and neither a gain nor a loss of mIoU or tail survives:', neither),
+        (f'## What did not help\n\n{NEITHER}', neither),
     ):
         yield f'{title}\n'
         yield from _table(header, rows) if rows else ('None.\n',)
@@ -133,7 +137,7 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
 
 
 def _section(regime: Regime, folder: str) -> Iterator[str]:
-    yield f'## {_text(regime.dataset)}, {_text(regime.schedule)}: {regime.iterations:,} iterations\n'
+    yield f'## {_place(regime)}: {regime.iterations:,} iterations\n'
     if regime.pixels:
         for part, names in _parts(regime).items():
             yield f'- {part}: {", ".join(map(_text, names))}'
@@ -166,7 +170,7 @@ def _section(regime: Regime, folder: str) -> Iterator[str]:
             ),
         )
     for plot in plots(regime):
-        yield f'![{plot.title}: {_text(regime.dataset)}, {_text(regime.schedule)}]({folder}/{plot.file})\n'
+        yield f'![{plot.title}: {_place(regime)}]({folder}/{plot.file})\n'
         yield f'{plot.caption}\n'
     if regime.notes:
         yield from (f'- {_text(note)}.' for note in regime.notes)
@@ -188,8 +192,8 @@ def _joined(texts: Iterable[str]) -> str:
     return '; '.join(sorted({*texts}))
 
 
-def _place(regime: Regime) -> list[str]:
-    return [_text(regime.dataset), _text(regime.schedule)]
+def _place(regime: Regime) -> str:
+    return _text(f'{regime.dataset}, {regime.schedule}')
 
 
 def _size(regime: Regime) -> list[str]:
@@ -217,13 +221,21 @@ def _difference(test: PairedTest) -> str:
     if math.isnan(test.mean):
         return '-'
     text = f'**{test.mean:+.2f}**' if survives(test) else f'{test.mean:+.2f}'
-    return text if test.interval is None else f'{text} ({test.interval[0]:+.2f} to {test.interval[1]:+.2f})'
+    if test.interval is None:
+        return text
+    low, high = test.interval
+    return f'{text} {_whole(f"({low:+.2f}, {high:+.2f})")}'
+
+
+def _whole(text: str) -> str:
+    """With spaces at which no line breaks."""
+    return text.replace(' ', '\N{NO-BREAK SPACE}')
 
 
 def _p(test: PairedTest) -> str:
     if test.holm is None:
         return '-'
-    return 'below 0.001' if test.holm < 0.001 else f'{test.holm:.3f}'
+    return _whole('< 0.001') if test.holm < 0.001 else f'{test.holm:.3f}'
 
 
 def _cells(test: PairedTest, tested: bool) -> list[str]:
