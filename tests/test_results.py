@@ -61,9 +61,11 @@ ROWS = [
     *runs('cross-entropy', BASE, TAILS),
     *runs('good', shifted(BASE, [5.0, 5.1, 4.9, 5.0]), shifted(TAILS, [9.0, 9.2, 9.1, 8.9])),
     *runs('bad', shifted(BASE, [-5.0, -5.1, -4.9, -5.0]), shifted(TAILS, [1.0, -1.0, 2.0, -2.5])),
-    *runs('noisy', shifted(BASE, [3.0, -2.0, 1.0, 0.5]), shifted(TAILS, [2.0, -3.0, 1.0, 0.0])),
+    *runs('noisy', shifted(BASE, [2.0, 1.0, 3.0, 1.5]), shifted(TAILS, [2.0, -3.0, 1.0, 0.0])),
     row('once', 0, 80.0, 80.0),
 ]
+for each in ROWS[4:8]:  # of good
+    each['mIoU.head'] = 92.0 + each['seed'] / 10
 
 
 def write_rows(folder, rows, name='camvid'):
@@ -143,6 +145,8 @@ def test_differences_are_paired_and_corrected_over_mIoU_and_tail(regime):
             assert regime.tests[metric][method].holm == pytest.approx(expected)
     good = stats.ttest_1samp([5.0, 5.1, 4.9, 5.0], 0).confidence_interval(0.95)
     assert differences['good'][:2] == ['4', f'**+5.00** ({good.low:+.2f}, {good.high:+.2f})']
+    assert differences['good'][-1].startswith('+2.15 (')  # not bold: head is not tested
+    assert regime.tests['mIoU']['noisy'].p < 0.05 < regime.tests['mIoU']['noisy'].holm
     assert differences['once'] == ['1', '+30.00', '-', '+50.00', '-', '+0.00', '+0.00']
 
 
@@ -165,9 +169,11 @@ def test_a_method_that_gains_tail_and_loses_mIoU_is_on_both_sides(tmp_path):
 
 
 def test_one_seed_is_shown_and_nothing_is_claimed_from_it(tmp_path):
-    rows = [row('cross-entropy', 0, 50.0, 5.0), row('ours', 0, 90.0, 90.0)]
+    rows = [row('cross-entropy', 0, 5.0, 5.0), row('ours', 0, 90.0, 90.0)]
     page = results_page(read_results(write_rows(tmp_path, rows)), 'results')
     assert '0 of 0 tests' in page
+    means = table(page, 'camvid, converged', 'method | seeds | mIoU | tail | body')
+    assert list(means) == ['cross-entropy', 'ours']
     assert 'at most one seed in common: ours (camvid, converged)' in page
     assert '**+' not in page
     assert page.count('None.') == 3
