@@ -24,6 +24,7 @@ from mmengine.config import Config, ConfigDict
 
 import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
 from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.scores import load_image_scores
 
 SPLITS = ('train', 'val', 'test')
 # entries of a config that decide what comes out; not how it is logged, watched and saved
@@ -36,7 +37,6 @@ DECISIVE = (
     'train_cfg',
     'custom_hooks',
     'load_from',
-    'randomness',
 )
 # what a row says before its metrics
 COLUMNS = (
@@ -168,7 +168,7 @@ class Suite:
 
 
 def fingerprint(cfg: Config) -> str:
-    """What trains and what is tested, in 12 letters: a config that differs in it is another run."""
+    """What trains and what is tested, in 12 letters: all seeds of a method have the same."""
     content = cfg.to_dict()
     text = json.dumps({name: content.get(name) for name in DECISIVE}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -205,6 +205,15 @@ def evaluations(work_dir: Path) -> dict[int, dict[str, float]]:
             if 'mIoU' in record:
                 found[record['step']] = record
     return found
+
+
+def class_pixels(work_dir: Path) -> dict[str, int]:
+    """The pixels of each class in the training annotations, as the last evaluation left them; {} without."""
+    paths = sorted(work_dir.glob('*/image_scores.npz'))
+    if not paths:
+        return {}
+    scores = load_image_scores(paths[-1])
+    return dict(zip(scores['classes'].tolist(), scores['pixels'].tolist(), strict=False))  # not known: (0,)
 
 
 def training_minutes(work_dir: Path, iterations: int) -> float:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,48 @@ def test_a_suite_that_is_killed_goes_on_where_it_was_and_finished_runs_are_skipp
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert '3 runs, 3 of them finished before' in again.stdout
     assert len(read_rows(rows)) == 3
+
+
+def command_lines():
+    """Of all processes, as ps shows them."""
+    listing = subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True, check=True)
+    return listing.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('ps') is None, reason='ps, which lists processes, is not installed')
+def test_a_suite_that_is_ended_leaves_no_training_behind(quick):
+    command, work_dir = quick
+    process = subprocess.Popen(command, cwd=REPOSITORY)
+    training = str(work_dir / 'camvid')
+    deadline = time.monotonic() + 120
+    while not any(training in line for line in command_lines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not any(training in line for line in command_lines())
+
+
+def test_no_run_and_no_data_are_errors_that_say_what_there_is(write, tmp_path, capsys):
+    for arguments, words in (
+        (['--only', 'kitti/*'], "no run is asked for; those of .* are ['camvid/short/cross-entropy'"),
+        (['--only', 'camvid/*'], f'no folder {tmp_path / "none" / "camvid"}; --data holds one per data set'),
+    ):
+        with pytest.raises(SystemExit):
+            main(
+                [
+                    'suite',
+                    str(write()),
+                    '--data',
+                    str(tmp_path / 'none'),
+                    '--work-dir',
+                    str(tmp_path),
+                    *arguments,
+                ]
+            )
+        error = capsys.readouterr().err
+        assert all(part in error for part in words.split('.*'))
 
 
 @pytest.mark.slow

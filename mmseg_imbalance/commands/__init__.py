@@ -15,6 +15,7 @@ COMMANDS = {
     'test': 'test a trained model; logit adjustment, small regions, test time augmentation',
     'compare': 'compare trained models class by class and tell differences from noise',
     'suite': 'run a suite of experiments and collect their results',
+    'results': 'make the page of the results of suites, with tests and plots',
     'subclasses': 'show the subclasses that a trained model has found',
     'benchmark': 'time and memory of the losses beside plain cross-entropy',
     'make-scenes': 'generate a small long-tailed data set of street scenes',

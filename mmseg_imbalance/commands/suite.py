@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ def make_slots(jobs: int | None) -> list[Slot]:
     return [Slot(threads | dict(CUDA_VISIBLE_DEVICES=str(job % gpus))) for job in range(jobs)]
 
 
-def hardware() -> str:
+def hardware(threads: str) -> str:
+    """What a run trains on: a GPU, or so many cores of a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -64,7 +66,7 @@ def hardware() -> str:
         name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         pass
-    return f'{name}, one core'
+    return f'{name}, {threads} core{"s" if threads != "1" else ""}'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +88,15 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument('--jobs', type=int, metavar='N', help='runs at a time; default one per GPU or core')
     args = options.parse_args(argv)
     need_mmsegmentation()
-    return Execution(args).all()
+    try:
+        execution = Execution(args)
+    except (FileNotFoundError, ValueError) as error:
+        options.error(str(error))
+    return execution.all()
+
+
+def _stop(*_: object) -> None:
+    raise SystemExit(143)
 
 
 class Execution:
@@ -107,6 +117,12 @@ class Execution:
         asked = self.suite.runs(args.seeds)
         if args.only:
             asked = [run for run in asked if any(fnmatchcase(run.title, only) for only in args.only)]
+        if not asked:
+            titles = dict.fromkeys(run.title for run in self.suite.runs())
+            raise ValueError(f'no run is asked for; those of {args.suite} are {list(titles)}')
+        for dataset in dict.fromkeys(run.dataset for run in asked):
+            if not (args.data / dataset).is_dir():
+                raise FileNotFoundError(f'no folder {args.data / dataset}; --data holds one per data set')
         self.configs = {run: self.suite.config(run) for run in asked}
         self.prints = {run: fingerprint(cfg) for run, cfg in self.configs.items()}
         self.waiting = [run for run in asked if (*run.key, self.prints[run]) not in done]
@@ -117,6 +133,7 @@ class Execution:
 
     def all(self) -> int:
         remaining = list(self.waiting)
+        signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: no training is left behind
         try:
             while remaining or any(slot.process for slot in self.slots):
                 for slot in self.slots:
@@ -173,7 +190,7 @@ class Execution:
         return folder
 
     def end(self, slot: Slot) -> None:
-        from mmseg_imbalance.suite import append_row, evaluations, training_minutes
+        from mmseg_imbalance.suite import append_row, class_pixels, evaluations, training_minutes
 
         run, code = slot.run, slot.process.returncode
         folder, iterations = self.folder(run), self.suite.iterations(run)
@@ -191,11 +208,12 @@ class Execution:
         row = dict(zip(('suite', 'dataset', 'schedule', 'method', 'seed'), run.key, strict=True)) | dict(
             iterations=iterations,
             commit=slot.commit,
-            hardware=hardware(),
+            hardware=hardware(slot.environment['OMP_NUM_THREADS']),
             minutes=round(training_minutes(folder, iterations), 1),
             config=self.prints[run],
             curve=' '.join(f'{step}:{record["mIoU"]}' for step, record in curve.items()),
             **metrics,
+            **{f'Pixels.{name}': pixels for name, pixels in class_pixels(folder).items()},
         )
         append_row(self.results / f'{run.dataset}.csv', row)
         self.trained += iterations

@@ -1,0 +1,193 @@
+"""What the rows of a suite of experiments show: methods paired by seed with a baseline, and tested."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+from mmseg_imbalance.reports.paired import PairedTest, holm, paired_tests
+from mmseg_imbalance.suite import COLUMNS, read_rows
+
+ALPHA = 0.05
+TESTED = ('mIoU', 'mIoU.tail')  # what claims are made of
+SUMMARIES = (*TESTED, 'mIoU.body', 'mIoU.head')
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A data set trained with one schedule: the methods that are compared, and how they did."""
+
+    suite: str
+    dataset: str
+    schedule: str
+    baseline: str
+    methods: dict[str, dict[int, Row]]  # rows by seed; the baseline first, then the highest mIoU
+    pixels: dict[str, int]  # of the training annotations by class; empty where no row tells
+    tests: dict[str, dict[str, PairedTest]]  # by metric and method; empty without the baseline
+    notes: list[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for rows in self.methods.values() for row in rows.values()]
+
+    @property
+    def iterations(self) -> int:
+        return max(int(row['iterations']) for row in self.rows)
+
+    @property
+    def classes(self) -> list[str]:
+        """Most frequent first; where no row tells, in the order of the data set."""
+        names = [key.removeprefix('IoU.') for key in self.rows[0] if key.startswith('IoU.')]
+        return sorted(names, key=lambda name: -self.pixels.get(name, 0))
+
+    def values(self, metric: str) -> dict[str, dict[int, float]]:
+        """The number of each run by method and seed; NaN where it has none."""
+        return {
+            name: {seed: number(row, metric) for seed, row in rows.items()}
+            for name, rows in self.methods.items()
+        }
+
+    def differences(self, metric: str) -> dict[str, PairedTest]:
+        """Each method against the baseline; those of ``tests`` are corrected, others are not."""
+        if self.baseline not in self.methods:
+            return {}
+        return self.tests.get(metric) or paired_tests(self.values(metric), self.baseline)
+
+
+def survives(test: PairedTest) -> bool:
+    """Whether a difference is beyond noise after the correction."""
+    return test.holm is not None and test.holm < ALPHA
+
+
+def number(row: Row, metric: str) -> float:
+    return float(row.get(metric) or 'nan')
+
+
+def mean_and_half(values: Iterable[float]) -> tuple[float, float | None]:
+    """The mean over seeds and half its 95 % interval by Student's t; None where nothing tells the noise."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return math.nan, None
+    mean = math.fsum(known) / len(known)
+    if len(known) < 2 or max(known) == min(known):
+        return mean, None
+    error = float(np.std(known, ddof=1)) / math.sqrt(len(known))
+    return mean, float(student.ppf(1 - ALPHA / 2, len(known) - 1)) * error
+
+
+def read_results(folder: Path, baseline: str = 'cross-entropy') -> list[Regime]:
+    """The comparisons that the rows of a folder hold, by data set, the longest schedule first.
+
+    Of several rows of one run the last counts. The result does not depend on the order of other rows.
+
+    Args:
+        folder: of the CSV files of ``mmseg-imbalance suite``.
+        baseline: name of the method that the others are compared with.
+
+    Raises:
+        FileNotFoundError: there are no rows.
+        ValueError: a file is none of a suite; no row is of the baseline.
+    """
+    regimes = []
+    for path in sorted(folder.glob('*.csv')):
+        rows = read_rows(path)
+        if rows and (missing := [name for name in COLUMNS if name not in rows[0]]):
+            raise ValueError(f'{path} holds no rows of a suite: it lacks the columns {missing}')
+        keys = sorted({(row['suite'], row['dataset'], row['schedule']) for row in rows})
+        regimes += [
+            _regime([row for row in rows if (row['suite'], row['dataset'], row['schedule']) == key], baseline)
+            for key in keys
+        ]
+    if not regimes:
+        raise FileNotFoundError(
+            f'no rows of a suite in {folder}; mmseg-imbalance suite writes RESULTS/DATASET.csv'
+        )
+    if not any(baseline in regime.methods for regime in regimes):
+        names = sorted({name for regime in regimes for name in regime.methods})
+        raise ValueError(f'no row is of the baseline {baseline!r}, but of {names}; --baseline names another')
+    for number_, regime in enumerate(regimes):  # frequencies are those of the data set
+        pixels = next((r.pixels for r in regimes if r.dataset == regime.dataset and r.pixels), {})
+        regimes[number_] = replace(regime, pixels=pixels)
+    return sorted(regimes, key=lambda r: (r.dataset, -r.iterations, r.schedule, r.suite))
+
+
+def _regime(rows: list[Row], baseline: str) -> Regime:
+    methods: dict[str, dict[int, Row]] = {}
+    notes = []
+    for row in rows:
+        seeds = methods.setdefault(row['method'], {})
+        if (old := seeds.get(int(row['seed']))) is not None:
+            changed = '' if old['config'] == row['config'] else ', with another config'
+            notes.append(
+                f'{row["method"]}, seed {row["seed"]}: there is an older row{changed}; the last counts'
+            )
+        seeds[int(row['seed'])] = row
+    methods = {name: dict(sorted(methods[name].items())) for name in sorted(methods)}
+    values = {
+        metric: {name: {s: number(r, metric) for s, r in of.items()} for name, of in methods.items()}
+        for metric in TESTED
+    }
+    tests = {}
+    if baseline in methods:
+        tests = {metric: paired_tests(values[metric], baseline) for metric in TESTED}
+        flat = [(metric, name) for metric in TESTED for name in tests[metric]]
+        corrected = holm([tests[metric][name].p for metric, name in flat])
+        for (metric, name), p in zip(flat, corrected, strict=True):
+            tests[metric][name] = tests[metric][name]._replace(holm=p)
+    rank = {name: mean_and_half(seeds.values())[0] for name, seeds in values['mIoU'].items()}
+    rank |= {name: test.mean for name, test in tests.get('mIoU', {}).items()}
+    order = sorted(methods, key=lambda name: (name != baseline, -np.nan_to_num(rank[name], nan=-math.inf)))
+    methods = {name: methods[name] for name in order}
+    pixels = {
+        key.removeprefix('Pixels.'): int(count)
+        for row in rows
+        for key, count in row.items()
+        if key.startswith('Pixels.') and count
+    }
+    names = (rows[0][column] for column in ('suite', 'dataset', 'schedule'))
+    return Regime(*names, baseline, methods, pixels, tests, [*sorted(notes), *_notes(methods, baseline)])
+
+
+def _notes(methods: dict[str, dict[int, Row]], baseline: str) -> list[str]:
+    """What a reader of the comparison has to know besides the numbers."""
+    notes = []
+    for column, what in (
+        ('commit', 'Rows of different commits stand beside each other'),
+        ('iterations', 'Rows of different length stand beside each other'),
+        ('hardware', 'The runs were made on different hardware'),
+    ):
+        found = sorted({row[column] for rows in methods.values() for row in rows.values()})
+        if len(found) > 1:
+            parts = [f'{value or "unknown"} ({_holders(methods, column, value)})' for value in found]
+            notes.append(f'{what}: {"; ".join(parts)}')
+    commits = {row['commit'] for rows in methods.values() for row in rows.values()}
+    if changed := sorted(commit for commit in commits if commit.endswith('+')):
+        notes.append(f'Files differed from the commit where it has a +: {", ".join(changed)}')
+    if baseline not in methods:
+        return [*notes, f'There is no run of {baseline} here, so that nothing is compared']
+    for name, rows in methods.items():
+        alone = [str(seed) for seed in rows if seed not in methods[baseline]]
+        if alone:
+            notes.append(f'{name}: no {baseline} of seed {", ".join(alone)}, which is not in the differences')
+    return notes
+
+
+def _holders(methods: dict[str, dict[int, Row]], column: str, value: str) -> str:
+    """The methods whose rows have a value, with the seeds where it is not all of them."""
+    held = {
+        name: [str(s) for s, row in rows.items() if row[column] == value] for name, rows in methods.items()
+    }
+    if len(set(map(tuple, held.values()))) == 1:  # by seed alone
+        return f'seed {", ".join(held[next(iter(held))])}'
+    return '; '.join(
+        name if len(seeds) == len(methods[name]) else f'{name} seed {", ".join(seeds)}'
+        for name, seeds in held.items()
+        if seeds
+    )
