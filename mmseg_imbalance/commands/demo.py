@@ -11,14 +11,19 @@ from mmseg_imbalance.shipped import configs, tools
 
 DESCRIPTION = """\
 The main job on generated data: make street scenes, count their classes, train
-a small SegFormer with and without class balancing, test both, compare them
-class by class. Takes a few minutes on a CPU. Writes everything into one
-folder: data, logs, checkpoints, charts, results."""
+a small pretrained network with and without class balancing, test both on
+images that were not trained on, compare them class by class. Takes a few
+minutes on a CPU. Writes everything into one folder: data, logs, checkpoints,
+charts, results."""
 RUNS = {
-    'cross-entropy': 'segformer_mit-b0-small_1xb8-2k_longtail-cityscapes-256x128',
-    'combined, auto': 'segformer_mit-b0-small-combined_1xb8-2k_longtail-cityscapes-256x128',
+    'cross-entropy': 'segformer_efficientnet-lite0_1xb4-200i_longtail-cityscapes-256x128',
+    'combined, auto': 'segformer_efficientnet-lite0-combined_1xb4-200i_longtail-cityscapes-256x128',
 }
-ITERATIONS = 400
+CHECKPOINT = 'iter_200.pth'
+READING = """\
+Tail: the third of the classes with the fewest pixels in training, here 6 of 19, each with less than 0.4 %.
+IoU is of 40 images that were not trained on. One seed and short training: in a long one, cross-entropy learns
+rare classes too. What is left of the difference then is in docs/losses.md."""
 
 
 class Demo:
@@ -44,19 +49,11 @@ class Demo:
 
     def train_and_test(self, config: str) -> None:
         """One run, with its test in a folder below it."""
-        work_dir, path = self.folder / config, configs() / 'segformer' / f'{config}.py'
-        options = [
-            '--cfg-options',
-            *(f'{split}_dataloader.dataset.data_root={self.data}' for split in ('train', 'val', 'test')),
-            f'train_cfg.max_iters={ITERATIONS}',
-            f'train_cfg.val_interval={ITERATIONS}',
-            f'param_scheduler.1.end={ITERATIONS}',
-            'train_dataloader.batch_size=4',
-            'randomness.seed=0',
-        ]
+        work_dir, path = self.folder / config, configs() / 'experiments' / f'{config}.py'
+        roots = [f'{split}_dataloader.dataset.data_root={self.data}' for split in ('train', 'val', 'test')]
+        options = ['--cfg-options', *roots, 'randomness.seed=0']
         self.run('train.py', path, '--work-dir', work_dir, *options)
-        checkpoint = work_dir / f'iter_{ITERATIONS}.pth'
-        self.run('test.py', path, checkpoint, '--work-dir', work_dir / 'test', *options)
+        self.run('test.py', path, work_dir / CHECKPOINT, '--work-dir', work_dir / 'test', *options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,22 +63,25 @@ def main(argv: list[str] | None = None) -> int:
     need_mmsegmentation()
     from rich.console import Console
 
+    from mmseg_imbalance.backbones import imagenet_weights
+
+    imagenet_weights()  # where they are not installed, say so before the work
     console, demo = Console(), Demo(folder)
     folder.mkdir(parents=True, exist_ok=True)
     demo.log.unlink(missing_ok=True)
     demo.show('make-scenes', demo.data, '--train', 120, '--val', 40, '--size', '256x128')
     weights, chart = folder / 'class_weights.json', folder / 'class_weights.png'
-    balanced = configs() / 'segformer' / f'{RUNS["combined, auto"]}.py'
+    balanced = configs() / 'experiments' / f'{RUNS["combined, auto"]}.py'
     root = f'train_dataloader.dataset.data_root={demo.data}'
     files = ['--out', weights, '--plot', chart, '--cache-dir', folder / 'cache']
     demo.show('class-weights', balanced, *files, '--cfg-options', root)
 
     for name, config in RUNS.items():
-        with console.status(f'{name}: training {ITERATIONS} iterations, then testing'):
+        with console.status(f'{name}: training, then testing'):
             demo.train_and_test(config)
 
     demo.show('compare', *(folder / config for config in RUNS.values()), '--out', folder / 'comparison')
-    console.print('One seed on a small generated set; it shows the workings, not what your data will give.')
+    print(READING)
     for path, what in (
         (demo.data, 'the generated data'),
         (chart, 'class statistics and weights'),
