@@ -24,7 +24,8 @@ CORE = [
 ]
 PUBLIC = """
 CITYSCAPES_TRAIN SCHEMES CamVidDataset ClassBalanceHook ClassFrequency ClassIoUMetric ClassWeight
-ClassWeightHook CombinedWeightedLoss CrossEntropy EfficientNetLite0 FeatureASPPHead FeatureDepthwiseSeparableASPPHead
+ClassWeightHook CombinedWeightedLoss CrossEntropy EfficientNetLite0 FeatureASPPHead
+FeatureDepthwiseSeparableASPPHead
 FeatureHead FeatureSegformerHead GeneralizedDiceLoss ImbalanceIoUMetric LogitAdjustmentHook Overlap
 RareClassCrop RareClassSampler RunHook SimilaritySubclassifiedLoss SmallRegionRemover SoftStats
 SubclassClustering SubclassTable SubclassVisualizationHook SubclassifiedLoss WeightRecord

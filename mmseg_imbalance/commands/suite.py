@@ -54,18 +54,28 @@ def make_slots(jobs: int | None) -> list[Slot]:
     return [Slot(threads | dict(CUDA_VISIBLE_DEVICES=str(job % gpus))) for job in range(jobs)]
 
 
+def cpu_info(key: str) -> str:
+    """What Linux says of the first core, '' elsewhere."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return ''
+    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith(key)), '')
+
+
+def slow_in_bfloat16() -> bool:
+    import torch
+
+    return not torch.cuda.is_available() and 'amx_bf16' not in cpu_info('flags')
+
+
 def hardware(threads: str) -> str:
     """What a run trains on: a GPU, or so many cores of a CPU."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        pass
+    name = cpu_info('model name') or platform.processor() or platform.machine()
     return f'{name}, {threads} core{"s" if threads != "1" else ""}'
 
 
@@ -164,7 +174,7 @@ class Execution:
         (folder / 'fingerprint.txt').write_text(self.prints[run])
         cfg = self.configs[run].copy()
         threads = int(slot.environment['OMP_NUM_THREADS'])
-        on_this_machine(cfg, self.args.data / run.dataset, max(0, threads - 1))
+        on_this_machine(cfg, self.args.data / run.dataset, max(0, threads - 1), slow_in_bfloat16())
         cfg.dump(folder / 'config.py')
         slot.run, slot.commit = run, commit_of(Path(__file__).parent)
         with open(folder / 'output.txt', 'a') as output:
