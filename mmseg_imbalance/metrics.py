@@ -32,6 +32,7 @@ from mmseg_imbalance.scores import (
     class_areas,
     class_groups,
     class_pairs,
+    confusion_matrix,
     fine_grained_iou,
     group_scores,
     present_mean,
@@ -346,10 +347,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         logger = MMLogger.get_current_instance()
         logger.info('\n' + table_text(group_table(metrics, sizes)))
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
-        confusion = np.zeros((rows.shape[1],) * 2, np.int64)
-        for *_, pairs in results:
-            label, pred, pixels = pairs.numpy().T
-            confusion[label, pred] += pixels  # no pair twice in an image
+        confusion = confusion_matrix([pairs for *_, pairs in results], rows.shape[1])
         self._save(logger, [name for name, _ in named], areas, groups, confusion)
         return metrics
 

@@ -87,6 +87,14 @@ def class_pairs(pred_label: Tensor, label: Tensor, num_classes: int, ignore_inde
     return torch.stack([pairs // num_classes, pairs % num_classes, pixels[pairs]], 1)
 
 
+def confusion_matrix(pairs: Sequence[Tensor], num_classes: int) -> np.ndarray:
+    """(C, C) int64 pixels by the class of the label, then of the prediction, from :func:`class_pairs`."""
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for label, pred, pixels in (each.numpy().T for each in pairs):
+        matrix[label, pred] += pixels  # no pair twice in an image
+    return matrix
+
+
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, float64 of their shape; NaN where whole is 0."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)

@@ -6,7 +6,7 @@ from test_comparison import CLASSES, write_run
 
 from mmseg_imbalance.predictions import Prediction, save_prediction
 from mmseg_imbalance.reports.comparison import compare
-from mmseg_imbalance.reports.examples import Shown, examples, shown_runs
+from mmseg_imbalance.reports.examples import Shown, examples, risen_and_fallen, shown_runs
 
 IMAGES = 60
 
@@ -14,7 +14,7 @@ IMAGES = 60
 def scores(**changes):
     """Of two classes, 100 and 20 pixels in each image, half of them found; changes are (rows, values)."""
     label = np.tile([100, 20], (IMAGES, 1))
-    made = dict(label=label, intersect=label // 2, union=label.copy())
+    made = dict(label=label, intersect=label // 2, union=label.copy(), pred=label // 2)
     for name, (rows, value) in changes.items():
         made[name][rows] = value
     images = np.array([f'{n:02}.png' for n in range(IMAGES)])
@@ -33,27 +33,27 @@ def test_images_that_changed_most_and_one_in_the_middle_are_chosen():
         ('better', '40.png'),
         ('worse', '20.png'),
     ]
-    assert found[0].iou == pytest.approx([0.5, 1.0])
+    assert found[0].iou == pytest.approx(np.array([[0.5, 0.5], [1, 1]]))
     assert (found[-1].title, len(found)) == ('In the middle', 4)
-    assert found[-1].iou == pytest.approx([0.5, 0.5])
+    assert risen_and_fallen(shown(scores(), after)) == (4, 1)
+    assert found[-1].iou == pytest.approx(np.full((2, 2), 0.5))
 
 
-def test_of_a_rare_class_the_images_with_fewer_and_more_wrong_pixels_are_chosen():
-    before = scores(label=([8, 9], [[120, 0], [110, 10]]))
-    after = scores(
-        label=([8, 9], [[120, 0], [110, 10]]),
-        intersect=([3, 4, 9], [[50, 15], [50, 18], [55, 5]]),
-        union=([8, 9], [[120, 90], [110, 40]]),  # false alarms in an image that does not hold the class
-    )
-    before['union'][8], before['intersect'][8] = [120, 0], [60, 0]
-    after['intersect'][8] = [60, 0]
+def test_of_a_rare_class_the_images_of_highest_and_lowest_gain_are_chosen():
+    """In pixels: 0.4 of 20 is less than 0.1 of 200, and 9 of false alarm more than 0.4 of 20."""
+    labels = [[100, 200], [120, 0], [120, 0]]
+    before = scores(label=([3, 8, 9], labels), union=([3, 8, 9], labels), intersect=([3], [[50, 100]]))
+    after = {name: values.copy() for name, values in before.items()}
+    after['intersect'][3, 1] = 120  # 0.5 to 0.6
+    after['intersect'][[4, 5], 1] = 18, 2  # 0.5 to 0.9 and to 0.1
+    before['pred'][[8, 9], 1], after['pred'][[8, 9], 1] = [0, 7], [9, 0]
     found = [e for e in examples(shown(before, after), ['pole', 'unknown']) if e.rare is not None]
     assert [(e.title, e.image, e.rare) for e in found] == [
-        ('pole: fewer errors', '04.png', 1),
-        ('pole: more errors', '08.png', 1),
+        ('pole: most for the better', '03.png', 1),
+        ('pole: most for the worse', '08.png', 1),
     ]
-    assert found[0].iou == pytest.approx([0.5, 0.9])
-    assert np.isnan(found[1].iou).all()
+    assert found[0].iou[:, 1] == pytest.approx([0.5, 0.6])
+    assert np.isnan(found[1].iou[:, 1]).all()
 
 
 def test_a_rare_class_that_did_not_change_is_shown_where_most_of_it_is():
@@ -65,7 +65,8 @@ def test_a_rare_class_that_did_not_change_is_shown_where_most_of_it_is():
 def test_one_config_alone_shows_its_worst_images():
     made = scores(intersect=([11], [[0, 0]]))
     found = examples(shown(made), [])
-    assert (found[0].title, found[0].image, found[0].iou) == ('Lowest mean IoU', '11.png', [0.0])
+    assert (found[0].title, found[0].image) == ('Lowest mean IoU', '11.png')
+    assert found[0].iou.tolist() == [[0, 0]]
 
 
 def with_predictions(folder, **options):

@@ -60,7 +60,7 @@ def test_a_picture_is_zoomed_to_the_object_that_changed_else_to_the_largest():
     large[50:], small[:50] = 0, 0
     wrong = np.zeros_like(truth)
     box = zoom(truth, [wrong, wrong], 5)
-    assert truth[box].shape == (54, 54)  # 30 pixels and 40 % of room on each side
+    assert truth[box].shape == (48, 48)  # 30 pixels and 30 % of room on each side
     assert held(box, large)
     assert not held(box, small)
     box = zoom(truth, [wrong, small], 5)
@@ -78,7 +78,7 @@ def test_a_zoomed_picture_stays_within_the_image():
     truth = np.zeros((30, 90), int)
     truth[:, 85:] = 5
     box = zoom(truth, [truth], 5)
-    assert truth[box].shape == (30, 54)
+    assert truth[box].shape == (30, 48)
     assert held(box, truth)
 
 
@@ -154,6 +154,7 @@ def test_the_page_shows_image_truth_predictions_and_errors_side_by_side(tmp_path
                 sizes.add(picture.size)
         assert len(sizes) == 1
     assert 'rider: ' in html
+    assert re.search(r'rose in \d and fell in \d of 6 images', html)
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 

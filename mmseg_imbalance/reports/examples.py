@@ -30,9 +30,8 @@ class Example(NamedTuple):
 
     title: str
     image: str  # its name in the scores
-    row: int  # in the scores
     rare: int | None  # the class to whose object the picture is zoomed; None: the whole image
-    iou: list[float]  # of each config in this image: of the rare class, else the mean over the classes in it
+    iou: np.ndarray  # (G, C) of each config and class in this image; NaN of classes that it does not hold
 
 
 def shown_runs(comparison: Comparison) -> tuple[list[Shown], list[str]]:
@@ -73,9 +72,9 @@ def examples(shown: list[Shown], classes: list[str]) -> list[Example]:
 
     Whole images by the mean IoU over the classes in them, its change to the baseline as a mean over the
     others: highest, lowest, and the one in the middle. Two of a kind are not neighbours in the order of their
-    names, which may be frames of a video. Of each rare class the image in which its wrong
-    pixels, missed and false ones, have become fewest, and the one in which they have become most. With one
-    config alone the images of its lowest mean IoU and those that hold most of a rare class.
+    names, which may be frames of a video. Of each rare class the images with the highest and the lowest gain:
+    change of its IoU times its pixels, or fewer pixels of false alarm where an image does not hold it. With
+    one config alone the images of its lowest mean IoU and those that hold most of a rare class.
 
     Args:
         shown: at least one.
@@ -83,12 +82,11 @@ def examples(shown: list[Shown], classes: list[str]) -> list[Example]:
     """
     scores = [each.scores for each in shown]
     label = scores[0]['label']  # (N, C)
-    iou = np.stack([ratio(s['intersect'], np.where(label > 0, s['union'], 0)) for s in scores])  # (G, N, C)
-    means = np.stack([present_mean(each.T) for each in iou])  # (G, N)
+    iou, means = _iou(shown)
     images = scores[0]['images'].tolist()
 
     def whole(title: str, row: int) -> Example:
-        return Example(title, images[row], row, None, means[:, row].tolist())
+        return Example(title, images[row], None, iou[:, row])
 
     usable = np.flatnonzero(np.isfinite(means).all(0))
     if len(shown) == 1:
@@ -101,20 +99,37 @@ def examples(shown: list[Shown], classes: list[str]) -> list[Example]:
         found = [whole('Changed most for the better', row) for row in better if change[row] > 0]
         found += [whole('Changed most for the worse', row) for row in worse if change[row] < 0]
         middle = order[len(order) // 2 : len(order) // 2 + 1]
-        found += [whole('In the middle', r) for r in middle if r not in [each.row for each in found]]
+        found += [
+            whole('In the middle', r) for r in middle if r not in [images.index(each.image) for each in found]
+        ]
     names = scores[0]['classes'].tolist()
     held = [c for c in map(names.index, (name for name in classes if name in names)) if label[:, c].any()]
     for c in held[:MOST_CLASSES]:
         rows = {}
         if len(shown) > 1:
-            wrong = np.stack([s['union'][:, c] - s['intersect'][:, c] for s in scores])  # (G, N)
-            fewer = wrong[0] - wrong[1:].mean(0)
-            inside = np.where(label[:, c] > 0, fewer, 0)
-            rows = {'fewer errors': inside.argmax()} if inside.max() > 0 else {}
-            rows |= {'more errors': fewer.argmin()} if fewer.min() < 0 else {}
+            alarm = np.stack([s['pred'][:, c] for s in scores])  # (G, N), false where the class is not
+            better, worse = iou[1:, :, c].mean(0) - iou[0, :, c], alarm[1:].mean(0) - alarm[0]
+            gain = np.where(label[:, c] > 0, better * label[:, c], -worse)
+            rows = {'most for the better': gain.argmax()} if gain.max() > 0 else {}
+            rows |= {'most for the worse': gain.argmin()} if gain.min() < 0 else {}
         for what, row in (rows or {'where most of it is': label[:, c].argmax()}).items():
-            found.append(Example(f'{names[c]}: {what}', images[row], int(row), c, iou[:, row, c].tolist()))
+            found.append(Example(f'{names[c]}: {what}', images[row], c, iou[:, row]))
     return found
+
+
+def risen_and_fallen(shown: list[Shown]) -> tuple[int, int]:
+    """In how many images the mean IoU is above that of the baseline, as a mean over the others, and below."""
+    _, means = _iou(shown)
+    change = means[1:].mean(0) - means[0]
+    return int((change > 0).sum()), int((change < 0).sum())
+
+
+def _iou(shown: list[Shown]) -> tuple[np.ndarray, np.ndarray]:
+    """(G, N, C) of the classes that an image holds, else NaN, and (G, N) means over these classes."""
+    label = shown[0].scores['label']
+    areas = ((each.scores['intersect'], each.scores['union']) for each in shown)
+    iou = np.stack([ratio(intersect, np.where(label > 0, union, 0)) for intersect, union in areas])
+    return iou, np.stack([present_mean(each.T) for each in iou])
 
 
 def _apart(rows: np.ndarray, images: int) -> list[int]:

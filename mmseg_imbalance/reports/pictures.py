@@ -17,20 +17,23 @@ from PIL import Image
 from mmseg_imbalance.components import components
 from mmseg_imbalance.predictions import NO_CLASS, Prediction, load_prediction
 from mmseg_imbalance.reports.comparison import Comparison
-from mmseg_imbalance.reports.examples import Example, Shown, examples, shown_runs
+from mmseg_imbalance.reports.examples import Example, Shown, examples, risen_and_fallen, shown_runs
 
 WIDTH = 440  # pixels of a picture
 WRONG, WORSE, MENDED = (240, 176, 60), (190, 20, 60), (20, 100, 180)  # told apart by the colour-blind too
 UNLABELLED = (45, 45, 45)
-ROOM = 0.4  # around an object, of its size
+ROOM = 0.3  # around an object, of its size
 SMALLEST = 40  # pixels of the image that a zoomed picture shows
-NAMED = 12  # classes in the key of an example
+LISTED = 5  # classes of an image whose IoU is told
+NAMED = 12  # others whose colour is
 STYLE = """
 .example { display: grid; gap: .5rem; margin: 0 0 1.4rem; }
 .example figcaption { font-size: .82rem; overflow-wrap: anywhere; }
 .example img { border-radius: 3px; }
 .about { grid-column: 1 / 3; font-size: .88rem; }
-.about p { margin: 0 0 .5rem; }
+.about p { margin: .3rem 0; }
+.iou { width: auto; font-size: .82rem; }
+.iou td, .iou th { padding: .1rem .7rem .1rem 0; border: 0; }
 .swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem -.08rem 0; }
 .key { display: inline-block; margin-right: .8rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
@@ -61,6 +64,12 @@ def pictures(comparison: Comparison) -> list[str]:
 
 def _introduction(shown: list[Shown]) -> Iterator[str]:
     runs = [each.label + ('' if each.seed is None else f', seed {each.seed}') for each in shown]
+    if len(shown) > 1:
+        rose, fell = risen_and_fallen(shown)
+        yield (
+            f'<p>Against {escape(shown[0].label)}, the mean IoU of an image rose in {rose} and fell in '
+            f'{fell} of {len(shown[0].scores["images"])} images.</p>'
+        )
     yield (
         '<p>Extremes, chosen by their numbers; that in the middle is the usual. One run of each config, the '
         f'first whose predictions were saved: {escape("; ".join(runs))}. Below each prediction its errors:'
@@ -119,19 +128,33 @@ def _about(
     first: Prediction,
     lost: bool,
 ) -> Iterator[str]:
-    names = shown[0].scores['classes'].tolist()
-    what = 'mean IoU' if example.rare is None else f'IoU of {names[example.rare]}'
-    values = ['-' if math.isnan(value) else f'{100 * value:.1f}' for value in example.iou]
-    numbers = ', '.join(f'{each.label} {value}' for each, value in zip(shown, values, strict=True))
-    yield f'<p>{escape(example.image)}</p><p>{escape(f"{what} in this image, %: {numbers}")}</p>'
+    names, colours = shown[0].scores['classes'].tolist(), first.palette.tolist()
+    yield f'<p>{escape(example.image)}</p>'
     if lost:
         yield f'<p>{escape(f"The image is not at {first.image} or cannot be read.")}</p>'
     held, pixels = np.unique(np.stack([truth, *maps]), return_counts=True)
-    order = [c for c in held[np.argsort(-pixels, kind='stable')] if 0 <= c < len(names)]
-    if example.rare in order[NAMED:]:
-        order.insert(0, example.rare)
-    yield '<p>' + ''.join(_key(first.palette[c].tolist(), escape(names[c])) for c in order[:NAMED])
-    yield f'and {len(order) - NAMED} more</p>' if len(order) > NAMED else '</p>'
+    seen = [c for c in held[np.argsort(-pixels, kind='stable')].tolist() if 0 <= c < len(names)]
+    listed = _changed_most(example)
+    head = ''.join(f'<th>{escape(each.label)}</th>' for each in shown)
+    yield f'<table class="iou"><tr><th>IoU in this image, %</th>{head}</tr>'
+    yield _row('mean', np.nanmean(example.iou, 1) if np.isfinite(example.iou).any() else example.iou[:, 0])
+    yield from (_row(_key(colours[c], escape(names[c])), example.iou[:, c]) for c in listed)
+    others = [c for c in seen if c not in listed]
+    yield '</table><p>' + ''.join(_key(colours[c], escape(names[c])) for c in others[:NAMED])
+    yield f'and {len(others) - NAMED} more</p>' if len(others) > NAMED else '</p>'
+
+
+def _changed_most(example: Example) -> list[int]:
+    """Classes in an image: the rare one, then those whose IoU differs most among the configs."""
+    spread = np.ptp(example.iou, axis=0)  # NaN is sorted last
+    order = [c for c in np.argsort(-spread, kind='stable').tolist() if np.isfinite(spread[c])]
+    rare = [] if example.rare is None else [example.rare]
+    return [*rare, *(c for c in order if c not in rare)][:LISTED]
+
+
+def _row(name: str, values: np.ndarray) -> str:
+    cells = ('-' if math.isnan(value) else f'{100 * value:.1f}' for value in values.tolist())
+    return f'<tr><td>{name}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _photo(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
