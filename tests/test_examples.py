@@ -40,13 +40,13 @@ def test_images_that_changed_most_and_one_in_the_middle_are_chosen():
 
 
 def test_of_a_rare_class_the_images_of_highest_and_lowest_gain_are_chosen():
-    """In pixels: 0.4 of 20 is less than 0.1 of 200, and 9 of false alarm more than 0.4 of 20."""
+    """In pixels: 0.4 of 20 is less than 0.1 of 200, 9 of false alarm more than 0.4 of 20."""
     labels = [[100, 200], [120, 0], [120, 0]]
     before = scores(label=([3, 8, 9], labels), union=([3, 8, 9], labels), intersect=([3], [[50, 100]]))
     after = {name: values.copy() for name, values in before.items()}
     after['intersect'][3, 1] = 120  # 0.5 to 0.6
     after['intersect'][[4, 5], 1] = 18, 2  # 0.5 to 0.9 and to 0.1
-    before['pred'][[8, 9], 1], after['pred'][[8, 9], 1] = [0, 7], [9, 0]
+    before['pred'][[8, 9], 1], after['pred'][[8, 9], 1] = [0, 70], [9, 0]
     found = [e for e in examples(shown(before, after), ['pole', 'unknown']) if e.rare is not None]
     assert [(e.title, e.image, e.rare) for e in found] == [
         ('pole: most for the better', '03.png', 1),

@@ -63,6 +63,11 @@ def test_a_config_is_named_after_its_losses_and_its_sampler():
             ['cross-entropy', 'cross-entropy, logit adjustment 1.0'],
         ),
         (
+            ('a', dict(CE, max_iters=20, end=20)),
+            ('b', dict(CE, max_iters=40, end=40)),
+            ['cross-entropy, max_iters=20', 'cross-entropy, max_iters=40'],
+        ),
+        (
             ('net_r18_data', dict(CE, x=1, y=2, z=3)),
             ('net_b0_data', CE),
             ['cross-entropy (net_r18)', 'cross-entropy (net_b0)'],

@@ -72,9 +72,9 @@ def examples(shown: list[Shown], classes: list[str]) -> list[Example]:
 
     Whole images by the mean IoU over the classes in them, its change to the baseline as a mean over the
     others: highest, lowest, and the one in the middle. Two of a kind are not neighbours in the order of their
-    names, which may be frames of a video. Of each rare class the images with the highest and the lowest gain:
-    change of its IoU times its pixels, or fewer pixels of false alarm where an image does not hold it. With
-    one config alone the images of its lowest mean IoU and those that hold most of a rare class.
+    names, which may be frames of a video. Of each rare class the image that holds it with the highest gain, and
+    the image with the lowest: change of its IoU times its pixels, or where it is not held, pixels of false
+    alarm. With one config alone the images of its lowest mean IoU and those that hold most of a rare class.
 
     Args:
         shown: at least one.
@@ -110,7 +110,8 @@ def examples(shown: list[Shown], classes: list[str]) -> list[Example]:
             alarm = np.stack([s['pred'][:, c] for s in scores])  # (G, N), false where the class is not
             better, worse = iou[1:, :, c].mean(0) - iou[0, :, c], alarm[1:].mean(0) - alarm[0]
             gain = np.where(label[:, c] > 0, better * label[:, c], -worse)
-            rows = {'most for the better': gain.argmax()} if gain.max() > 0 else {}
+            inside = np.where(label[:, c] > 0, gain, 0)
+            rows = {'most for the better': inside.argmax()} if inside.max() > 0 else {}
             rows |= {'most for the worse': gain.argmin()} if gain.min() < 0 else {}
         for what, row in (rows or {'where most of it is': label[:, c].argmax()}).items():
             found.append(Example(f'{names[c]}: {what}', images[row], c, iou[:, row]))

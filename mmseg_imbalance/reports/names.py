@@ -68,9 +68,13 @@ def _added_by_test(runs: Sequence[Run]) -> list[str]:
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-    """The settings that differ, of the loss alone if others do too; nothing where they are many."""
-    keys = {key for run in runs for key in run.settings}
-    differing = sorted(key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1)
+    """The settings that differ, of the loss alone if others do too; nothing where they are many.
+
+    Of settings that say the same, as those of the schedule and the length of the training, one is told.
+    """
+    keys = sorted({key for run in runs for key in run.settings})
+    values = {key: tuple(repr(run.settings.get(key)) for run in runs) for key in keys}
+    differing = sorted({said: key for key, said in values.items() if len(set(said)) > 1}.values())
     if len(differing) > FEW:
         trained = [key for key in differing if not key.startswith(('custom_hooks', 'evaluation'))]
         alone = len(trained) <= FEW and all('loss_decode' in key for key in trained)

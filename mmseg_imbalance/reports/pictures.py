@@ -18,22 +18,24 @@ from mmseg_imbalance.components import components
 from mmseg_imbalance.predictions import NO_CLASS, Prediction, load_prediction
 from mmseg_imbalance.reports.comparison import Comparison
 from mmseg_imbalance.reports.examples import Example, Shown, examples, risen_and_fallen, shown_runs
+from mmseg_imbalance.scores import present_mean
 
-WIDTH = 440  # pixels of a picture
+SIDE = 440  # pixels of a picture at most
 WRONG, WORSE, MENDED = (240, 176, 60), (190, 20, 60), (20, 100, 180)  # told apart by the colour-blind too
 UNLABELLED = (45, 45, 45)
 ROOM = 0.3  # around an object, of its size
 SMALLEST = 40  # pixels of the image that a zoomed picture shows
-LISTED = 5  # classes of an image whose IoU is told
-NAMED = 12  # others whose colour is
+LISTED = 4  # classes of an image whose IoU is told
+NAMED = 12  # whose colour is
 STYLE = """
-.example { display: grid; gap: .5rem; margin: 0 0 1.4rem; }
+.example { display: grid; gap: .5rem; align-items: end; }
 .example figcaption { font-size: .82rem; overflow-wrap: anywhere; }
-.example img { border-radius: 3px; }
-.about { grid-column: 1 / 3; font-size: .88rem; }
+.example img { border-radius: 3px; max-height: 19rem; object-fit: contain; object-position: left; }
+.about { grid-column: 1 / 3; align-self: start; font-size: .88rem; }
 .about p { margin: .3rem 0; }
-.iou { width: auto; font-size: .82rem; }
-.iou td, .iou th { padding: .1rem .7rem .1rem 0; border: 0; }
+.values { display: grid; column-gap: .5rem; margin: .3rem 0 1.8rem; font-size: .82rem; }
+.values .name { grid-column: 1 / 3; text-align: right; }
+.values .key { margin: 0; }
 .swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem -.08rem 0; }
 .key { display: inline-block; margin-right: .8rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
@@ -66,8 +68,9 @@ def _introduction(shown: list[Shown]) -> Iterator[str]:
     runs = [each.label + ('' if each.seed is None else f', seed {each.seed}') for each in shown]
     if len(shown) > 1:
         rose, fell = risen_and_fallen(shown)
+        over = ', as a mean over the other configs,' if len(shown) > 2 else ''
         yield (
-            f'<p>Against {escape(shown[0].label)}, the mean IoU of an image rose in {rose} and fell in '
+            f'<p>Against {escape(shown[0].label)}, the mean IoU of an image{over} rose in {rose} and fell in '
             f'{fell} of {len(shown[0].scores["images"])} images.</p>'
         )
     yield (
@@ -106,7 +109,7 @@ def _example(example: Example, shown: list[Shown], saved: list[Prediction]) -> I
     seen = np.full((*truth.shape, 3), 200, np.uint8) if photo is None else photo[box]
     outline = None if example.rare is None else truth == example.rare
 
-    yield f'<div class="example" style="grid-template-columns: repeat({len(shown) + 2}, minmax(0, 1fr))">'
+    yield f'<div class="example" style="{_columns(shown)}">'
     yield _figure('image' if photo is not None else 'image: not found', seen, None)
     yield _figure('truth', paint_classes(seen, truth, first.palette), outline)
     for each, labels in zip(shown, maps, strict=True):
@@ -114,10 +117,11 @@ def _example(example: Example, shown: list[Shown], saved: list[Prediction]) -> I
     yield '<div class="about">'
     yield from _about(example, shown, truth, maps, first, photo is None)
     yield '</div>'
-    for each, labels in zip(shown, maps, strict=True):
+    for labels in maps:
         errors = paint_errors(seen, truth, labels, None if labels is maps[0] else maps[0])
-        yield _figure(f'errors of {each.label}', errors, outline)
+        yield _figure('errors', errors, outline)
     yield '</div>'
+    yield from _values(example, shown, first.palette)
 
 
 def _about(
@@ -134,14 +138,18 @@ def _about(
         yield f'<p>{escape(f"The image is not at {first.image} or cannot be read.")}</p>'
     held, pixels = np.unique(np.stack([truth, *maps]), return_counts=True)
     seen = [c for c in held[np.argsort(-pixels, kind='stable')].tolist() if 0 <= c < len(names)]
-    listed = _changed_most(example)
-    head = ''.join(f'<th>{escape(each.label)}</th>' for each in shown)
-    yield f'<table class="iou"><tr><th>IoU in this image, %</th>{head}</tr>'
-    yield _row('mean', np.nanmean(example.iou, 1) if np.isfinite(example.iou).any() else example.iou[:, 0])
-    yield from (_row(_key(colours[c], escape(names[c])), example.iou[:, c]) for c in listed)
-    others = [c for c in seen if c not in listed]
-    yield '</table><p>' + ''.join(_key(colours[c], escape(names[c])) for c in others[:NAMED])
-    yield f'and {len(others) - NAMED} more</p>' if len(others) > NAMED else '</p>'
+    yield '<p>' + ''.join(_key(colours[c], escape(names[c])) for c in seen[:NAMED])
+    yield f'and {len(seen) - NAMED} more</p>' if len(seen) > NAMED else '</p>'
+
+
+def _values(example: Example, shown: list[Shown], palette: np.ndarray) -> Iterator[str]:
+    """Rows of numbers below the pictures of each config."""
+    names = shown[0].scores['classes'].tolist()
+    yield f'<div class="values" style="{_columns(shown)}">'
+    yield _row('IoU in this image, %: mean', present_mean(example.iou.T))
+    for c in _changed_most(example):
+        yield _row(_key(palette[c].tolist(), escape(names[c])), example.iou[:, c])
+    yield '</div>'
 
 
 def _changed_most(example: Example) -> list[int]:
@@ -154,7 +162,11 @@ def _changed_most(example: Example) -> list[int]:
 
 def _row(name: str, values: np.ndarray) -> str:
     cells = ('-' if math.isnan(value) else f'{100 * value:.1f}' for value in values.tolist())
-    return f'<tr><td>{name}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    return f'<div class="name">{name}</div>{"".join(f"<div>{cell}</div>" for cell in cells)}'
+
+
+def _columns(shown: list[Shown]) -> str:
+    return f'grid-template-columns: repeat({len(shown) + 2}, minmax(0, 1fr))'
 
 
 def _photo(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -240,16 +252,12 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 
 def _figure(caption: str, picture: np.ndarray, outline: np.ndarray | None) -> str:
-    height, width = picture.shape[:2]
-    if width < WIDTH:  # whole pixels stay squares
-        factor = max(1, WIDTH // width)
-        picture = picture.repeat(factor, 0).repeat(factor, 1)
-        outline = None if outline is None else outline.repeat(factor, 0).repeat(factor, 1)
+    factor = max(1, SIDE // max(picture.shape[:2]))  # whole pixels stay squares
+    picture = picture.repeat(factor, 0).repeat(factor, 1)
     if outline is not None:
-        picture = _outlined(picture, outline)
+        picture = _outlined(picture, outline.repeat(factor, 0).repeat(factor, 1))
     drawn = Image.fromarray(picture)
-    if drawn.width > WIDTH:
-        drawn = drawn.resize((WIDTH, max(1, round(WIDTH * height / width))), Image.Resampling.BOX)
+    drawn.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
     file = BytesIO()
     drawn.save(file, 'JPEG', quality=90, subsampling=0)
     source = b64encode(file.getvalue()).decode()
@@ -261,7 +269,7 @@ def _figure(caption: str, picture: np.ndarray, outline: np.ndarray | None) -> st
 def _outlined(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A line around what the mask holds, black and white: it shows on any colour."""
     picture, done = picture.copy(), mask.astype(np.uint8)
-    thickness = max(1, round(picture.shape[1] / WIDTH))
+    thickness = max(1, round(max(picture.shape[:2]) / SIDE))
     for colour in (0, 255):
         grown = cv2.dilate(done, np.ones((3, 3), np.uint8), iterations=thickness)
         picture[(grown > 0) & (done == 0)] = colour
