@@ -72,9 +72,10 @@ def examples(shown: list[Shown], classes: list[str]) -> list[Example]:
 
     Whole images by the mean IoU over the classes in them, its change to the baseline as a mean over the
     others: highest, lowest, and the one in the middle. Two of a kind are not neighbours in the order of their
-    names, which may be frames of a video. Of each rare class the image that holds it with the highest gain, and
-    the image with the lowest: change of its IoU times its pixels, or where it is not held, pixels of false
-    alarm. With one config alone the images of its lowest mean IoU and those that hold most of a rare class.
+    names, which may be frames of a video. Of each rare class, among the images that hold it, that of the
+    highest gain: change of its IoU times its pixels; and of all images that of the lowest, where one that
+    does not hold it loses the pixels of false alarm. With one config alone the images of its lowest mean IoU
+    and those that hold most of a rare class.
 
     Args:
         shown: at least one.
