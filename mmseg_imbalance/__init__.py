@@ -47,6 +47,7 @@ else:
         WeightedTverskyLoss,
     )
     from mmseg_imbalance.metrics import ClassIoUMetric, ImbalanceIoUMetric
+    from mmseg_imbalance.predictions import PredictionHook
     from mmseg_imbalance.run_hook import RunHook
     from mmseg_imbalance.samplers import RareClassCrop, RareClassSampler
     from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
@@ -71,6 +72,7 @@ __all__ = [
     'ImbalanceIoUMetric',
     'LogitAdjustmentHook',
     'Overlap',
+    'PredictionHook',
     'RareClassCrop',
     'RareClassSampler',
     'RunHook',

@@ -31,6 +31,8 @@ from mmseg_imbalance.scores import (
     check_groups,
     class_areas,
     class_groups,
+    class_pairs,
+    confusion_matrix,
     fine_grained_iou,
     group_scores,
     present_mean,
@@ -243,12 +245,14 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         classes = self.dataset_meta['classes']
         done = len(self.results)
         super().process(data_batch, data_samples)
-        # (name, (C, 4) or with the objects (C, 10) int64): all that is kept of an image
+        # (name, (C, 4) or with the objects (C, 10), (P, 3) int64): all that is kept of an image
         for at, sample in zip(range(done, len(self.results)), data_samples, strict=False):
             rows = torch.stack(self.results[at], 1)
             if self.object_areas is not None:
                 rows = torch.cat([rows, torch.from_numpy(self._objects(sample, len(classes)))], 1)
-            self.results[at] = (str(sample.get('img_path') or ''), rows)
+            maps = [sample[key]['data'].squeeze() for key in ('pred_sem_seg', 'gt_sem_seg')]
+            pairs = class_pairs(maps[0], maps[1].to(maps[0]), len(classes), self.ignore_index)
+            self.results[at] = (str(sample.get('img_path') or ''), rows, pairs)
 
     def _objects(self, sample: dict, classes: int) -> np.ndarray:
         """(C, 6) int64 pixels of each class in small, medium and large objects: those right, then all."""
@@ -326,9 +330,9 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     def compute_metrics(self, results: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
         if self.format_only:
             return super().compute_metrics(results)
-        metrics = super().compute_metrics([rows[:, : len(AREAS)].unbind(1) for _, rows in results])
+        metrics = super().compute_metrics([rows[:, : len(AREAS)].unbind(1) for _, rows, _ in results])
         # a fixed order, so that loaders and ranks don't matter; the main rank gets them in the data set's
-        named = [(name or f'{at:06}', rows.numpy()) for at, (name, rows) in enumerate(results)]
+        named = [(name or f'{at:06}', rows.numpy()) for at, (name, rows, _) in enumerate(results)]
         named.sort(key=lambda pair: (pair[0], pair[1].tolist()))
         rows = np.stack([rows for _, rows in named])  # (N, C, 4) or (N, C, 10)
         known = self.train_pixels is not None and len(self.train_pixels)
@@ -343,7 +347,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         logger = MMLogger.get_current_instance()
         logger.info('\n' + table_text(group_table(metrics, sizes)))
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
-        self._save(logger, [name for name, _ in named], areas, groups)
+        confusion = confusion_matrix([pairs for *_, pairs in results], rows.shape[1])
+        self._save(logger, [name for name, _ in named], areas, groups, confusion)
         return metrics
 
     def _scores(self, rows: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -378,6 +383,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         paths: Sequence[str],
         areas: Mapping[str, np.ndarray],
         groups: Mapping[str, np.ndarray],
+        confusion: np.ndarray,
     ) -> None:
         """Write the pixels of each image into the folder of the log file, if there is one."""
         files = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
@@ -397,6 +403,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
                 classes=self.dataset_meta['classes'],
                 pixels=np.empty(0, np.int64) if self.train_pixels is None else self.train_pixels,
                 group=group,
+                confusion=confusion,
                 **areas,
             )
         except OSError as error:

@@ -74,6 +74,27 @@ def class_areas(
     return intersect, pred + truth - intersect, pred, truth
 
 
+def class_pairs(pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The entries of the confusion matrix of an image that are not 0, few of C * C: (P, 3) int64 on the CPU.
+
+    A row holds the class of the label, that of the prediction, and the pixels. Arguments as of
+    :func:`class_areas`; a pixel whose label or prediction is out of range is in no row.
+    """
+    both = torch.stack([label.reshape(-1), pred_label.reshape(-1)]).long()
+    inside = ((both >= 0) & (both < num_classes)).all(0) & (both[0] != ignore_index)
+    pixels = torch.bincount(both[0][inside] * num_classes + both[1][inside], minlength=num_classes**2).cpu()
+    pairs = pixels.nonzero()[:, 0]
+    return torch.stack([pairs // num_classes, pairs % num_classes, pixels[pairs]], 1)
+
+
+def confusion_matrix(pairs: Sequence[Tensor], num_classes: int) -> np.ndarray:
+    """(C, C) int64 pixels by the class of the label, then of the prediction, from :func:`class_pairs`."""
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for label, pred, pixels in (each.numpy().T for each in pairs):
+        matrix[label, pred] += pixels  # no pair twice in an image
+    return matrix
+
+
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, float64 of their shape; NaN where whole is 0."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
@@ -190,7 +211,8 @@ def load_image_scores(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         N images in the order of their paths, C classes. ``images`` (N,) file names, whole paths where names
         are not unique; ``classes`` (C,) names; ``intersect``, ``union``, ``pred``, ``label`` (N, C) int64
         pixels; ``pixels`` (C,) int64 of the training annotations, (0,) if they are not known; ``group`` (C,)
-        'head', 'body', 'tail' or ''.
+        'head', 'body', 'tail' or ''; ``confusion`` (C, C) int64 pixels of all images by the class of the
+        label, then by that predicted, (0, 0) in a file of an earlier version.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -199,6 +221,7 @@ def load_image_scores(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
             scores = {name: archive[name] for name in ('images', 'classes', *AREAS, 'pixels', 'group')}
+            scores['confusion'] = archive['confusion'] if 'confusion' in archive else np.empty((0, 0), int)
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile and zlib have their own
@@ -208,6 +231,7 @@ def load_image_scores(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from error
     n, c = len(scores['images']), len(scores['classes'])
     expected = dict.fromkeys(AREAS, (n, c)) | dict(group=(c,), pixels=(min(c, len(scores['pixels'])),))
+    expected['confusion'] = (min(c, len(scores['confusion'])),) * 2
     if wrong := {k: scores[k].shape for k, shape in expected.items() if scores[k].shape != shape}:
         raise ValueError(
             f'{path} holds {n} images and {c} classes, but arrays of {wrong}; test the model again with '

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from mmseg_imbalance.commands.compare import main
-from mmseg_imbalance.reports.comparison import NOISE, compare, short_names
+from mmseg_imbalance.reports.comparison import NOISE, compare
 from mmseg_imbalance.reports.page import spread
 from mmseg_imbalance.reports.sheets import markdown
 from mmseg_imbalance.scores import bootstrap_counts
@@ -104,7 +104,7 @@ def iou(work_dir):
 def test_seeds_of_one_config_are_one_group_and_another_loss_is_another(runs):
     first, second = runs
     comparison = compare([first[0], second[0], *first[1:], *second[1:]])
-    assert [group.label for group in comparison.groups] == ['small-ce', 'small-dice']
+    assert [group.label for group in comparison.groups] == ['CE', 'Dice']
     assert [[run.work_dir for run in group.runs] for group in comparison.groups] == [first, second]
     assert not comparison.left_out
 
@@ -403,13 +403,6 @@ def test_runs_of_one_config_name_that_differ_are_told_apart_by_what_differs(tmp_
     assert labels == [f'net_small-ce_data [train_cfg.max_iters={limit}]' for limit in (20, 40)]
 
 
-def test_short_names_keep_one_word_of_what_is_common():
-    names = ['net_b0-small_2k_data', 'net_b0-small-combined_2k_data', 'net_b0-small-combined-rcs_2k_data']
-    assert short_names(names) == ['small', 'small-combined', 'small-combined-rcs']
-    assert short_names(names[:1]) == names[:1]
-    assert len(set(short_names(['a_b', 'a_b_b', 'a']))) == 3
-
-
 def test_other_images_give_no_interval_and_say_so(runs):
     path = next((runs[1][0]).glob('test/*/image_scores.npz'))
     rows = dict(np.load(path))
@@ -428,7 +421,7 @@ def test_the_command_writes_all_forms_of_one_comparison(runs, tmp_path, capsys):
     assert 'no such folder' in printed
     assert NOISE in printed
     data = json.loads((out / 'comparison.json').read_text())
-    assert data['baseline'] == 'small-dice'
+    assert data['baseline'] == 'Dice'
     assert data['left_out'][0]['work_dir'] == str(tmp_path / 'missing')
     rows = list(csv.DictReader((out / 'comparison.csv').open()))
     pole = {row['config']: row for row in rows if row['quantity'] == 'pole'}

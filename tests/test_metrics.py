@@ -231,7 +231,8 @@ def test_sums_over_many_images_are_exact(tmp_path):
         pred = torch.tensor([right, 3 if right == 1 else 0])
         truth = torch.tensor([right, 4 if right == 1 else 0])
         rows = torch.stack([pred.clone(), truth.clone(), pred, truth], 1)
-        metric.results.append((f'{len(metric.results)}', rows))
+        pairs = torch.empty((0, 3), dtype=torch.int64)
+        metric.results.append((f'{len(metric.results)}', rows, pairs))
     metrics = metric.evaluate(4)
     assert metrics['IoU.car'] == metrics['mIoU.tail'] == 75
     assert metrics['mIoU'] == 87.5
@@ -391,8 +392,10 @@ def test_only_integers_of_images_times_classes_are_kept():
     metric = METRICS.build(dict(type='ImbalanceIoUMetric', groups=GROUPS))
     metric.dataset_meta = dict(classes=CLASSES)
     metric.process({}, samples(labels, predictions))
-    for name, rows in metric.results:
+    for name, rows, pairs in metric.results:
         assert (name, rows.shape, rows.dtype) == ('', (5, 10), torch.int64)
+        assert (pairs.shape[1], pairs.dtype) == (3, torch.int64)
+        assert len(pairs) <= 16  # the classes of two labels, not all pairs
 
 
 def test_format_only_writes_predictions_and_no_scores(tmp_path):
@@ -449,6 +452,19 @@ def test_the_counts_of_the_images_are_written_beside_the_log(logger, tmp_path):
     table = (tmp_path / 'run.log').read_text()
     for word in ('tail', 'small', '95 % interval', f'{metrics["mIoU.tail"]:.2f}'):
         assert word in table
+
+
+def test_the_confusion_of_all_images_is_written_too(logger, tmp_path):
+    labels, predictions = scenes_of(4)
+    labels[0, 5, :4], predictions[1, 6, 0] = (7, -1, 255, 254), 1
+    imbalance(labels, predictions)
+    valid = labels != 255
+    valid &= (labels >= 0) & (labels < 5)
+    expected = confusion_matrix(labels[valid], predictions[valid], labels=range(5))
+    confusion = load_image_scores(tmp_path / 'image_scores.npz')['confusion']
+    assert confusion.dtype == np.int64
+    assert np.array_equal(confusion, expected)
+    assert confusion[0, 1] != confusion[1, 0]
 
 
 def test_file_names_that_are_not_unique_are_written_whole(logger, tmp_path):

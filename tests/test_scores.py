@@ -113,7 +113,7 @@ def scores_of(images):
     names = [f'{i}.png' for i in range(images)]
     group = ['head', 'body', 'tail', 'tail', '']
     return dict(zip(AREAS, areas, strict=True)) | dict(
-        images=names, classes=CLASSES, group=group, pixels=np.arange(5)
+        images=names, classes=CLASSES, group=group, pixels=np.arange(5), confusion=np.arange(25).reshape(5, 5)
     )
 
 
@@ -123,6 +123,12 @@ def test_saved_scores_are_loaded_again(tmp_path):
     loaded = load_image_scores(tmp_path / 'new' / 'scores.npz')
     assert loaded.keys() == saved.keys()
     assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_scores_of_an_earlier_version_have_no_confusion(tmp_path):
+    saved = {name: values for name, values in scores_of(3).items() if name != 'confusion'}
+    save_image_scores(tmp_path / 'scores.npz', **saved)
+    assert load_image_scores(tmp_path / 'scores.npz')['confusion'].shape == (0, 0)
 
 
 @pytest.mark.parametrize('damage', ['cut', 'other', 'text', 'shape'])

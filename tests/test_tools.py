@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
+from PIL import Image
 from ranks import free_port
 
 from mmseg_imbalance.commands import main
+from mmseg_imbalance.predictions import load_prediction
 
 pytestmark = pytest.mark.slow
 
@@ -75,12 +78,19 @@ def test_train_resume_and_test(scenes, tmp_path):
         tmp_path / 'maps',
         '--show-dir',
         tmp_path / 'painted',
+        '--save-predictions',
         *small(scenes),
         'default_hooks.visualization.interval=1',
     )
     assert 'mIoU' in output
     assert len(list((tmp_path / 'maps').glob('*.png'))) == 2
     assert len(list((tmp_path / 'painted').rglob('*.png'))) == 2
+    folder = next((tmp_path / 'test').glob('*/predictions'))
+    for path in (tmp_path / 'maps').glob('*.png'):
+        found = load_prediction(folder, path.name)
+        assert np.array_equal(found.prediction, Image.open(path))
+        assert Path(found.image).exists()
+        assert found.truth.shape == found.prediction.shape
     results = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
     assert {'mIoU', 'IoU.road', 'IoU.car'} <= set(results)
 

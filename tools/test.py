@@ -1,4 +1,4 @@
-"""Test a segmentor on GPUs or CPU, with the options of MMSegmentation's own script and two more.
+"""Test a segmentor on GPUs or CPU, with the options of MMSegmentation's own script and three more.
 
 The metrics are printed, and written as JSON into a folder of the work dir.
 """
@@ -36,6 +36,11 @@ def main(argv=None):
         metavar='AREA',
         help='give connected components of fewer pixels, of the label size, to the class around them',
     )
+    options.add_argument(
+        '--save-predictions',
+        action='store_true',
+        help='save predictions and truth beside the log: mmseg-imbalance compare shows them in pictures',
+    )
     args = options.parse_args(argv)
 
     cfg = read_config(args)
@@ -49,6 +54,8 @@ def main(argv=None):
     if args.logit_adjustment is not None:
         hook = dict(type='LogitAdjustmentHook', tau=args.logit_adjustment)
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), hook]
+    if args.save_predictions:
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), dict(type='PredictionHook')]
     if args.tta:
         if missing := [name for name in ('tta_model', 'tta_pipeline') if cfg.get(name) is None]:
             options.error(f"--tta needs {' and '.join(missing)} in the config, as MMSegmentation's have them")

@@ -14,9 +14,9 @@ are one row, mean and standard deviation. The result of a work dir is its
 newest test, which may lie in a folder below it; without a test, it is the last
 validation. A difference to the baseline is "within noise" if the 95 % interval
 over seeds or over images holds 0. The interval over images needs
-ImbalanceIoUMetric, which leaves image_scores.npz. What cannot be compared is
-listed with the reason. IoU is in per cent, training time in minutes, memory in
-GB."""
+ImbalanceIoUMetric, which leaves image_scores.npz. The page of --out shows
+predictions of tests with --save-predictions. What cannot be compared is listed
+with the reason. IoU is in per cent, training time in minutes, memory in GB."""
 EXAMPLE = """\
 work_dirs/plain-0 work_dirs/plain-1 work_dirs/balanced-0 work_dirs/balanced-1 --out comparison"""
 
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = options.parse_args(argv)
     need_mmsegmentation()
     from mmseg_imbalance.reports.comparison import compare
+    from mmseg_imbalance.reports.examples import shown_runs
     from mmseg_imbalance.reports.model_zoo import write_entries
     from mmseg_imbalance.reports.output import write
     from mmseg_imbalance.reports.sheets import explanation, sheets
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for sheet in sheets(comparison):
         _show(sheet)
     print('\n'.join(explanation(comparison)))
-    for note in comparison.notes:
+    for note in (*comparison.notes, *(shown_runs(comparison)[1] if args.out else ())):
         print(f'note: {note}')
     try:
         for path in write(comparison, args.out) if args.out else ():

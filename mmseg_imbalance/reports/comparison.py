@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
+from mmseg_imbalance.reports.names import readable_names
 from mmseg_imbalance.reports.work_dirs import Run, Unusable, read_run
 from mmseg_imbalance.scores import bootstrap_counts, class_groups, present_mean, resampled_iou
 
@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
 class Group(NamedTuple):
     """The runs of one config that differ in the seed alone."""
 
-    label: str  # short
+    label: str  # that a reader understands
     name: str  # of the config, and what it says otherwise than another of that name
     runs: list[Run]
     estimates: dict[str, Estimate]  # by quantity: class names, then the summaries
@@ -93,7 +93,7 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
             continue
         names += [name for name in run.classes if name not in names]
     groups = _grouped(runs, first, left_out)
-    full_names = dict(zip(labels := short_names(list(groups)), groups, strict=True))
+    full_names = dict(zip(labels := readable_names(groups), groups, strict=True))
     groups = dict(zip(labels, groups.values(), strict=True))
     for label, members in groups.items():
         seeds = [run.seed for run in members if run.seed is not None]
@@ -192,20 +192,6 @@ def _grouped(runs: list[Run], first: Run, left_out: list[tuple[str, str]]) -> di
             label += "'"
         labels[label] = members
     return labels
-
-
-def short_names(names: list[str]) -> list[str]:
-    """Names of configs without what all of them begin and end with, but for one word: they stay distinct."""
-    if len(names) < 2:
-        return names
-    words = [re.split('(?=[_-])', name) for name in names]
-    shortest = min(map(len, words))
-    same = [len({word[n] for word in words}) == 1 for n in range(shortest)]
-    start = max(0, (same.index(False) if False in same else shortest) - 1)
-    end = 0
-    while end < shortest - start - 1 and len({word[-1 - end] for word in words}) == 1:
-        end += 1
-    return [''.join(word[start : len(word) - end]).lstrip('_-') for word in words]
 
 
 def _parts(runs: list[Run], classes: list[str], pixels: dict[str, int]) -> dict[str, list[str]]:

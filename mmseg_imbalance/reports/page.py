@@ -13,6 +13,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from mmseg_imbalance.fonts import fonts_for
 from mmseg_imbalance.reports.comparison import Comparison, Group
+from mmseg_imbalance.reports.confusion import confusion, plot_confusion
+from mmseg_imbalance.reports.pictures import STYLE as STYLE_OF_PICTURES
+from mmseg_imbalance.reports.pictures import pictures
 from mmseg_imbalance.reports.sheets import Sheet, explanation, sheets
 
 COLOURS = ['#59636f', '#d1783c', '#4878a8', '#5b9a4a', '#a5569a', '#b8982f', '#3a9a94', '#c44f5b']
@@ -43,16 +46,16 @@ th:first-child, td:first-child, .text th, .text td { text-align: left; }
 def page(comparison: Comparison) -> tuple[str, bytes]:
     """The whole page, which needs no other file, and its first plot as PNG."""
     lines = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">']
-    lines += [f'<title>Comparison of runs</title><style>{STYLE}</style></head><body>']
+    lines += [f'<title>Comparison of runs</title><style>{STYLE}{STYLE_OF_PICTURES}</style></head><body>']
     lines += ['<h1>Comparison of runs</h1>', *(f'<p>{escape(line)}</p>' for line in explanation(comparison))]
-    pictures = []
+    charts = []
     names = [*comparison.classes, *(group.label for group in comparison.groups)]
     for title, caption, draw in _plots(comparison):
         file = BytesIO()
         with fonts_for(names):
             draw(comparison).savefig(file, dpi=150)
-        pictures.append(file.getvalue())
-        source = b64encode(pictures[-1]).decode()
+        charts.append(file.getvalue())
+        source = b64encode(charts[-1]).decode()
         lines += [f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{source}">']
         lines += [f'<figcaption>{caption}</figcaption></figure>']
     for sheet in sheets(comparison):
@@ -62,9 +65,10 @@ def page(comparison: Comparison) -> tuple[str, bytes]:
         for row in sheet.rows:
             lines += ['<tr>', *_cells(sheet, row), '</tr>']
         lines += ['</table></div>']
+    lines += pictures(comparison)
     if comparison.notes:
         lines += ['<h2>Notes</h2><ul>', *(f'<li>{escape(note)}</li>' for note in comparison.notes), '</ul>']
-    return '\n'.join([*lines, '</body></html>\n']), pictures[0]
+    return '\n'.join([*lines, '</body></html>\n']), charts[0]
 
 
 def _cells(sheet: Sheet, row: list[str]) -> Iterator[str]:
@@ -90,6 +94,13 @@ def _plots(comparison: Comparison) -> Iterator[tuple[str, str, Callable[[Compari
         plot_classes,
     )
     yield 'Means over classes', 'Bars are means over runs, dots single runs.', plot_means
+    if (confused := confusion(comparison)) is not None:
+        yield (
+            'Which classes take the pixels of the rare ones',
+            'Of the pixels of a rare class in the truth: what is found (coloured), and as what the rest is '
+            'predicted (grey). Means over runs.',
+            lambda _: plot_confusion(confused, COLOURS),
+        )
     if all(run.scores is not None for group in comparison.groups for run in group.runs):
         yield (
             'Images from worst to best',

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from mmseg_imbalance.reports.comparison import NOISE, RESAMPLES, Comparison, Estimate
+from mmseg_imbalance.reports.confusion import confusion, confusion_tables
 
 
 class Sheet(NamedTuple):
@@ -53,6 +54,8 @@ def sheets(comparison: Comparison) -> list[Sheet]:
             rows.append(row)
         about = ['share', 'part'] if title != 'Summary' and comparison.shares else []
         shown.append(Sheet(f'{title}, %', ['' if title == 'Summary' else 'class', *about, *columns], rows))
+    if (confused := confusion(comparison)) is not None:
+        shown += [Sheet(*table) for table in confusion_tables(confused)]
     if comparison.left_out:
         shown.append(Sheet('Left out', ['work dir', 'reason'], [list(row) for row in comparison.left_out]))
     return shown

@@ -49,6 +49,7 @@ class Run:
     hardware: str | None = None
     complete: bool = True  # whether the end of the training was evaluated
     notes: list[str] = field(default_factory=list)
+    session: Path | None = None  # folder of the log of the evaluation
 
     @property
     def seed(self) -> int | None:
@@ -196,6 +197,7 @@ def _read(work_dir: Path) -> Run:
         _hardware(text) if trainings else None,
         complete,
         notes,
+        session,
     )
 
 
