@@ -199,6 +199,7 @@ def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_
         assert Path(test[2]) == work_dir / f'iter_{cfg.train_cfg.max_iters}.pth'
         assert Path(test[test.index('--work-dir') + 1]).parent == work_dir
         assert str(work_dir) in commands[-1]
+        assert '--save-predictions' in test  # for the pictures of the page
         tested, trained = (cfg[f'{split}_dataloader'].dataset for split in ('test', 'train'))
         assert tested.data_root == trained.data_root == commands[0][3]
         assert {trained.data_prefix.img_path, tested.data_prefix.img_path} == {

@@ -53,7 +53,8 @@ class Demo:
         roots = [f'{split}_dataloader.dataset.data_root={self.data}' for split in ('train', 'val', 'test')]
         options = ['--cfg-options', *roots, 'randomness.seed=0']
         self.run('train.py', path, '--work-dir', work_dir, *options)
-        self.run('test.py', path, work_dir / CHECKPOINT, '--work-dir', work_dir / 'test', *options)
+        test = [work_dir / CHECKPOINT, '--work-dir', work_dir / 'test', '--save-predictions']
+        self.run('test.py', path, *test, *options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, what in (
         (demo.data, 'the generated data'),
         (chart, 'class statistics and weights'),
-        (folder / 'comparison' / 'comparison.html', 'the comparison with its plots'),
+        (folder / 'comparison' / 'comparison.html', 'the comparison with its plots and pictures'),
         *((folder / config, f'logs, checkpoints and results of {name}') for name, config in RUNS.items()),
         (demo.log, 'what the commands printed'),
     ):
