@@ -54,7 +54,8 @@ def jackknife(
         for to, areas in zip(sums, (intersect, union, label), strict=True):
             np.add.at(to, at.ravel(), areas)
         intersect, union, label = sums
-    intersect, union, held = np.asarray(intersect, float), np.asarray(union, float), np.asarray(label) > 0
+    full = np.asarray(union).any(1)  # a block without labels is no block
+    intersect, union, held = intersect[full].astype(float), union[full].astype(float), label[full] > 0
     known, several = held.any(0), held.sum(0) > 1
     with np.errstate(divide='ignore', invalid='ignore'):
         iou = np.where(known, intersect.sum(0) / union.sum(0), np.nan)
@@ -75,8 +76,10 @@ def noise_of_mean(change: np.ndarray, freedom: np.ndarray) -> Noise | None:
     Returns:
         None where nothing tells: no class is in two blocks, or nothing changes without a block.
     """
-    known = np.isfinite(change).all(0)
     blocks, classes = change.shape
+    if blocks < 2:
+        return None
+    known = np.isfinite(change).all(0)
     squares = (blocks - 1) / blocks * (change**2).sum(0)  # (C,)
     if not (squares[known] > 0).any():
         return None

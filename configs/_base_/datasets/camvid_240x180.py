@@ -45,6 +45,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type='ImbalanceIoUMetric')
+# frames of one video are not independent: intervals are over pieces of 100 frame numbers, such as 0016E5_079
+val_evaluator = dict(type='ImbalanceIoUMetric', blocks=r'[^/]+(?=\d\d\.\w+$)')
 test_evaluator = val_evaluator
 custom_hooks = [dict(type='RunHook')]
