@@ -56,8 +56,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         quantiles: in per cent, of the images of the worst cases.
         object_areas: pixels that medium and large objects have at least, by default COCO's; an object is an
             8-connected piece of the label. None: no recall by size.
-        blocks: regular expression for the path of an image; what it finds names the block of the image.
-            Frames of one video are not independent, so intervals are over blocks. None: over images.
+        blocks: see :func:`~mmseg_imbalance.scores.block_names`. Frames of one video are not independent:
+            intervals are over blocks of them. None: over images.
         *args, **kwargs: of ClassIoUMetric.
 
     Raises:
@@ -71,7 +71,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         groups: str | Mapping[str, Sequence[str]] = 'thirds',
         quantiles: Sequence[float] = (1, 5),
         object_areas: tuple[int, int] | None = (32**2, 96**2),
-        blocks: str | None = None,
+        blocks: str | int | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(*args, **kwargs)

@@ -169,25 +169,30 @@ def fine_grained_iou(
     return scores
 
 
-def block_names(pattern: str, paths: Sequence[str]) -> list[str]:
-    """The block of each image: what a regular expression finds in its path; else the path itself.
+def block_names(blocks: str | int, paths: Sequence[str]) -> list[str]:
+    """The block of each image.
 
     Args:
-        pattern: what is found is the name of the block, for instance ``seq\\d+``.
-        paths: of the images, with ``/``.
+        blocks: a regular expression: what it finds in the path is the name, and a path where it finds nothing
+            is a block of its own; for instance ``seq\\d+``. Or a number: about so many images in a row.
+        paths: of the images, with ``/``, in the order of their names.
 
     Raises:
-        ValueError: it is no regular expression, or finds nothing in any path.
+        ValueError: it is neither, or it finds nothing in any path.
     """
+    if isinstance(blocks, int) and blocks > 0:
+        number = max(1, round(len(paths) / blocks))
+        return [f'piece {at * number // len(paths):06}' for at in range(len(paths))]
     try:
-        expression = re.compile(pattern)
+        expression = re.compile(blocks)
     except (re.error, TypeError) as error:
         raise ValueError(
-            f'blocks is a regular expression for the path of an image, got {pattern!r}: {error}'
+            'blocks is a regular expression for the path of an image, or a number of images from 1, got '
+            f'{blocks!r}: {error}'
         ) from error
     found = [expression.search(path) for path in paths]
     if paths and not any(found):
-        raise ValueError(f'blocks finds {pattern!r} in no path of an image, such as {paths[0]}')
+        raise ValueError(f'blocks finds {blocks!r} in no path of an image, such as {paths[0]}')
     return [match[0] if match else path for match, path in zip(found, paths, strict=True)]
 
 

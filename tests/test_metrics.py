@@ -165,6 +165,7 @@ def test_groups_of_unknown_classes_are_refused_as_soon_as_the_data_set_is_known(
         dict(quantiles=[101]),
         dict(object_areas=(9, 4)),
         dict(blocks='('),
+        dict(blocks=0),
         dict(iou_metrics=['mIou']),
     ],
 )

@@ -127,6 +127,15 @@ def test_a_group_of_classes_in_one_image_has_no_interval():
     assert np.isnan([value for key, value in one_block.items() if 'low' in key or 'high' in key]).all()
 
 
+def test_blocks_of_so_many_images_are_pieces_in_a_row():
+    blocks = block_names(20, [f'{n}.png' for n in range(101)])
+    assert blocks == sorted(blocks)
+    assert np.unique(blocks, return_counts=True)[1].tolist() == [21, 20, 20, 20, 20]
+    assert len(set(block_names(20, ['a', 'b']))) == 1
+    assert len(set(block_names(1, ['a', 'b']))) == 2
+    assert block_names(20, []) == []
+
+
 def test_a_block_is_what_the_expression_finds_in_the_path():
     paths = ['x/0016E5_07959.jpg', 'x/0016E5_08001.jpg', 'y/0016E5_07961.jpg', 'y/other.jpg']
     blocks = block_names(r'[^/]+(?=\d\d\.)', paths)
@@ -134,7 +143,7 @@ def test_a_block_is_what_the_expression_finds_in_the_path():
     assert block_names('^.', paths) == ['x', 'x', 'y', 'y']
     with pytest.raises(ValueError, match=r"blocks finds 'seq' in no path of an image, such as x/0016E5"):
         block_names('seq', paths)
-    for wrong in ('(', 5):
+    for wrong in ('(', 0, -3, 1.5, None):
         with pytest.raises(ValueError, match=r'blocks is a regular expression.*got'):
             block_names(wrong, [])
 
