@@ -203,6 +203,8 @@ def difference(
         changes = [[run.change[:, members] for run in runs] for runs in images]  # of each run (B, C)
         least = np.min([run.freedom[members] for runs in images for run in runs], axis=0)
         of_images = noise_of_mean(np.mean(changes[1], axis=0) - np.mean(changes[0], axis=0), least)
+        if of_images is None:  # a class in one block, whatever the seeds say
+            return Difference(mean)
         shared = sum(shared_variance([np.nan_to_num(c).mean(1) for c in runs]) for runs in changes)
     if of_images is not None and of_seeds is not None:
         noise, kind = noise_of_both(of_images, of_seeds, shared), 'images and seeds'

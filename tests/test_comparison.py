@@ -13,10 +13,10 @@ import pytest
 from scipy import stats
 
 from mmseg_imbalance.commands.compare import main
+from mmseg_imbalance.intervals import jackknife, noise_of_mean
 from mmseg_imbalance.reports.comparison import NOISE, compare, short_names
 from mmseg_imbalance.reports.page import spread
 from mmseg_imbalance.reports.sheets import markdown
-from mmseg_imbalance.scores import bootstrap_counts
 
 CLASSES = ('road', 'sky', 'car', 'tree', 'pole', 'rider')
 PIXELS = np.array([5000, 3000, 900, 600, 40, 10])
@@ -96,9 +96,16 @@ def runs(tmp_path):
     return first, second
 
 
+def rows_of(work_dir):
+    return np.load(work_dir / 'test' / '20260102_000000' / 'image_scores.npz')
+
+
 def iou(work_dir):
-    rows = np.load(work_dir / 'test' / '20260102_000000' / 'image_scores.npz')
-    return rows['intersect'], rows['union']
+    return rows_of(work_dir)['intersect'], rows_of(work_dir)['union']
+
+
+def label(work_dir):
+    return rows_of(work_dir)['label']
 
 
 def test_seeds_of_one_config_are_one_group_and_another_loss_is_another(runs):
@@ -127,32 +134,31 @@ def test_means_deviations_and_parts_are_those_of_numpy(runs):
         assert group.estimates['mIoU.tail'].std == pytest.approx(each[:, 4:].mean(1).std(ddof=1))
 
 
-def test_the_noise_of_seeds_is_students_t_of_the_two_configs(runs, tmp_path):
-    others = [write_run(tmp_path / f'focal-{s}', 'Focal', s, 0) for s in range(2)]  # without a deviation
-    comparison = compare([*runs[0], *runs[1][:2], *others])
-    a, b, _ = (group.estimates['pole'] for group in comparison.groups)
-    interval = stats.ttest_ind(b.values, a.values).confidence_interval(0.95)
-    assert b.difference - b.seed_noise == pytest.approx(interval.low)
-    assert b.difference + b.seed_noise == pytest.approx(interval.high)
-    assert a.difference is a.seed_noise is None
+def test_without_the_pixels_of_images_the_interval_is_that_of_welchs_test(tmp_path):
+    dirs = [
+        write_run(tmp_path / f'{loss}-{s}', loss, s + 9 * n, scored=False)
+        for n, (loss, seeds) in enumerate([('CE', 3), ('Dice', 2)])
+        for s in range(seeds)
+    ]
+    a, b = (group.estimates['pole'] for group in compare(dirs).groups)
+    interval = stats.ttest_ind(b.values, a.values, equal_var=False).confidence_interval(0.95)
+    assert b.interval == pytest.approx([interval.low, interval.high])
+    assert b.noise == 'seeds'
+    assert a.difference is a.interval is None
 
 
-def test_the_interval_over_images_is_that_of_a_paired_bootstrap(runs):
-    (a, *_), (b, *_) = runs
-    estimate = compare([a, b]).groups[1].estimates
-    counts = bootstrap_counts(40, 2000, seed=0)
-    differences = []
-    for times in counts[:300]:
-        rows = np.repeat(np.arange(40), times)  # the images of one resample, one by one
-        scores = [100 * x[rows].sum(0) / y[rows].sum(0) for x, y in (iou(a), iou(b))]
-        differences.append(scores[1] - scores[0])
-    differences = np.array(differences)
-    expected = np.percentile(differences, [2.5, 97.5], axis=0)
-    for c, name in enumerate(CLASSES):
-        width = expected[1, c] - expected[0, c]
-        assert estimate[name].interval == pytest.approx(expected[:, c], abs=0.15 * width)
-    expected = np.percentile(differences.mean(1), [2.5, 97.5])
-    assert estimate['mIoU'].interval == pytest.approx(expected, abs=0.15 * np.ptp(expected))
+def test_an_interval_over_images_and_seeds_is_wider_than_either_alone(runs):
+    estimates = compare([*runs[0], *runs[1]]).groups[1].estimates
+    a, b = ([iou(work_dir) for work_dir in dirs] for dirs in runs)
+    known = [[jackknife(*areas, label(runs[0][0])) for areas in each] for each in (a, b)]
+    for key, members in {'pole': [4], 'mIoU.tail': [4, 5], 'mIoU': list(range(6))}.items():
+        estimate = estimates[key]
+        assert estimate.noise == 'images and seeds'
+        low, high = estimate.interval
+        assert (low + high) / 2 == pytest.approx(estimate.difference)
+        changes = [np.mean([run.change[:, members] for run in each], axis=0) for each in known]
+        alone = noise_of_mean(changes[1] - changes[0], np.min([run.freedom[members] for run in known[0]], 0))
+        assert high - low > 1.98 * 100 * alone.margin * (1 - 1e-2)
 
 
 def test_a_real_gain_is_told_from_noise(runs):
@@ -417,6 +423,7 @@ def test_other_images_give_no_interval_and_say_so(runs):
     np.savez(path, **rows)
     comparison = compare([runs[0][0], runs[1][0]])
     assert comparison.groups[1].estimates['mIoU'].interval is None
+    assert comparison.groups[1].estimates['mIoU'].within_noise is None
     assert any('its images or their labels' in note for note in comparison.notes)
 
 
