@@ -28,7 +28,7 @@ class Jackknife(NamedTuple):
     """IoU of each class, and how it changes without each block of images."""
 
     iou: np.ndarray  # (C,) as a share; NaN of a class that no label holds
-    change: np.ndarray  # (B, C); NaN of a class that labels of less than two blocks hold
+    change: np.ndarray  # (B, C) blocks with labels; NaN of a class that labels of less than two hold
     freedom: np.ndarray  # (C,) at least 1
 
 
@@ -54,13 +54,13 @@ def jackknife(
         for to, areas in zip(sums, (intersect, union, label), strict=True):
             np.add.at(to, at.ravel(), areas)
         intersect, union, label = sums
-    full = np.asarray(union).any(1)  # a block without labels is no block
-    intersect, union, held = intersect[full].astype(float), union[full].astype(float), label[full] > 0
-    known, several = held.any(0), held.sum(0) > 1
+    held = np.asarray(label) > 0
+    known, several, full = held.any(0), held.sum(0) > 1, held.any(1)
+    total, parts = union.sum(0), union[full].astype(float)
     with np.errstate(divide='ignore', invalid='ignore'):
-        iou = np.where(known, intersect.sum(0) / union.sum(0), np.nan)
-        without = (intersect.sum(0) - intersect) / (union.sum(0) - union)
-        freedom = union.sum(0) ** 2 / (union**2).sum(0) - 1
+        iou = np.where(known, intersect.sum(0) / total, np.nan)
+        without = (intersect.sum(0) - intersect[full]) / (total - parts)
+        freedom = parts.sum(0) ** 2 / (parts**2).sum(0) - 1
     change = np.where(several, without - iou, np.nan)
     return Jackknife(iou, change, np.where(several, np.maximum(freedom, 1), 1))
 

@@ -189,6 +189,20 @@ def test_frames_that_repeat_say_no_more_than_one_of_them():
     assert of_frames.variance < noise.variance / 4
 
 
+def test_blocks_without_labels_do_not_count():
+    intersect, union, label = drawn_images(np.random.default_rng(5), 20, np.array([0.5, 1.0]))
+    known = jackknife(intersect, union, label)
+    zeros = np.zeros((3, 2))
+    more = jackknife(*(np.concatenate([part, zeros]) for part in (intersect, union, label)))
+    for mine, other in zip(known, more, strict=True):
+        assert np.array_equal(mine, other)
+    false = jackknife(
+        *(np.concatenate([part, zeros + n]) for part, n in ((intersect, 0), (union, 1), (label, 0)))
+    )
+    assert false.change.shape == known.change.shape  # whatever a model predicts there
+    assert (false.iou < known.iou).all()
+
+
 def test_one_block_tells_nothing():
     areas = drawn_images(np.random.default_rng(6), 20, np.array([1.0]))
     known = jackknife(*areas, ['one'] * 20)
