@@ -1,35 +1,30 @@
-"""Metrics for imbalanced classes: each class, groups of classes, small objects, intervals."""
+"""The metric for imbalanced classes: groups of classes, small objects, worst images, intervals."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 from urllib.parse import quote
 
 from mmseg_imbalance.registry import METRICS
 
 import numpy as np
 import torch
-from mmengine.logging import MessageHub, MMLogger, print_log
-from mmseg.evaluation import IoUMetric
+from mmengine.logging import MMLogger, print_log
 
+from mmseg_imbalance.class_iou import ClassIoUMetric, per_cent
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.ignored_label import UNSAID, current_config, label_of_evaluation
-from mmseg_imbalance.monitored import KEYS, check_keys, framework_keys, given_in, monitored_in, with_prefix
 from mmseg_imbalance.scores import (
     AREAS,
     GROUPS,
     SIZES,
+    block_names,
     check_groups,
-    class_areas,
     class_groups,
     class_pairs,
     confusion_matrix,
@@ -41,154 +36,20 @@ from mmseg_imbalance.scores import (
 )
 from mmseg_imbalance.tables import group_table, table_text
 
-T = TypeVar('T')
-
-
-@METRICS.register_module()
-class ClassIoUMetric(IoUMetric):
-    """MMSegmentation's IoUMetric, which also returns the IoU of each class, for logs and files.
-
-    Adds ``IoU.NAME`` in per cent for every class. All keys are there at every evaluation. One that has no
-    value, such as that of a class that is in neither labels nor predictions, is NaN; if ``save_best``,
-    EarlyStoppingHook or a schedule watches it, it is 0 and a warning says so. Pixels are counted in integers;
-    MMSegmentation counts in float32, which is not exact above 2^24 pixels.
-
-    Args:
-        ignore_index: None: that of the data set evaluated, of the training data or of the decode head.
-        *args, **kwargs: of IoUMetric.
-
-    Raises:
-        TypeError: an option that IoUMetric does not have; it would take it and do nothing.
-        ValueError: an unknown name in ``iou_metrics``.
-    """
-
-    def __init__(self, ignore_index: int | None = None, *args: object, **kwargs: object) -> None:
-        parameters = inspect.signature(IoUMetric.__init__).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != 'self']
-        known.append('keep_results')  # MMSegmentation's tools/test.py gives it to any metric
-        if unknown := sorted(set(kwargs) - set(known)):
-            raise TypeError(
-                f'{type(self).__name__} has no option {unknown}; those of IoUMetric are {known}. What a '
-                'config inherits from its base goes away with dict(_delete_=True, ...)'
-            )
-        super().__init__(ignore_index, *args, **kwargs)
-        names = [self.metrics] if isinstance(self.metrics, str) else self.metrics
-        if wrong := [name for name in names if name not in KEYS]:
-            raise ValueError(f'iou_metrics are of {list(KEYS)}, got {wrong}')
-        self.watched: set[str] | None = None  # keys, with the prefix; None: nobody has told yet
-        self.named: set[str] = set()  # of what a warning has told already
-
-    intersect_and_union = staticmethod(class_areas)
-
-    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        if self.ignore_index is None:
-            self.ignore_index = _ask_config(label_of_evaluation, UNSAID, 'the ignored label')
-        done = len(self.results)
-        super().process(data_batch, data_samples)
-        for (*_, area), sample in zip(self.results[done:], data_samples, strict=False):
-            label = sample['gt_sem_seg']['data']
-            if 'labels' not in self.named and int((label != self.ignore_index).sum()) > int(area.sum()):
-                self.named.add('labels')
-                print_log(
-                    f'{type(self).__name__}: labels of {sample.get("img_path")} are neither one of the '
-                    f'{len(area)} classes nor the ignored label {self.ignore_index}: it holds '
-                    f'{label.unique().tolist()[:50]}. They count as errors of what is predicted there',
-                    logger='current',
-                    level=logging.WARNING,
-                )
-
-    def expected_keys(self) -> list[str]:
-        """The keys of every evaluation, without the prefix."""
-        return [*framework_keys(self.metrics), *(f'IoU.{name}' for name in self.dataset_meta['classes'])]
-
-    def expect(self, *keys: str) -> None:
-        """These keys with their prefix are watched: each has a number at every evaluation from now on."""
-        self.watched = {*(self.watched or ()), *keys}
-
-    def evaluate(self, size: int) -> dict[str, float]:
-        if self.format_only:
-            return super().evaluate(size)
-        self._prepare()
-        metrics = super().evaluate(size)
-        undefined = {key for key in self.watched if math.isnan(metrics.get(key, 0))}
-        if missing := self.watched - metrics.keys():  # of groups that are not known
-            undefined |= missing & set(with_prefix(self.prefix, self.expected_keys()))
-        if new := sorted(undefined - self.named):
-            self.named.update(new)
-            print_log(
-                f'{type(self).__name__}: {new} have no value at this evaluation. A hook or schedule that '
-                'watches them gets 0 instead. Labels and predictions hold no pixel to compute them of, or no '
-                'groups are known',
-                logger='current',
-                level=logging.WARNING,
-            )
-        return metrics | dict.fromkeys(undefined, 0.0)
-
-    def _prepare(self) -> None:
-        """Before the first evaluation, on all ranks: ask what is watched, where no RunHook has told.
-
-        Raises:
-            ValueError: in the validations of a training, as RunHook before it.
-        """
-        if self.watched is not None:
-            return
-        hub = MessageHub.get_current_instance()
-        self.watched = set()
-        if hub.get_info('loop_stage') != 'val':  # hooks and schedules look at validations
-            return
-        monitored, given = _ask_config(
-            lambda config: (monitored_in(config), given_in(config, self.dataset_meta)),
-            ([], []),
-            'which keys are watched',
-        )
-        self.watched = {each.key for each in monitored}
-        if hub.get_info('max_iters') is None:  # a validation alone, no training
-            return
-        if hub.get_info('experiment_name') != hub.instance_name:
-            print_log(
-                f'{type(self).__name__}: a resumed run shows the config of its checkpoint. If data, '
-                "ignore_index or what is watched have changed, add dict(type='RunHook') to custom_hooks: the "
-                'metric reads the present config then',
-                logger='current',
-                level=logging.WARNING,
-            )
-            return
-        try:
-            check_keys(monitored, given)
-            self.expect(*self.watched.intersection(with_prefix(self.prefix, self.expected_keys())))
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. With dict(type='RunHook') in custom_hooks you are told before training"
-            ) from error
-
-    def compute_metrics(self, results: Sequence[tuple]) -> dict[str, float]:
-        if self.format_only:
-            return super().compute_metrics(results)
-        # float64 is exact up to 2^53, of which MMSegmentation makes the ratios
-        total = [sum(areas).double() for areas in zip(*results, strict=True)]
-        with np.errstate(invalid='ignore'), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Mean of empty slice')
-            metrics = super().compute_metrics([total])
-        metrics = {key: float(value) for key, value in metrics.items()}
-        iou = ratio(total[0].numpy(), total[1].numpy())
-        if self.nan_to_num is not None:
-            iou = np.nan_to_num(iou, nan=self.nan_to_num)
-        names = [f'IoU.{name}' for name in self.dataset_meta['classes']]
-        return metrics | dict(zip(names, map(_per_cent, iou), strict=True))
-
 
 @METRICS.register_module()
 class ImbalanceIoUMetric(ClassIoUMetric):
     """ClassIoUMetric with numbers that show class imbalance: its keys, then these, in per cent.
 
     - ``mIoU.GROUP``, ``mPrecision.GROUP``, ``mRecall.GROUP``: mean over the head, body or tail classes
-    - ``mIoU.low``, ``mIoU.high``, ``mIoU.GROUP.low``, ...: 95 % bootstrap interval over the tested images
+    - ``mIoU.low``, ``mIoU.high``, ``mIoU.GROUP.low``, ...: 95 % interval over the tested images or blocks
     - ``mIoU_I``, ``mIoU_C``, ``mIoU_I_q5``, ...: see :func:`~mmseg_imbalance.scores.fine_grained_iou`
     - ``mRecall.SIZE``, ``Recall.SIZE.NAME``: share of the pixels of small, medium, large objects
 
-    A mean is over the classes that have the number, as in MMSegmentation: a class that the labels do not hold
-    has no recall, a class that is never predicted has no precision. If no class has it, the mean is NaN. The
-    pixels of each image go to ``image_scores.npz`` beside the log file, see
+    A mean of a group is over its classes that the labels hold; a class that is never predicted has no
+    precision. If no class has the number, the mean is NaN. ``mIoU`` is MMSegmentation's: a class that is
+    predicted though no label holds it counts as 0 there, and a warning says so once. The pixels of each
+    image go to ``image_scores.npz`` beside the log file, see
     :func:`~mmseg_imbalance.scores.load_image_scores`; with a ``prefix`` to ``image_scores_PREFIX.npz``.
 
     Args:
@@ -197,7 +58,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         quantiles: in per cent, of the images of the worst cases.
         object_areas: pixels that medium and large objects have at least, by default COCO's; an object is an
             8-connected piece of the label. None: no recall by size.
-        bootstrap: resamples of the intervals; 0: none.
+        blocks: see :func:`~mmseg_imbalance.scores.block_names`. Frames of one video are not independent:
+            intervals are over blocks of them. None: over images.
         *args, **kwargs: of ClassIoUMetric.
 
     Raises:
@@ -211,7 +73,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         groups: str | Mapping[str, Sequence[str]] = 'thirds',
         quantiles: Sequence[float] = (1, 5),
         object_areas: tuple[int, int] | None = (32**2, 96**2),
-        bootstrap: int = 1000,
+        blocks: str | int | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -226,12 +88,12 @@ class ImbalanceIoUMetric(ClassIoUMetric):
                 'object_areas are two limits in pixels, the smaller one first, such as (1024, 9216), or '
                 f'None, got {object_areas}'
             )
-        if not isinstance(bootstrap, int) or bootstrap < 0:
-            raise ValueError(f'bootstrap is a number of resamples or 0, got {bootstrap}')
+        if blocks is not None:
+            block_names(blocks, [])
         self.groups = groups
         self.quantiles = quantiles
         self.object_areas = object_areas
-        self.bootstrap = bootstrap
+        self.blocks = blocks
         self.train_pixels: np.ndarray | None = None  # (C,) int64; (0,) if they cannot be had; None: not tried
 
     @ClassIoUMetric.dataset_meta.setter
@@ -337,8 +199,9 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         rows = np.stack([rows for _, rows in named])  # (N, C, 4) or (N, C, 10)
         known = self.train_pixels is not None and len(self.train_pixels)
         groups = self._class_indices(self.train_pixels if known else None)
-        scores = self._scores(rows, groups)
-        metrics |= {key: _per_cent(value) for key, value in scores.items()}
+        blocks = self._block_names([name for name, _ in named])
+        scores = self._scores(rows, groups, blocks)
+        metrics |= {key: per_cent(value) for key, value in scores.items()}
 
         sizes = dict(all=rows.shape[1]) | {group: len(members) for group, members in groups.items()}
         if self.object_areas is not None:
@@ -348,13 +211,38 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         logger.info('\n' + table_text(group_table(metrics, sizes)))
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
         confusion = confusion_matrix([pairs for *_, pairs in results], rows.shape[1])
-        self._save(logger, [name for name, _ in named], areas, groups, confusion)
+        self._save(logger, [name for name, _ in named], blocks, areas, groups, confusion)
+        total = {key: values.sum(0) for key, values in areas.items()}
+        classes = np.array(self.dataset_meta['classes'])
+        held = total['label'] > 0
+        if (found := classes[~held & (total['pred'] > 0)]).size:
+            mean = present_mean(ratio(total['intersect'], total['union'])[held]) if held.any() else math.nan
+            self.warn_once(
+                'absent',
+                f'{found.tolist()} are predicted, though no label holds them. As in MMSegmentation, each '
+                f'counts as 0 in mIoU, which is {per_cent(mean):.2f} without them. Groups and comparisons '
+                'leave them out',
+            )
         return metrics
 
-    def _scores(self, rows: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def _block_names(self, paths: list[str]) -> list[str] | None:
+        if self.blocks is None:
+            return None
+        try:
+            blocks = block_names(self.blocks, [Path(path).as_posix() for path in paths])
+        except ValueError as error:  # no reason to end a training
+            self.warn_once('blocks', f'{error}. Intervals are over images')
+            return None
+        if len(set(blocks)) == 1:
+            self.warn_once('blocks', f'all {len(paths)} images are of one block: there are no intervals')
+        return blocks
+
+    def _scores(
+        self, rows: np.ndarray, groups: Mapping[str, np.ndarray], blocks: list[str] | None = None
+    ) -> dict[str, float]:
         """Shares, NaN where one has no value, of (N, C, 4) or (N, C, 10) pixels in N images."""
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
-        scores = group_scores(areas, groups, self.bootstrap)
+        scores = group_scores(areas, groups, blocks, self.nan_to_num)
         scores |= fine_grained_iou(areas['intersect'], areas['union'], areas['label'], self.quantiles)
         if self.object_areas is not None:
             right, pixels = np.split(rows[..., len(AREAS) :].sum(0), 2, 1)  # (C, 3)
@@ -381,6 +269,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         self,
         logger: MMLogger,
         paths: Sequence[str],
+        blocks: Sequence[str] | None,
         areas: Mapping[str, np.ndarray],
         groups: Mapping[str, np.ndarray],
         confusion: np.ndarray,
@@ -400,6 +289,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             save_image_scores(
                 file,
                 images=names if len(set(names)) == len(names) else paths,
+                blocks=np.empty(0, str) if blocks is None else blocks,
                 classes=self.dataset_meta['classes'],
                 pixels=np.empty(0, np.int64) if self.train_pixels is None else self.train_pixels,
                 group=group,
@@ -408,24 +298,3 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             )
         except OSError as error:
             logger.warning(f'the scores of the images are not saved, {file} cannot be written: {error}')
-
-
-def _per_cent(share: float) -> float:
-    return round(100 * float(share), 2)
-
-
-def _ask_config(question: Callable[[Mapping[str, Any]], T], otherwise: T, what: str) -> T:
-    """The answer of the runner's config; another one, and a warning, where it has none.
-
-    A training should not end at its first validation for it.
-    """
-    try:
-        return question(current_config() or {})
-    except Exception as error:  # a config is Python; data sets and heads may disagree
-        print_log(
-            f'the config of the run does not tell {what} ({type(error).__name__}: {error}); the metric takes '
-            f'{otherwise}',
-            logger='current',
-            level=logging.WARNING,
-        )
-        return otherwise

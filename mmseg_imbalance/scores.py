@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mmseg_imbalance.files import write_atomically
+from mmseg_imbalance.intervals import Jackknife, interval_of_share, jackknife, noise_of_mean
 
 GROUPS = ('head', 'body', 'tail')
 SIZES = ('small', 'medium', 'large')
@@ -116,39 +118,50 @@ def present_mean(values: np.ndarray, percent: float = 100) -> np.ndarray:
 
 
 def group_scores(
-    areas: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray], resamples: int = 0
+    areas: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray],
+    blocks: Sequence[str] | None = None,
+    absent: float | None = None,
 ) -> dict[str, float]:
-    """Means over the classes of each group: IoU, precision, recall, and a 95 % interval of the IoU.
+    """Means over the classes of each group: IoU, precision, recall; and 95 % intervals of mean IoUs.
+
+    The means of a group are over its classes that the labels hold. The interval of all classes is that of
+    MMSegmentation's mean, which counts a class that is predicted only as 0.
 
     Args:
         areas: 'intersect', 'union', 'pred', 'label': (N, C) pixels of each class in each image.
         groups: indices of classes, by the name of the group.
-        resamples: of the bootstrap that gives the interval; 0: no interval.
+        blocks: see :func:`~mmseg_imbalance.intervals.jackknife`.
+        absent: IoU that a class counts with that is neither in labels nor predicted; None: it counts not.
 
     Returns:
-        'mIoU.GROUP', 'mPrecision.GROUP', 'mRecall.GROUP', and with resamples 'mIoU.GROUP.low', '.high' and
-        those of all classes, 'mIoU.low', 'mIoU.high'; NaN where no class of the group has such a number.
+        'mIoU.GROUP', 'mPrecision.GROUP', 'mRecall.GROUP', 'mIoU.GROUP.low', '.high' and the interval of the
+        mean over all classes, 'mIoU.low', 'mIoU.high'; NaN where there is no such number.
     """
     total = {key: values.sum(0) for key, values in areas.items()}  # (C,)
+    known = jackknife(areas['intersect'], areas['union'], areas['label'], blocks)
+    held = total['label'] > 0
+    precision = np.where(held, ratio(total['intersect'], total['pred']), np.nan)
+    values = dict(mIoU=known.iou, mPrecision=precision, mRecall=ratio(total['intersect'], total['label']))
     iou = ratio(total['intersect'], total['union'])
-    scores = {}
-    if resamples:
-        counts = bootstrap_counts(len(areas['label']), resamples)
-        resampled = resampled_iou(counts, areas['intersect'], areas['union'])  # (R, C)
-    for suffix, members in {
-        '': np.arange(len(iou)),
-        **{f'.{name}': m for name, m in groups.items()},
-    }.items():
-        if suffix:
-            scores[f'mIoU{suffix}'] = present_mean(iou[members])
-            for key, whole in (('mPrecision', 'pred'), ('mRecall', 'label')):
-                scores[key + suffix] = present_mean(ratio(total['intersect'], total[whole])[members])
-        if resamples:
-            means = present_mean(resampled[:, members].T)
-            known = np.isfinite(means)
-            low, high = np.percentile(means[known], [2.5, 97.5]) if known.any() else (np.nan, np.nan)
-            scores |= {f'mIoU{suffix}.low': low, f'mIoU{suffix}.high': high}
+    if absent is not None:
+        iou = np.nan_to_num(iou, nan=absent)
+    ends = _mean_interval(known, present_mean(iou), np.flatnonzero(held), int(np.isfinite(iou).sum()))
+    scores = dict(zip(('mIoU.low', 'mIoU.high'), ends, strict=True))
+    for name, members in groups.items():
+        scores |= {f'{key}.{name}': present_mean(of_class[members]) for key, of_class in values.items()}
+        members = members[held[members]]
+        ends = _mean_interval(known, scores[f'mIoU.{name}'], members, len(members))
+        scores |= zip((f'mIoU.{name}.low', f'mIoU.{name}.high'), ends, strict=True)
     return scores
+
+
+def _mean_interval(known: Jackknife, mean: float, held: np.ndarray, number: int) -> tuple[float, float]:
+    """Of a mean over so many classes, of which ``held`` are those whose IoU depends on the images."""
+    noise = noise_of_mean(known.change[:, held], known.freedom[held])
+    if noise is not None:
+        noise = noise._replace(variance=noise.variance * (len(held) / number) ** 2)
+    return interval_of_share(mean, noise) or (math.nan, math.nan)
 
 
 def fine_grained_iou(
@@ -177,21 +190,31 @@ def fine_grained_iou(
     return scores
 
 
-def bootstrap_counts(images: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each image is in each bootstrap sample: (resamples, images) int64, rows sum to `images`.
+def block_names(blocks: str | int, paths: Sequence[str]) -> list[str]:
+    """The block of each image.
 
-    The images of a sample are drawn with replacement. The generator is this function's own: the same
-    arguments give the same samples, which a paired comparison needs, and no other random number changes.
+    Args:
+        blocks: a regular expression: what it finds in the path is the name, and a path where it finds nothing
+            is a block of its own; for instance ``seq\\d+``. Or a number: about so many images in a row.
+        paths: of the images, with ``/``, in the order of their names.
+
+    Raises:
+        ValueError: it is neither, or it finds nothing in any path.
     """
-    drawn = np.random.default_rng(seed).integers(images, size=(resamples, images))
-    drawn += images * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * images).reshape(resamples, images)
-
-
-def resampled_iou(counts: np.ndarray, intersect: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """(R, C) IoU of each class in the samples ``counts`` (R, N) of images with (N, C) pixels; NaN if none."""
-    # floats are exact up to 2^53 pixels, and their product is the fast one
-    return ratio(*(counts.astype(float) @ areas.astype(float) for areas in (intersect, union)))
+    if isinstance(blocks, int) and blocks > 0:
+        number = max(1, round(len(paths) / blocks))
+        return [f'piece {at * number // len(paths):06}' for at in range(len(paths))]
+    try:
+        expression = re.compile(blocks)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            'blocks is a regular expression for the path of an image, or a number of images from 1, got '
+            f'{blocks!r}: {error}'
+        ) from error
+    found = [expression.search(path) for path in paths]
+    if paths and not any(found):
+        raise ValueError(f'blocks finds {blocks!r} in no path of an image, such as {paths[0]}')
+    return [match[0] if match else path for match, path in zip(found, paths, strict=True)]
 
 
 def save_image_scores(path: str | os.PathLike[str], **scores: ArrayLike) -> None:
@@ -209,10 +232,11 @@ def load_image_scores(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Returns:
         N images in the order of their paths, C classes. ``images`` (N,) file names, whole paths where names
-        are not unique; ``classes`` (C,) names; ``intersect``, ``union``, ``pred``, ``label`` (N, C) int64
-        pixels; ``pixels`` (C,) int64 of the training annotations, (0,) if they are not known; ``group`` (C,)
-        'head', 'body', 'tail' or ''; ``confusion`` (C, C) int64 pixels of all images by the class of the
-        label, then by that predicted, (0, 0) in a file of an earlier version.
+        are not unique; ``blocks`` (N,) names of their blocks, (0,) where each is its own; ``classes`` (C,)
+        names; ``intersect``, ``union``, ``pred``, ``label`` (N, C) int64 pixels; ``pixels`` (C,) int64 of the
+        training annotations, (0,) if they are not known; ``group`` (C,) 'head', 'body', 'tail' or '';
+        ``confusion`` (C, C) int64 pixels of all images by the class of the label, then by that predicted,
+        (0, 0) in a file of an earlier version.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -222,6 +246,7 @@ def load_image_scores(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
             scores = {name: archive[name] for name in ('images', 'classes', *AREAS, 'pixels', 'group')}
             scores['confusion'] = archive['confusion'] if 'confusion' in archive else np.empty((0, 0), int)
+            scores['blocks'] = archive['blocks'] if 'blocks' in archive else np.empty(0, str)
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile and zlib have their own
@@ -232,6 +257,7 @@ def load_image_scores(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     n, c = len(scores['images']), len(scores['classes'])
     expected = dict.fromkeys(AREAS, (n, c)) | dict(group=(c,), pixels=(min(c, len(scores['pixels'])),))
     expected['confusion'] = (min(c, len(scores['confusion'])),) * 2
+    expected['blocks'] = (min(n, len(scores['blocks'])),)
     if wrong := {k: scores[k].shape for k, shape in expected.items() if scores[k].shape != shape}:
         raise ValueError(
             f'{path} holds {n} images and {c} classes, but arrays of {wrong}; test the model again with '

@@ -93,7 +93,7 @@ def config(folder, evaluations=1, classes=CLASSES, **options):
             model=dict(type='ScriptedSegmentor', decode_head=dict(HEAD, num_classes=max(2, len(classes)))),
             train_dataloader=loader(sampler=dict(type='InfiniteSampler', shuffle=False)),
             val_dataloader=loader(sampler=dict(type='DefaultSampler', shuffle=False)),
-            val_evaluator=dict(type='ImbalanceIoUMetric', bootstrap=20),
+            val_evaluator=dict(type='ImbalanceIoUMetric'),
             optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01)),
             train_cfg=dict(type='IterBasedTrainLoop', max_iters=evaluations, val_interval=1),
             val_cfg=dict(type='ValLoop'),

@@ -13,10 +13,10 @@ import pytest
 from scipy import stats
 
 from mmseg_imbalance.commands.compare import main
+from mmseg_imbalance.intervals import jackknife, noise_of_mean
 from mmseg_imbalance.reports.comparison import NOISE, compare
-from mmseg_imbalance.reports.page import spread
+from mmseg_imbalance.reports.page import page, spread
 from mmseg_imbalance.reports.sheets import markdown
-from mmseg_imbalance.scores import bootstrap_counts
 
 CLASSES = ('road', 'sky', 'car', 'tree', 'pole', 'rider')
 PIXELS = np.array([5000, 3000, 900, 600, 40, 10])
@@ -96,9 +96,16 @@ def runs(tmp_path):
     return first, second
 
 
+def rows_of(work_dir):
+    return np.load(work_dir / 'test' / '20260102_000000' / 'image_scores.npz')
+
+
 def iou(work_dir):
-    rows = np.load(work_dir / 'test' / '20260102_000000' / 'image_scores.npz')
-    return rows['intersect'], rows['union']
+    return rows_of(work_dir)['intersect'], rows_of(work_dir)['union']
+
+
+def label(work_dir):
+    return rows_of(work_dir)['label']
 
 
 def test_seeds_of_one_config_are_one_group_and_another_loss_is_another(runs):
@@ -127,32 +134,31 @@ def test_means_deviations_and_parts_are_those_of_numpy(runs):
         assert group.estimates['mIoU.tail'].std == pytest.approx(each[:, 4:].mean(1).std(ddof=1))
 
 
-def test_the_noise_of_seeds_is_students_t_of_the_two_configs(runs, tmp_path):
-    others = [write_run(tmp_path / f'focal-{s}', 'Focal', s, 0) for s in range(2)]  # without a deviation
-    comparison = compare([*runs[0], *runs[1][:2], *others])
-    a, b, _ = (group.estimates['pole'] for group in comparison.groups)
-    interval = stats.ttest_ind(b.values, a.values).confidence_interval(0.95)
-    assert b.difference - b.seed_noise == pytest.approx(interval.low)
-    assert b.difference + b.seed_noise == pytest.approx(interval.high)
-    assert a.difference is a.seed_noise is None
+def test_without_the_pixels_of_images_the_interval_is_that_of_welchs_test(tmp_path):
+    dirs = [
+        write_run(tmp_path / f'{loss}-{s}', loss, s + 9 * n, scored=False)
+        for n, (loss, seeds) in enumerate([('CE', 3), ('Dice', 2)])
+        for s in range(seeds)
+    ]
+    a, b = (group.estimates['pole'] for group in compare(dirs).groups)
+    interval = stats.ttest_ind(b.values, a.values, equal_var=False).confidence_interval(0.95)
+    assert b.interval == pytest.approx([interval.low, interval.high])
+    assert b.noise == 'seeds'
+    assert a.difference is a.interval is None
 
 
-def test_the_interval_over_images_is_that_of_a_paired_bootstrap(runs):
-    (a, *_), (b, *_) = runs
-    estimate = compare([a, b]).groups[1].estimates
-    counts = bootstrap_counts(40, 2000, seed=0)
-    differences = []
-    for times in counts[:300]:
-        rows = np.repeat(np.arange(40), times)  # the images of one resample, one by one
-        scores = [100 * x[rows].sum(0) / y[rows].sum(0) for x, y in (iou(a), iou(b))]
-        differences.append(scores[1] - scores[0])
-    differences = np.array(differences)
-    expected = np.percentile(differences, [2.5, 97.5], axis=0)
-    for c, name in enumerate(CLASSES):
-        width = expected[1, c] - expected[0, c]
-        assert estimate[name].interval == pytest.approx(expected[:, c], abs=0.15 * width)
-    expected = np.percentile(differences.mean(1), [2.5, 97.5])
-    assert estimate['mIoU'].interval == pytest.approx(expected, abs=0.15 * np.ptp(expected))
+def test_an_interval_over_images_and_seeds_is_wider_than_either_alone(runs):
+    estimates = compare([*runs[0], *runs[1]]).groups[1].estimates
+    a, b = ([iou(work_dir) for work_dir in dirs] for dirs in runs)
+    known = [[jackknife(*areas, label(runs[0][0])) for areas in each] for each in (a, b)]
+    for key, members in {'pole': [4], 'mIoU.tail': [4, 5], 'mIoU': list(range(6))}.items():
+        estimate = estimates[key]
+        assert estimate.noise == 'images and seeds'
+        low, high = estimate.interval
+        assert (low + high) / 2 == pytest.approx(estimate.difference)
+        changes = [np.mean([run.change[:, members] for run in each], axis=0) for each in known]
+        alone = noise_of_mean(changes[1] - changes[0], np.min([run.freedom[members] for run in known[0]], 0))
+        assert high - low > 1.98 * 100 * alone.margin * (1 - 1e-2)
 
 
 def test_a_real_gain_is_told_from_noise(runs):
@@ -410,6 +416,7 @@ def test_other_images_give_no_interval_and_say_so(runs):
     np.savez(path, **rows)
     comparison = compare([runs[0][0], runs[1][0]])
     assert comparison.groups[1].estimates['mIoU'].interval is None
+    assert comparison.groups[1].estimates['mIoU'].within_noise is None
     assert any('its images or their labels' in note for note in comparison.notes)
 
 
@@ -461,3 +468,133 @@ def test_the_page_of_one_config_has_no_difference(tmp_path):
         json.loads((out / 'comparison.json').read_text())['configs'][0]['estimates']['mIoU']['mean']
     )
     assert Path(out, 'comparison.md').exists()
+
+
+def change_rows(work_dir, **arrays):
+    path = next(work_dir.glob('test/*/image_scores.npz'))
+    np.savez(path, **dict(np.load(path)) | arrays)
+
+
+def test_with_one_run_of_each_config_nothing_is_called_real(runs, tmp_path):
+    out = tmp_path / 'out'
+    main([str(runs[0][0]), str(runs[1][0]), '--out', str(out)])
+    comparison = compare([runs[0][0], runs[1][0]])
+    estimates = comparison.groups[1].estimates
+    assert estimates['pole'].interval[0] > 0
+    assert {e.within_noise for e in estimates.values()} == {True, None}
+    text = (out / 'comparison.md').read_text()
+    assert 'seeds unknown' in text
+    assert 'how much another seed would change is not known' in text
+    html = (out / 'comparison.html').read_text()
+    assert not re.search('class="(up|down)"', html)
+    assert re.search('class="(up|down)"', page(compare([*runs[0], *runs[1]]))[0])
+
+
+def test_a_class_that_no_run_of_the_baseline_finds_has_a_noise(tmp_path):
+    """Three IoUs of 0 deviate by 0; that does not make any difference a real one."""
+    lost = np.array([0.5, 0.5, 0.5, 0.5, 0, 0])
+    first = [write_run(tmp_path / f'ce-{s}', 'CE', s, lost) for s in range(3)]
+    hardly = [
+        write_run(tmp_path / f'a-{s}', 'Dice', s, [0.5, 0.5, 0.5, 0.5, q, 0])
+        for s, q in enumerate([0, 0.001, 0.02])
+    ]
+    found = [
+        write_run(tmp_path / f'b-{s}', 'Focal', s, [0.5, 0.5, 0.5, 0.5, q, 0])
+        for s, q in enumerate([0.5, 0.6, 0.55])
+    ]
+    base, little, much = (group.estimates for group in compare([*first, *hardly, *found]).groups)
+    assert base['pole'].std == 0
+    assert little['pole'].difference > 0
+    assert little['pole'].within_noise is True
+    assert much['pole'].within_noise is False
+    assert little['rider'].within_noise is None  # all are 0
+
+
+def test_a_false_alarm_of_a_class_that_no_label_holds_costs_no_mean(runs):
+    """The classes of a mean are those of the truth, for all runs."""
+    a, b = runs[0][0], runs[1][0]
+    for work_dir in (a, b):
+        rows = dict(rows_of(work_dir))
+        for key in ('intersect', 'union', 'pred', 'label'):
+            rows[key][:, 5] = 0  # no rider in any label
+        if work_dir == b:
+            rows['union'][0, 5] = rows['pred'][0, 5] = 1  # one pixel
+        change_rows(work_dir, **rows)
+    comparison = compare([a, b])
+    for group, work_dir in zip(comparison.groups, (a, b), strict=True):
+        intersect, union = iou(work_dir)
+        each = 100 * intersect.sum(0)[:5] / union.sum(0)[:5]
+        assert group.estimates['mIoU'].mean == pytest.approx(each.mean())
+        assert group.estimates['mIoU.tail'].mean == pytest.approx(each[4])
+        assert math.isnan(group.estimates['rider'].mean)
+    assert any("['rider'] are in no mean" in note for note in comparison.notes)
+
+
+def test_a_class_in_one_image_has_no_interval(runs):
+    for work_dir in (*runs[0], *runs[1]):
+        rows = dict(rows_of(work_dir))
+        for key in ('intersect', 'union', 'pred', 'label'):
+            rows[key][1:, 5] = 0
+            rows[key][0, 5] = dict(intersect=work_dir in runs[1], union=9, pred=5, label=5)[key]
+        change_rows(work_dir, **rows)
+    estimate = compare([*runs[0], *runs[1]]).groups[1].estimates
+    assert estimate['rider'].difference > 0
+    assert estimate['rider'].interval is estimate['rider'].within_noise is None
+    assert estimate['mIoU'].noise == 'images and seeds'
+
+
+def test_frames_of_one_block_are_left_out_together(runs, capsys):
+    first, second = runs
+    plain = compare([*first, *second])
+    assert (plain.images, plain.blocks) == (40, 40)
+    names = [f'{n // 5}.png' for n in range(40)]
+    for work_dir in (*first, *second):
+        change_rows(work_dir, blocks=np.array(names))
+    tested_so = compare([*first, *second])
+    by_option = compare([*first, *second], blocks=5)
+    assert (tested_so.images, tested_so.blocks) == (40, 8)
+    estimates = [c.groups[1].estimates['mIoU'] for c in (plain, tested_so, by_option)]
+    assert estimates[1] == estimates[2] != estimates[0]
+    assert '40 images in 8 blocks' in markdown(tested_so)
+    main([str(path) for path in (*first, *second, '--blocks', '^[12]')])
+    assert '40 images in 20 blocks' in capsys.readouterr().out  # 11 of 1.png, 11 of 2.png, 18 others
+    with pytest.raises(SystemExit):
+        main([str(first[0]), str(second[0]), '--blocks', 'nowhere'])
+    assert "blocks finds 'nowhere' in no path of an image" in capsys.readouterr().err
+
+
+def test_one_video_tells_nothing_of_others(runs):
+    comparison = compare([*runs[0], *runs[1]], blocks='png')
+    assert any('all 40 are of one block' in note for note in comparison.notes)
+    estimate = comparison.groups[1].estimates['pole']
+    assert estimate.noise == 'seeds'
+    assert 'over seeds alone: it holds for the tested images' in markdown(comparison)
+
+
+def test_a_run_with_one_class_more_than_the_baseline_is_compared_on_the_classes_of_both(runs, tmp_path):
+    other = write_run(tmp_path / 'other', 'Focal', seed=7)
+    rows = dict(rows_of(other))
+    for key in ('intersect', 'union', 'pred', 'label'):
+        rows[key] = np.concatenate([rows[key], np.full((40, 1), 7)], 1)
+    rows |= dict(
+        classes=np.array([*CLASSES, 'train']),
+        pixels=np.append(PIXELS, 5),
+        group=np.append(rows['group'], 'tail'),
+    )
+    change_rows(other, **rows)
+    comparison = compare([runs[0][0], other])
+    assert comparison.classes == [*CLASSES, 'train']
+    assert comparison.parts['tail'] == ['pole', 'rider']
+    estimates = [group.estimates for group in comparison.groups]
+    assert math.isnan(estimates[0]['train'].mean)
+    assert estimates[1]['train'].mean == 100
+    assert estimates[1]['mIoU'].mean == pytest.approx(np.mean([estimates[1][name].mean for name in CLASSES]))
+    assert estimates[1]['mIoU'].noise == 'images'
+    assert any("['train'] are in no mean" in note for note in comparison.notes)
+
+
+def test_what_was_tested_is_on_the_page(runs):
+    text = markdown(compare([runs[0][0], runs[1][0]]))
+    shown = re.findall(r'40 images [0-9a-f]{6}', text)
+    assert len(shown) == 2
+    assert len(set(shown)) == 1

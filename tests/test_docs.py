@@ -146,7 +146,7 @@ def sources():
 
 def messages():
     """(file, line, text) of every error and warning that the package and its tools can give."""
-    speaking = ('warn', 'warning', '_warn', 'error', 'exit', 'print_log')
+    speaking = ('warn', 'warning', '_warn', 'warn_once', 'error', 'exit', 'print_log')
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             call = node.exc if isinstance(node, ast.Raise) else node

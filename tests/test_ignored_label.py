@@ -19,7 +19,7 @@ from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.reports.subclass_page import load
 
 VOID = 254
-EVALUATOR = dict(type='ImbalanceIoUMetric', bootstrap=0)
+EVALUATOR = dict(type='ImbalanceIoUMetric')
 
 
 @DATASETS.register_module()

@@ -18,7 +18,7 @@ from test_hooks import recoloured
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.datasets import CamVidDataset
-from mmseg_imbalance.scores import bootstrap_counts, class_areas, load_image_scores
+from mmseg_imbalance.scores import class_areas, load_image_scores
 
 CLASSES = ('road', 'car', 'pole', 'sign', 'never')
 GROUPS = dict(head=['road'], body=['car', 'never'], tail=['pole', 'sign'])
@@ -107,15 +107,16 @@ def test_group_means_are_those_of_sklearn():
             assert metrics[f'{key}.{group}'] == pytest.approx(expected, abs=0.006)
 
 
-def test_a_class_only_predicted_has_an_iou_of_0_and_no_recall():
+def test_a_class_only_predicted_has_an_iou_of_0_and_counts_in_no_group():
     labels = np.zeros((1, 4, 5), int)
     predictions = labels.copy()
     predictions[0, 0] = 1
     metrics = imbalance(labels, predictions, groups=dict(tail=['road', 'car', 'pole']))
-    assert metrics['mIoU.tail'] == pytest.approx((75 + 0) / 2)
-    assert metrics['mRecall.tail'] == 75
-    assert metrics['mPrecision.tail'] == pytest.approx((100 + 0) / 2)
-    # in the fine-grained means, which go by the label, it costs road alone
+    assert metrics['IoU.car'] == 0
+    assert metrics['mIoU'] == pytest.approx((75 + 0) / 2)  # as in MMSegmentation
+    # elsewhere it costs road alone
+    assert metrics['mIoU.tail'] == metrics['mRecall.tail'] == 75
+    assert metrics['mPrecision.tail'] == 100
     assert metrics['mIoU_I'] == metrics['mIoU_C'] == 75
 
 
@@ -163,8 +164,8 @@ def test_groups_of_unknown_classes_are_refused_as_soon_as_the_data_set_is_known(
         dict(quantiles=[0]),
         dict(quantiles=[101]),
         dict(object_areas=(9, 4)),
-        dict(bootstrap=-1),
-        dict(bootstrap=0.5),
+        dict(blocks='('),
+        dict(blocks=0),
         dict(iou_metrics=['mIou']),
     ],
 )
@@ -269,7 +270,7 @@ def test_an_image_without_labels_is_left_out():
     labels, predictions = scenes_of(4)
     blank = np.full_like(labels[:1], 255)
     without, with_blank = (
-        imbalance(t, p, bootstrap=0)
+        imbalance(t, p)
         for t, p in (
             (labels, predictions),
             (np.concatenate([labels, blank]), np.concatenate([predictions, blank - 255])),
@@ -334,9 +335,9 @@ def test_labels_out_of_range_are_no_objects():
 
 def test_switched_off_parts_have_no_keys():
     labels, predictions = scenes_of(3)
-    metrics = imbalance(labels, predictions, groups={}, quantiles=(), object_areas=None, bootstrap=0)
+    metrics = imbalance(labels, predictions, groups={}, quantiles=(), object_areas=None)
     names = evaluate(labels, predictions, CLASSES)
-    assert set(metrics) - set(names) == {'mIoU_I', 'mIoU_C'}
+    assert set(metrics) - set(names) == {'mIoU.low', 'mIoU.high', 'mIoU_I', 'mIoU_C'}
 
 
 def test_no_global_random_number_is_drawn():
@@ -350,27 +351,62 @@ def test_no_global_random_number_is_drawn():
     assert (np.random.random(), torch.rand(()).item()) == expected  # noqa: NPY002
 
 
-@pytest.mark.slow
-def test_the_interval_is_that_of_resampled_images():
+def test_intervals_are_over_images_or_blocks_of_them():
     labels, predictions = scenes_of(12)
-    metrics = imbalance(labels, predictions)
-    valid = labels != 255
-    values = {'': [], '.tail': []}
-    for counts in bootstrap_counts(12, 1000):  # class 3 is not in all of them
-        drawn = np.repeat(np.arange(12), counts)
-        matrix = confusion_matrix(
-            labels[drawn][valid[drawn]], predictions[drawn][valid[drawn]], labels=range(4)
-        )
-        union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
-        iou = [np.diag(matrix)[c] / union[c] if union[c] else None for c in range(4)]
-        for key, members in (('', iou), ('.tail', iou[2:])):
-            values[key].append(np.mean([v for v in members if v is not None]))
-    for key, found in values.items():
-        low, high = 100 * np.percentile(found, [2.5, 97.5])
-        assert metrics[f'mIoU{key}.low'] == pytest.approx(low, abs=0.006)
-        assert metrics[f'mIoU{key}.high'] == pytest.approx(high, abs=0.006)
-        assert metrics[f'mIoU{key}.low'] < metrics[f'mIoU{key}'] < metrics[f'mIoU{key}.high']
-    assert metrics['mIoU.head.low'] < metrics['mIoU.head.high']
+    names = [f'images/seq{n // 2}_{n}.png' for n in range(12)]
+    metrics = imbalance(labels, predictions, names=names)
+    of_blocks = imbalance(labels, predictions, names=names, blocks=r'seq\d+')
+    pairs = [np.concatenate(x) for x in zip(labels[::2], labels[1::2], strict=True)]
+    found = [np.concatenate(x) for x in zip(predictions[::2], predictions[1::2], strict=True)]
+    joined = imbalance(np.stack(pairs), np.stack(found))
+    for key in ('mIoU', 'mIoU.tail'):
+        assert metrics[f'{key}.low'] < metrics[key] < metrics[f'{key}.high']
+        for end in ('low', 'high'):
+            assert of_blocks[f'{key}.{end}'] == joined[f'{key}.{end}'] != metrics[f'{key}.{end}']
+    assert {key: value for key, value in of_blocks.items() if key[-3:] not in ('low', 'igh')} == {
+        key: value for key, value in metrics.items() if key[-3:] not in ('low', 'igh')
+    } | {key: pytest.approx(value, nan_ok=True) for key, value in metrics.items() if np.isnan(value)}
+
+
+@pytest.mark.parametrize(
+    ('blocks', 'message'),
+    [
+        (
+            'nowhere',
+            "blocks finds 'nowhere' in no path of an image, such as a/0.png. Intervals are over images",
+        ),
+        ('^a', 'all 3 images are of one block: there are no intervals'),
+    ],
+)
+def test_blocks_that_cannot_serve_are_a_warning_given_once(logger, tmp_path, blocks, message):
+    labels, predictions = scenes_of(3)
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric', groups=GROUPS, blocks=blocks))
+    metric.dataset_meta = dict(classes=CLASSES)
+    for _ in range(2):
+        metric.process({}, samples(labels, predictions, [f'a/{n}.png' for n in range(3)]))
+        metrics = metric.evaluate(3)
+    assert (tmp_path / 'run.log').read_text().count(message) == 1
+    assert np.isnan(metrics['mIoU.low']) == (blocks == '^a')
+
+
+@pytest.mark.parametrize('options', [{}, dict(nan_to_num=0)])
+def test_miou_is_mmsegmentations_and_what_a_class_without_labels_costs_is_said_once(
+    logger, tmp_path, options
+):
+    labels, predictions = scenes_of(9)
+    predictions[0, 5, 5] = 4  # of no label
+    metric = METRICS.build(dict(type='ImbalanceIoUMetric', groups=GROUPS, **options))
+    metric.dataset_meta = dict(classes=CLASSES)
+    for _ in range(2):
+        metric.process({}, samples(labels, predictions))
+        metrics = metric.evaluate(9)
+    theirs = evaluate(labels, predictions, CLASSES, 'mmseg.IoUMetric', **options)
+    assert metrics['mIoU'] == theirs['mIoU']
+    assert metrics['mIoU.low'] < metrics['mIoU'] < metrics['mIoU.high']
+    log = (tmp_path / 'run.log').read_text()
+    line = "['never'] are predicted, though no label holds them. As in MMSegmentation, each counts as 0 in "
+    without = np.mean([metrics[f'IoU.{name}'] for name in CLASSES[:4]])
+    assert log.count(f'{line}mIoU, which is {without:.2f} without them') == 1
 
 
 def test_batches_and_the_order_of_the_images_do_not_matter():
@@ -536,8 +572,9 @@ def test_a_runner_validates_with_thirds_of_its_training_annotations(small_config
     iou = total['intersect'] / total['union']
     assert metrics['mIoU'] == pytest.approx(100 * np.nanmean(iou), abs=0.006)
     assert metrics['mIoU.tail'] == pytest.approx(100 * np.nanmean(iou[order[8:]]), abs=0.006)
-    assert metrics['mIoU.low'] <= metrics['mIoU.high']
+    assert np.isnan(metrics['mIoU.low'])  # CamVid's images are in blocks of 20, and here are two
     log = log_of(runner)
+    assert 'all 2 images are of one block: there are no intervals' in log
     assert 'mRecall.small: ' in log  # logged as every other number
     assert 'ImbalanceIoUMetric cannot' not in log
 
@@ -567,7 +604,7 @@ def test_training_pixels_are_counted_as_the_last_head_sees_them(
     MessageHub.get_instance(tmp_path.name).update_info('cfg', cfg.pretty_text)
     labels, predictions = scenes_of(2)
     with DefaultScope.overwrite_default_scope('mmseg'):
-        evaluate(labels, predictions, CamVidDataset.METAINFO['classes'], 'ImbalanceIoUMetric', bootstrap=0)
+        evaluate(labels, predictions, CamVidDataset.METAINFO['classes'], 'ImbalanceIoUMetric')
     scores = load_image_scores(tmp_path / 'image_scores.npz')
     assert np.flatnonzero(scores['pixels'] == 0).tolist() == [3]
     assert scores['group'][3] == 'tail'

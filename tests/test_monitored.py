@@ -104,9 +104,7 @@ def test_a_key_that_cannot_exist_is_refused_before_training(data, tmp_path, key,
 
 @pytest.mark.parametrize('key', ['mIoU.body', 'mIoU.head', 'Recall.small.road'])
 def test_keys_that_an_option_switches_off_are_refused(data, tmp_path, key):
-    evaluator = dict(
-        type='ImbalanceIoUMetric', groups=dict(tail=['pole'], body=[]), object_areas=None, bootstrap=0
-    )
+    evaluator = dict(type='ImbalanceIoUMetric', groups=dict(tail=['pole'], body=[]), object_areas=None)
     runner = run(config(data, val_evaluator=evaluator, **with_best(key)), tmp_path.name)
     with pytest.raises(ValueError, match=f"'{key}', which no evaluation"):
         runner.train()

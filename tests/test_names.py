@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from mmseg_imbalance.reports.identity import settings
 from mmseg_imbalance.reports.names import readable_names, short_names
-from mmseg_imbalance.reports.work_dirs import Run, settings
+from mmseg_imbalance.reports.work_dirs import Run
 
 CE = dict(type='CrossEntropyLoss', loss_weight=1.0)
 COMBINED = dict(type='CombinedWeightedLoss', class_weight='auto')
@@ -24,7 +25,9 @@ def names(*configs):
             )
         )
         source = ', '.join(['test of iter_9.pth', *added])
-        groups[name] = [Run(Path(name), name, config, settings(config, 'test'), '', {}, source)]
+        groups[name] = [
+            Run(Path(name), name, config, settings(config, 'test'), frozenset(), '', '', {}, source)
+        ]
     return readable_names(groups)
 
 

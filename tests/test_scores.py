@@ -2,17 +2,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
-from test_metrics import CLASSES, scenes_of
+from test_metrics import CLASSES
 
 from mmseg_imbalance.scores import (
     AREAS,
-    bootstrap_counts,
+    block_names,
     class_groups,
     fine_grained_iou,
+    group_scores,
     load_image_scores,
     present_mean,
-    resampled_iou,
     save_image_scores,
 )
 
@@ -77,35 +76,76 @@ def test_a_mean_is_over_the_numbers_that_are_known():
     assert np.isnan(present_mean(np.array([np.nan, np.nan])))
 
 
-def test_bootstrap_counts_are_draws_with_replacement():
-    counts = bootstrap_counts(7, 4000, seed=3)
-    assert counts.shape == (4000, 7)
-    assert (counts.sum(1) == 7).all()
-    assert np.array_equal(counts, bootstrap_counts(7, 4000, seed=3))
-    assert not np.array_equal(counts, bootstrap_counts(7, 4000, seed=4))
-    expected = 4000 * 7 * stats.binom(7, 1 / 7).pmf(np.arange(8))
-    seen = np.bincount(counts.ravel(), minlength=8)
-    pooled = [np.append(x[:4], x[4:].sum()) for x in (seen, expected)]
-    assert stats.chisquare(*pooled).pvalue > 1e-3
+def pixels_of(label, right, false):
+    """The four areas of (N, C) pixels in labels, of those found and of those predicted wrongly."""
+    label, right, false = (np.array(values) for values in (label, right, false))
+    return dict(intersect=right, union=label + false, pred=right + false, label=label)
 
 
-def test_the_interval_agrees_with_scipys():
-    labels, predictions = scenes_of(40)
-    right = ((labels == predictions) & (labels == 1)).sum((1, 2))
-    union = (((labels == 1) | (predictions == 1)) & (labels != 255)).sum((1, 2))
-    theirs = stats.bootstrap(
-        (right, union),
-        lambda i, u, axis=-1: i.sum(axis) / u.sum(axis),
-        paired=True,
-        vectorized=True,
-        method='percentile',
-        n_resamples=4000,
-        rng=np.random.default_rng(1),
-    ).confidence_interval
-    counts = bootstrap_counts(40, 4000)
-    ours = np.percentile(resampled_iou(counts, right[:, None], union[:, None]), [2.5, 97.5])
-    width = theirs.high - theirs.low
-    assert ours == pytest.approx([theirs.low, theirs.high], abs=0.1 * width)
+def test_the_means_of_a_group_are_over_the_classes_that_labels_hold():
+    areas = pixels_of([[9, 4, 0], [9, 6, 0]], [[6, 3, 0], [9, 2, 0]], [[1, 0, 1], [0, 0, 0]])
+    scores = group_scores(areas, dict(head=np.array([0]), tail=np.array([1, 2])))
+    assert scores['mIoU.tail'] == scores['mRecall.tail'] == 5 / 10
+    assert scores['mPrecision.tail'] == 1
+    without = group_scores({key: x[:, :2] for key, x in areas.items()}, dict(tail=np.array([1])))
+    assert [scores[f'mIoU.tail.{end}'] for end in ('low', 'high')] == [
+        without[f'mIoU.tail.{end}'] for end in ('low', 'high')
+    ]
+    nothing = group_scores(areas, dict(tail=np.array([2])))
+    assert np.isnan([value for key, value in nothing.items() if 'tail' in key]).all()
+
+
+@pytest.mark.parametrize('absent', [None, 0.0, 0.5])
+@pytest.mark.parametrize('false', [0, 7])
+def test_a_mean_lies_inside_its_interval_whatever_absent_classes_count_as(absent, false):
+    rng = np.random.default_rng(0)
+    label = rng.integers(1, 90, (30, 4)) * [1, 1, 0, 0]
+    right = rng.binomial(label, 0.9)
+    wrong = rng.integers(0, 9, label.shape) * [1, 1, 0, 0]
+    wrong[0, 2] = false
+    scores = group_scores(pixels_of(label, right, wrong), {}, None, absent)
+    total = {key: values.sum(0) for key, values in pixels_of(label, right, wrong).items()}
+    counted = [i / u if u else absent for i, u in zip(total['intersect'], total['union'], strict=True)]
+    mean = np.mean([value for value in counted if value is not None])
+    assert scores['mIoU.low'] < mean < scores['mIoU.high']
+    alone = group_scores(pixels_of(label[:, :2], right[:, :2], wrong[:, :2]), {})
+    if len([value for value in counted if value is not None]) == 2:
+        assert scores == alone
+    else:
+        assert np.ptp(list(scores.values())) < np.ptp(list(alone.values()))
+
+
+def test_a_group_of_classes_in_one_image_has_no_interval():
+    label = np.array([[9, 5], [9, 0], [9, 0]])
+    areas = pixels_of(label, [[4, 3], [5, 0], [7, 0]], [[0, 1], [0, 2], [0, 0]])
+    scores = group_scores(areas, dict(head=np.array([0]), tail=np.array([1])))
+    assert scores['mIoU.tail'] == 3 / 8
+    assert np.isnan([scores['mIoU.tail.low'], scores['mIoU.tail.high']]).all()
+    assert scores['mIoU.head.low'] < scores['mIoU.head'] < scores['mIoU.head.high']
+    assert scores['mIoU.low'] < (20 / 27 + 3 / 8) / 2 < scores['mIoU.high']
+    one_block = group_scores(areas, dict(head=np.array([0])), ['a'] * 3)
+    assert np.isnan([value for key, value in one_block.items() if 'low' in key or 'high' in key]).all()
+
+
+def test_blocks_of_so_many_images_are_pieces_in_a_row():
+    blocks = block_names(20, [f'{n}.png' for n in range(101)])
+    assert blocks == sorted(blocks)
+    assert np.unique(blocks, return_counts=True)[1].tolist() == [21, 20, 20, 20, 20]
+    assert len(set(block_names(20, ['a', 'b']))) == 1
+    assert len(set(block_names(1, ['a', 'b']))) == 2
+    assert block_names(20, []) == []
+
+
+def test_a_block_is_what_the_expression_finds_in_the_path():
+    paths = ['x/0016E5_07959.jpg', 'x/0016E5_08001.jpg', 'y/0016E5_07961.jpg', 'y/other.jpg']
+    blocks = block_names(r'[^/]+(?=\d\d\.)', paths)
+    assert blocks == ['0016E5_079', '0016E5_080', '0016E5_079', 'y/other.jpg']
+    assert block_names('^.', paths) == ['x', 'x', 'y', 'y']
+    with pytest.raises(ValueError, match=r"blocks finds 'seq' in no path of an image, such as x/0016E5"):
+        block_names('seq', paths)
+    for wrong in ('(', 0, -3, 1.5, None):
+        with pytest.raises(ValueError, match=r'blocks is a regular expression.*got'):
+            block_names(wrong, [])
 
 
 def scores_of(images):
@@ -113,7 +153,12 @@ def scores_of(images):
     names = [f'{i}.png' for i in range(images)]
     group = ['head', 'body', 'tail', 'tail', '']
     return dict(zip(AREAS, areas, strict=True)) | dict(
-        images=names, classes=CLASSES, group=group, pixels=np.arange(5), confusion=np.arange(25).reshape(5, 5)
+        images=names,
+        blocks=['a'] * images,
+        classes=CLASSES,
+        group=group,
+        pixels=np.arange(5),
+        confusion=np.arange(25).reshape(5, 5),
     )
 
 
@@ -129,6 +174,13 @@ def test_scores_of_an_earlier_version_have_no_confusion(tmp_path):
     saved = {name: values for name, values in scores_of(3).items() if name != 'confusion'}
     save_image_scores(tmp_path / 'scores.npz', **saved)
     assert load_image_scores(tmp_path / 'scores.npz')['confusion'].shape == (0, 0)
+
+
+def test_scores_of_an_older_version_have_no_blocks(tmp_path):
+    saved = scores_of(3)
+    del saved['blocks']
+    save_image_scores(tmp_path / 'scores.npz', **saved)
+    assert load_image_scores(tmp_path / 'scores.npz')['blocks'].shape == (0,)
 
 
 @pytest.mark.parametrize('damage', ['cut', 'other', 'text', 'shape'])

@@ -12,11 +12,12 @@ Compare trained models class by class. Give the work dirs of training, several
 seeds of a config if you have them: runs whose configs differ in the seed alone
 are one row, mean and standard deviation. The result of a work dir is its
 newest test, which may lie in a folder below it; without a test, it is the last
-validation. A difference to the baseline is "within noise" if the 95 % interval
-over seeds or over images holds 0. The interval over images needs
-ImbalanceIoUMetric, which leaves image_scores.npz. The page of --out shows
-predictions of tests with --save-predictions. What cannot be compared is listed
-with the reason. IoU is in per cent, training time in minutes, memory in GB."""
+validation. A difference to the baseline is "within noise" if its 95 % interval,
+over seeds and images together, holds 0; with one run of a config nothing is
+called real. Images need ImbalanceIoUMetric, which leaves image_scores.npz. The
+page of --out shows predictions of tests with --save-predictions. What cannot be
+compared is listed with the reason. IoU is in per cent, training time in
+minutes, memory in GB."""
 EXAMPLE = """\
 work_dirs/plain-0 work_dirs/plain-1 work_dirs/balanced-0 work_dirs/balanced-1 --out comparison"""
 
@@ -30,6 +31,12 @@ def _options() -> argparse.ArgumentParser:
         type=Path,
         metavar='WORK_DIR',
         help='what the others are compared with; default: the first',
+    )
+    add(
+        '--blocks',
+        metavar='REGEX|N',
+        help='images that are not independent, such as frames of a video: of one block are those in whose '
+        'names REGEX finds the same text, or about N in a row; default: as the baseline was tested',
     )
     add(
         '--out',
@@ -60,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         options.error('--metafile writes into configs/ of a checkout; this is an installed package')
     work_dirs = [*args.work_dirs] if args.baseline is None else [args.baseline, *args.work_dirs]
     try:
-        comparison = compare(work_dirs, args.baseline)
+        blocks = int(args.blocks) if (args.blocks or '').isdecimal() else args.blocks
+        comparison = compare(work_dirs, args.baseline, blocks)
     except ValueError as error:
         options.exit(1, f'{options.prog}: {error}\n')
     for sheet in sheets(comparison):

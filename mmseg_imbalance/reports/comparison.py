@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
+from mmseg_imbalance.intervals import Difference, Jackknife, difference, jackknife
+from mmseg_imbalance.reports.identity import data_roots
 from mmseg_imbalance.reports.names import readable_names
 from mmseg_imbalance.reports.work_dirs import Run, Unusable, read_run
-from mmseg_imbalance.scores import bootstrap_counts, class_groups, present_mean, resampled_iou
+from mmseg_imbalance.scores import block_names, class_groups
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 NOISE = 'within noise'
 
 
@@ -25,18 +24,15 @@ class Estimate(NamedTuple):
     mean: float
     std: float | None  # over the runs, None for a single one
     difference: float | None = None  # of the mean to the baseline's; None for the baseline itself
-    seed_noise: float | None = None  # half the interval of a difference that other seeds would give
-    interval: tuple[float, float] | None = None  # of the difference, over images
+    interval: tuple[float, float] | None = None  # of the difference, 95 %
+    noise: str = ''  # what the interval holds: 'images and seeds', 'images', 'seeds' or ''
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether the difference may be chance; None: nothing tells."""
-        known = self.seed_noise is not None or self.interval is not None
-        if self.difference is None or math.isnan(self.difference) or not known:
+        """Whether the difference may be chance; None: unknown."""
+        if self.difference is None:
             return None
-        by_seed = self.seed_noise is not None and abs(self.difference) <= self.seed_noise
-        by_image = self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
-        return by_seed or by_image
+        return Difference(self.difference, self.interval, self.noise).within_noise
 
 
 class Group(NamedTuple):
@@ -58,13 +54,22 @@ class Comparison(NamedTuple):
     groups: list[Group]  # the baseline first
     left_out: list[tuple[str, str]]  # work dir and reason
     notes: list[str]
+    images: int | None = None  # that intervals are over, and their blocks; None: there are none over images
+    blocks: int | None = None
 
 
-def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
+def compare(
+    work_dirs: list[Path], baseline: Path | None = None, blocks: str | int | None = None
+) -> Comparison:
     """Read the runs, group them by config and estimate every number.
 
+    Args:
+        work_dirs: of trainings or tests.
+        baseline: one of them; None: the first.
+        blocks: see :func:`~mmseg_imbalance.scores.block_names`; None: as the baseline was tested with.
+
     Raises:
-        ValueError: no run can be used, or not the baseline.
+        ValueError: no run can be used, or not the baseline; ``blocks`` are no such thing.
     """
     runs, left_out, notes = [], [], []
     for work_dir in {path.resolve(): path for path in work_dirs}.values():
@@ -99,11 +104,11 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
         seeds = [run.seed for run in members if run.seed is not None]
         if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
             notes.append(f'{label}: seed {twice} more than once; these are not independent runs')
-        roots = {
-            str(run.config.get('train_dataloader', {}).get('dataset', {}).get('data_root')) for run in members
-        }
+        roots = {', '.join(data_roots(run.config.get('train_dataloader'))) for run in members}
         if len(roots) > 1:
-            notes.append(f'{label}: trained on data at {sorted(roots)}, taken for the same')
+            notes.append(
+                f'{label}: trained on data at {sorted(roots)}, of the same counts, so taken as the same'
+            )
     notes += [
         f'{run.work_dir}: {note}' for members in groups.values() for run in members for note in run.notes
     ]
@@ -122,7 +127,13 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
         classes = sorted(pixels, key=lambda name: -pixels[name])
         shares = {name: pixels[name] / max(sum(pixels.values()), 1) for name in classes}
         parts = _parts(runs, classes, pixels)
-    means = {'mIoU': classes} | {f'mIoU.{part}': members for part, members in parts.items()}
+    counted = [c for c in classes if all(math.isfinite(run.iou.get(c, math.nan)) for run in runs)]
+    if rest := [c for c in classes if c not in counted]:
+        notes.append(
+            f'{rest} are in no mean: no label of the tested images holds them, or not every run has them'
+        )
+    means = {'mIoU': counted}
+    means |= {f'mIoU.{part}': [c for c in members if c in counted] for part, members in parts.items()}
     more = [
         key
         for key in ('aAcc', *first.metrics)
@@ -137,27 +148,40 @@ def compare(work_dirs: list[Path], baseline: Path | None = None) -> Comparison:
         }
         for label, members in groups.items()
     }
-    intervals = _image_intervals(groups, classes, means, notes)
-    estimated, base = [], next(iter(values.values()))
-    for number, (label, members) in enumerate(groups.items()):
+    of_images, number = _jackknives(groups, counted, blocks, notes)
+    members_of = {name: [at] for at, name in enumerate(counted)}
+    members_of |= {key: [counted.index(name) for name in names] for key, names in means.items()}
+    first_label, base = next(iter(values.items()))
+    estimated = []
+    same = _tested_alike(groups, notes)
+    for label, members in groups.items():
         estimates = {}
         for key, found in values[label].items():
-            known = _finite(found)
+            known = [value for value in found if math.isfinite(value)]
             mean = float(np.mean(known)) if known else math.nan
             std = float(np.std(known, ddof=1)) if len(known) > 1 else None
             estimates[key] = Estimate(found, mean, std)
-            if number > 0:
-                reference = _finite(base[key])
-                difference = mean - float(np.mean(reference)) if reference else math.nan
-                noise = _seed_noise(reference, known)
-                estimates[key] = Estimate(found, mean, std, difference, noise, intervals.get((label, key)))
+            if members is groups[first_label]:
+                continue
+            images = None
+            if label in of_images and first_label in of_images and members_of.get(key):
+                images = of_images[first_label], of_images[label]
+            result = difference(
+                *([value / 100 for value in each] for each in (base[key], found)),
+                images,
+                np.array(members_of.get(key, []), int),
+            )
+            interval = None if result.interval is None else tuple(100 * end for end in result.interval)
+            if label not in same:
+                interval, result = None, result._replace(noise='')
+            estimates[key] = Estimate(found, mean, std, 100 * result.mean, interval, result.noise)
         estimated.append(Group(label, full_names[label], members, estimates))
-    return Comparison(classes, shares, parts, [*means, *more], estimated, left_out, notes)
+    return Comparison(classes, shares, parts, [*means, *more], estimated, left_out, notes, *number)
 
 
 def _mean_iou(run: Run, names: list[str]) -> float:
-    """Over the classes that occur or are predicted, in per cent."""
-    found = [run.iou[name] for name in names if not math.isnan(run.iou.get(name, math.nan))]
+    """Over these classes, in per cent."""
+    found = [run.iou[name] for name in names]
     return float(np.mean(found)) if found else math.nan
 
 
@@ -167,18 +191,23 @@ def _grouped(runs: list[Run], first: Run, left_out: list[tuple[str, str]]) -> di
     A model that was given twice, by its training and by its test, is taken once.
     """
     found: list[tuple[dict, list[Run]]] = []
+    taken: list[tuple[dict, Run]] = []
     for run in sorted(runs, key=lambda run: run is not first):
+        evaluated = {
+            key: value
+            for key, value in run.settings.items()
+            if key.startswith('evaluation.') or key == 'tested data'
+        }
+        twin = next((r for how, r in taken if how == evaluated and r.models & run.models), None)
+        if twin is not None:
+            left_out.append((str(run.work_dir), f'it is of the same model as {twin.work_dir}'))
+            continue
+        taken.append((evaluated, run))
         members = next((members for known, members in found if known == run.settings), None)
         if members is None:
             found.append((run.settings, [run]))
-            continue
-        same = next(
-            (m for m in members if Path(m.checkpoint).resolve() == Path(run.checkpoint).resolve()), None
-        )
-        if same is None:
-            members.append(run)
         else:
-            left_out.append((str(run.work_dir), f'it is of the same model as {same.work_dir}'))
+            members.append(run)
     labels: dict[str, list[Run]] = {}
     for settings, members in found:
         label = members[0].name
@@ -199,72 +228,83 @@ def _parts(runs: list[Run], classes: list[str], pixels: dict[str, int]) -> dict[
     for run in runs:
         if run.scores is not None and any(run.scores['group']):
             of = dict(zip(run.scores['classes'].tolist(), run.scores['group'].tolist(), strict=True))
-            return {part: [c for c in classes if of[c] == part] for part in ('head', 'body', 'tail')}
+            return {part: [c for c in classes if of.get(c) == part] for part in ('head', 'body', 'tail')}
     thirds = class_groups(np.array([pixels[name] for name in classes]))
     return {part: [classes[c] for c in members] for part, members in thirds.items()}
 
 
-def _finite(values: list[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
+def _tested_alike(groups: dict[str, list[Run]], notes: list[str]) -> set[str]:
+    """Labels of the configs that were tested on the images and labels of the baseline."""
+    (first, (base, *_)), *others = groups.items()
+    alike = {first}
+    for label, members in others:
+        if all(_same_images(base, run) for run in members):
+            alike.add(label)
+        else:
+            notes.append(
+                f"{label}: its images or their labels are not the baseline's, so nothing is known of the "
+                'noise'
+            )
+    return alike
 
 
-def _seed_noise(first: list[float], second: list[float]) -> float | None:
-    """Half the 95 % interval of the difference of two means, by Student's t of two samples."""
-    freedom = len(first) + len(second) - 2
-    if not first or not second or freedom == 0:
-        return None
-    squares = sum(float(((np.array(x) - np.mean(x)) ** 2).sum()) for x in (first, second))
-    factor = student.ppf((1 + CONFIDENCE) / 2, freedom)
-    return float(factor * math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second))))
+def _same_images(one: Run, other: Run) -> bool:
+    """Whether two runs were tested on the same images, and on the same labels of the classes of both."""
+    if one.scores is None or other.scores is None:
+        first, second = (
+            {
+                k: v
+                for k, v in run.settings.items()
+                if k.startswith('evaluation.dataset.') and '.pipeline.' not in k
+            }
+            for run in (one, other)
+        )
+        return first == second
+    both = [name for name in one.scores['classes'].tolist() if name in other.scores['classes'].tolist()]
+    labels = [run.scores['label'][:, _columns(run, both)] for run in (one, other)]
+    return np.array_equal(one.scores['images'], other.scores['images']) and np.array_equal(*labels)
 
 
-def _image_intervals(
-    groups: dict[str, list[Run]], classes: list[str], means: dict[str, list[str]], notes: list[str]
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """95 % intervals of the differences to the first config, from the same resampled images for both."""
-    if len(groups) < 2:
-        return {}
-    scored = {
-        label: members
-        for label, members in groups.items()
-        if all(run.scores and set(classes) <= set(run.scores['classes'].tolist()) for run in members)
-    }
+def _columns(run: Run, names: list[str]) -> list[int]:
+    classes = run.scores['classes'].tolist()
+    return [classes.index(name) for name in names]
+
+
+def _jackknives(
+    groups: dict[str, list[Run]], classes: list[str], blocks: str | int | None, notes: list[str]
+) -> tuple[dict[str, list[Jackknife]], tuple[int | None, int | None]]:
+    """How the IoU of these classes changes without each block of images, for each run of the configs that
+    know, and the numbers of images and blocks.
+    """
+    scored = {label: members for label, members in groups.items() if all(run.scores for run in members)}
     first = next(iter(groups))
+    if len(groups) < 2:
+        return {}, (None, None)
     if first not in scored or len(scored) < 2:
         notes.append(
             'no intervals over images: ImbalanceIoUMetric leaves image_scores.npz for them, which the '
-            'baseline or all others lack, or which lacks classes of other runs'
+            'baseline or all others lack'
         )
-        return {}
-    images = scored[first][0].scores['images']
-    counts = bootstrap_counts(len(images), RESAMPLES, seed=0)  # (R, N)
-
-    def resampled(members: list[Run]) -> dict[str, np.ndarray]:
-        total = np.zeros((RESAMPLES, len(classes)))
-        for run in members:
-            order = [run.scores['classes'].tolist().index(name) for name in classes]
-            areas = (run.scores[key][:, order] for key in ('intersect', 'union'))
-            total += 100 * resampled_iou(counts, *areas) / len(members)
-        columns = dict(zip(classes, total.T, strict=True))
-        for key, names in means.items():
-            columns[key] = present_mean(total[:, [classes.index(name) for name in names]].T)
-        return columns
-
-    base, intervals = resampled(scored[first]), {}
-    for label, members in list(scored.items())[1:]:
-        if not all(
-            np.array_equal(run.scores[key], scored[first][0].scores[key])
-            for run in (*scored[first], *members)
-            for key in ('images', 'label')
-        ):
-            notes.append(
-                f"{label}: no interval over images, its images or their labels are not the baseline's"
-            )
-            continue
-        for key, values in resampled(members).items():
-            tail = 50 * (1 - CONFIDENCE)
-            difference = values - base[key]
-            if np.isfinite(difference).any():
-                low, high = np.nanpercentile(difference, [tail, 100 - tail])
-                intervals[label, key] = (float(low), float(high))
-    return intervals
+        return {}, (None, None)
+    scores = scored[first][0].scores
+    names = scores['images'].tolist()
+    of_image = scores['blocks'].tolist() or names if blocks is None else block_names(blocks, names)
+    number = len(set(of_image))
+    if number < 2:
+        notes.append(
+            f'no intervals over images: all {len(names)} are of one block, and nothing tells what others '
+            'would give'
+        )
+        return {}, (None, None)
+    block_of = dict(zip(names, of_image, strict=True))
+    found = {}
+    for label, members in scored.items():
+        if all(run.scores['images'].tolist() == names for run in members):
+            found[label] = [
+                jackknife(
+                    *(run.scores[key][:, _columns(run, classes)] for key in ('intersect', 'union', 'label')),
+                    [block_of[name] for name in names],
+                )
+                for run in members
+            ]
+    return found, (len(names), number)

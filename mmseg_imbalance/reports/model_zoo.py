@@ -12,7 +12,8 @@ from mmengine.config import Config
 
 from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.reports.comparison import Comparison, Group
-from mmseg_imbalance.reports.work_dirs import Run, settings
+from mmseg_imbalance.reports.identity import OF_RUN, settings
+from mmseg_imbalance.reports.work_dirs import Run
 
 DATASETS = dict(ade20k='ADE20K', camvid='CamVid', cityscapes='Cityscapes')  # as MMSegmentation writes them
 SUMMARIES = ('mIoU', 'mIoU.head', 'mIoU.body', 'mIoU.tail', 'mIoU_C_q5', 'aAcc')  # of the first table
@@ -53,7 +54,7 @@ def _check(run: Run, path: Path) -> None:
     """Refuse a run that was not carried out, to its end, as the config says."""
     config = Config.fromfile(str(path))
     says = settings(config, run.source.split()[0].replace('validation', 'val'))
-    keys = sorted(says.keys() | run.settings.keys())
+    keys = sorted((says.keys() | run.settings.keys()) - {*OF_RUN})
     differing = [
         f'{k}={run.settings.get(k)} for {says.get(k)}' for k in keys if says.get(k) != run.settings.get(k)
     ]

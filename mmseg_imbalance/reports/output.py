@@ -27,13 +27,13 @@ def record(comparison: Comparison) -> dict:
             std=number(e.std),
             values=[number(value) for value in e.values],
             difference=number(e.difference),
-            seed_noise=number(e.seed_noise),
-            interval_over_images=None if e.interval is None else [number(x) for x in e.interval],
+            interval=None if e.interval is None else [number(x) for x in e.interval],
+            interval_over=e.noise,
             within_noise=e.within_noise,
         )
 
     def run(r: Run) -> dict:
-        names = ('seed', 'source', 'length', 'seconds', 'memory', 'processes', 'hardware', 'notes')
+        names = ('seed', 'source', 'data', 'length', 'seconds', 'memory', 'processes', 'hardware', 'notes')
         metrics = {key: number(value) for key, value in r.metrics.items()}
         return (
             dict(work_dir=str(r.work_dir))
@@ -77,12 +77,12 @@ def table(comparison: Comparison) -> str:
     """A row of CSV for each config and quantity."""
     text = StringIO(newline='')
     rows = csv.writer(text)
-    names = ['mean', 'std', 'difference', 'seed_noise', 'low', 'high', 'within_noise']
+    names = ['mean', 'std', 'difference', 'low', 'high', 'interval_over', 'within_noise']
     rows.writerow(['config', 'quantity', 'share', 'runs', *names])
     for group in comparison.groups:
         for key, e in group.estimates.items():
             low, high = e.interval or (None, None)
-            numbers = (e.mean, e.std, e.difference, e.seed_noise, low, high, e.within_noise)
+            numbers = (e.mean, e.std, e.difference, low, high, e.noise, e.within_noise)
             share = comparison.shares.get(key)
             rows.writerow([group.name, key, share, len(e.values), *numbers])
     return text.getvalue()

@@ -75,7 +75,7 @@ def _cells(sheet: Sheet, row: list[str]) -> Iterator[str]:
     for name, cell in zip(sheet.header, row, strict=True):
         kind = ''
         if name.endswith(': difference') and cell[0] in '+-' and cell != '-':
-            kind = 'noise' if 'noise' in cell else 'up' if cell[0] == '+' else 'down'
+            kind = 'noise' if 'noise' in cell or 'unknown' in cell else 'up' if cell[0] == '+' else 'down'
         yield f'<td class="{kind}">{escape(cell)}</td>' if kind else f'<td>{escape(cell)}</td>'
 
 
@@ -85,7 +85,7 @@ def _plots(comparison: Comparison) -> Iterator[tuple[str, str, Callable[[Compari
         yield (
             'Difference by class frequency',
             f'IoU of each class minus that of {base}, by its share of the training pixels. Hollow: within '
-            'noise. Bars: 95 % interval over images. Dashed: the difference of the mean over classes.',
+            'noise, or noise unknown. Bars: 95 % interval. Dashed: the difference of the mean over classes.',
             plot_differences,
         )
     yield (

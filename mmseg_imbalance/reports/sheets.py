@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from mmseg_imbalance.reports.comparison import NOISE, RESAMPLES, Comparison, Estimate
+from mmseg_imbalance.reports.comparison import NOISE, Comparison, Estimate
 from mmseg_imbalance.reports.confusion import confusion, confusion_tables
 
 
@@ -26,6 +27,7 @@ def sheets(comparison: Comparison) -> list[Sheet]:
             '-' if run.seed is None else str(run.seed),
             str(run.work_dir),
             run.source,
+            run.data,
             '-' if run.length is None else f'{run.length:,}',
             _duration(run.seconds),
             '-' if run.memory is None else f'{run.memory / 1024:.2f} GB',
@@ -34,7 +36,18 @@ def sheets(comparison: Comparison) -> list[Sheet]:
         for group in groups
         for number, run in enumerate(group.runs)
     ]
-    header = ['name', 'config', 'seed', 'work dir', 'result', 'length', 'training', 'memory', 'hardware']
+    header = [
+        'name',
+        'config',
+        'seed',
+        'work dir',
+        'result',
+        'tested on',
+        'length',
+        'training',
+        'memory',
+        'hardware',
+    ]
     shown = [Sheet('Runs', header, runs)]
     columns = [groups[0].label] + [
         f'{group.label}{what}' for group in groups[1:] for what in ('', ': difference')
@@ -72,7 +85,7 @@ def _difference(estimate: Estimate) -> str:
         return '-'
     text = f'{estimate.difference:+.2f}'
     if estimate.within_noise is None:
-        return f'{text}, noise unknown'
+        return f'{text}, seeds unknown' if estimate.noise == 'images' else f'{text}, noise unknown'
     return f'{text} {NOISE}' if estimate.within_noise else text
 
 
@@ -86,28 +99,42 @@ def _duration(seconds: float | None) -> str:
 def explanation(comparison: Comparison) -> list[str]:
     """How to read the tables."""
     groups = comparison.groups
-    if any(e.seed_noise is not None for group in groups for e in group.estimates.values()):
-        lines_of = (
-            "Noise of the seeds: 95 % interval of the difference of the means, Student's t of two samples."
-        )
-    else:
-        lines_of = 'One run of each config: how much another seed would change is not known.'
     lines = [
-        f'Means over the runs of a config ± their standard deviation; differences are to {groups[0].label}.',
-        lines_of,
+        f'Means over the runs of a config ± their standard deviation; differences are to {groups[0].label}.'
     ]
-    if any(e.interval for group in groups for e in group.estimates.values()):
-        images = len(groups[0].runs[0].scores['images'])
-        lines.append(
-            'Noise of the images: 95 % interval of the difference by paired bootstrap, '
-            f'{RESAMPLES} resamples of the {images} images.'
-        )
-    lines.append(
-        f'A difference is "{NOISE}" if either interval holds 0. Many differences are looked at together: at '
-        '95 %, one in twenty exceeds noise by chance.'
-    )
+    if len(groups) > 1:
+        lines += _noise(comparison)
     lines.append('Training is estimated from the logged times of iterations; peak memory is logged on GPUs.')
     return lines
+
+
+def _noise(comparison: Comparison) -> Iterator[str]:
+    kinds = {estimate.noise for group in comparison.groups for estimate in group.estimates.values()}
+    if min(len(group.runs) for group in comparison.groups) < 2:
+        yield (
+            'A config with one run: how much another seed would change is not known, so no difference to it '
+            'or of it is called real. Train each config with three seeds or more.'
+        )
+    if comparison.images is not None:
+        what = f'{comparison.images} images'
+        if comparison.blocks != comparison.images:
+            what += (
+                f' in {comparison.blocks} blocks, which are left out one by one (frames are not independent)'
+            )
+        yield (
+            f'The 95 % interval of a difference of IoU is over seeds and images together, of {what}: what '
+            'other seeds and other images of the same kind would give. A class in less than two of them has '
+            'no interval.'
+        )
+    if 'seeds' in kinds:
+        what = (
+            'The 95 % interval of other numbers' if comparison.images else 'The 95 % interval of a difference'
+        )
+        yield f'{what} is over seeds alone: it holds for the tested images.'
+    yield (
+        f'A difference is "{NOISE}" if its interval holds 0. Many differences are looked at together: at '
+        '95 %, one in twenty is beyond noise by chance.'
+    )
 
 
 def markdown(comparison: Comparison) -> str:

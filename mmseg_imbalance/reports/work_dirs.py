@@ -10,15 +10,21 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 
+from mmseg_imbalance.reports.identity import (
+    evaluated_at,
+    has_hook,
+    model_names,
+    settings,
+    shown_data,
+    tested_data,
+    training_data,
+)
 from mmseg_imbalance.scores import load_image_scores
 
-# settings of any depth that say where and how a run was carried out, not what was trained
-ELSEWHERE = {
-    'custom_imports', 'data_root', 'default_hooks', 'default_scope', 'env_cfg', 'experiment_name', 'launcher',
-    'log_level', 'log_processor', 'model_wrapper_cfg', 'num_workers', 'persistent_workers', 'pin_memory',
-    'randomness', 'resume', 'val_interval', 'vis_backends', 'visualizer', 'work_dir',
-}  # fmt: skip
-AFTER_TRAINING = re.compile('(test|val|tta)_')  # where these names begin
+# what EarlyStoppingHook logs when it ends a training
+STOPPED = re.compile(
+    'the monitored metric did not improve|Stopping threshold reached|Monitored metric .* is infinite'
+)
 
 
 class Unusable(Exception):
@@ -37,10 +43,12 @@ class Run:
     name: str  # of the config
     config: Config  # of the training, where that is known, else of the test
     settings: dict[str, object]  # what was trained and tested and how, equal for the seeds of one config
+    models: frozenset[str]  # names of the model that was evaluated
+    data: str  # what it was evaluated on, in words
     checkpoint: str  # what was evaluated, a path
     metrics: dict[str, float]
     source: str  # of the metrics
-    scores: dict | None = None  # rows of every image, see mmseg_imbalance.metrics.load_image_scores
+    scores: dict | None = None  # rows of every image, see mmseg_imbalance.scores.load_image_scores
     class_pixels: dict[str, int] = field(default_factory=dict)  # of the training data, where known
     length: int | None = None  # of the training, in iterations or epochs
     seconds: float | None = None  # in training iterations, validation not included
@@ -61,55 +69,15 @@ class Run:
 
     @property
     def iou(self) -> dict[str, float]:
-        """IoU of each class in per cent; of one that neither occurs nor is predicted NaN, or nothing."""
+        """IoU of each class in per cent; of one that no label of the images holds NaN.
+
+        Without the pixels of the images it is as the metric has it: 0 for such a class where it is predicted.
+        """
         if self.scores is None:
             return {k.removeprefix('IoU.'): v for k, v in self.metrics.items() if k.startswith('IoU.')}
-        union, intersect = (self.scores[key].sum(0) for key in ('union', 'intersect'))
-        with np.errstate(invalid='ignore'):
-            iou = 100 * intersect / union
+        union, intersect, label = (self.scores[key].sum(0) for key in ('union', 'intersect', 'label'))
+        iou = np.where(label > 0, 100 * intersect / np.maximum(union, 1), np.nan)
         return dict(zip(self.scores['classes'].tolist(), iou.tolist(), strict=True))
-
-
-def settings(config: Config, split: str, tested: Config | None = None) -> dict[str, object]:
-    """What is trained and, on a split, tested, by KEY.KEY: equal for runs that differ in the seed alone.
-
-    Args:
-        config: of the training.
-        split: 'val' or 'test'.
-        tested: config of the test; None: the same.
-    """
-    tested = config if tested is None else tested
-    model, wrappers = tested.get('model') or {}, []
-    while 'module' in model:  # test time augmentation, removal of small regions
-        wrappers.append({key: value for key, value in model.items() if key != 'module'})
-        model = model['module']
-    evaluated = dict(
-        mode=dict(model.get('test_cfg') or {}),
-        wrappers=wrappers,
-        hooks=[h for h in tested.get('custom_hooks') or () if h['type'] == 'LogitAdjustmentHook'],
-        pipeline=((tested.get(f'{split}_dataloader') or {}).get('dataset') or {}).get('pipeline'),
-    )
-    flat: dict[str, object] = {}
-    trained = config.to_dict()
-    while 'module' in trained.get('model', {}):
-        trained['model'] = trained['model']['module']
-    _flatten(trained, '', flat)
-    _flatten(evaluated, 'evaluation', flat)
-    return flat
-
-
-def _flatten(node: object, key: str, flat: dict[str, object]) -> None:
-    if isinstance(node, dict):
-        names = [(str(name), value) for name, value in node.items()]
-        items = [(k, v) for k, v in names if k not in ELSEWHERE and not AFTER_TRAINING.match(k)]
-    elif isinstance(node, list | tuple):
-        items = [(str(index), value) for index, value in enumerate(node)]
-    else:
-        if node is not None:
-            flat[key] = node
-        return
-    for name, value in items:
-        _flatten(value, f'{key}.{name}'.lstrip('.'), flat)
 
 
 def read_run(work_dir: Path) -> Run | Unusable:
@@ -152,19 +120,20 @@ def _read(work_dir: Path) -> Run:
         config.load_from = _config(trainings[0]).get('load_from')
     else:
         config.load_from = None  # the checkpoint of the test
-    length, unit = _length(config) if trainings else (None, '')
-    if length is not None:
-        reached = _reached(trainings, logs, length, unit)
-        if reached < length:
+    length, unit = _length(config)
+    end = length  # of the training
+    if trainings and length is not None:
+        end = _reached(trainings, logs, length, unit)
+        if end < length and has_hook(config, 'EarlyStoppingHook') and STOPPED.search(_log(trainings[-1])):
+            notes.append(f'ended by EarlyStoppingHook after {end} of {length} {unit}s')
+        elif end < length:
             raise Unusable(
-                f'half-finished, {reached} of {length} {unit}s; '
+                f'half-finished, {end} of {length} {unit}s; '
                 'mmseg-imbalance train CONFIG --resume goes on with it'
             )
     session, metrics, checkpoint, split = _results(tests, trainings, logs, unit)
-    at = re.fullmatch(rf'{unit or "iter"}_(\d+)', Path(checkpoint).stem)
-    complete = length is None or at is None or int(at[1]) == length
-    if not complete:
-        notes.append(f'evaluated after {at[1]} of {length} {unit}s')
+    what, note = evaluated_at(checkpoint, end, unit)
+    notes += [note] if note else []
     if not any(key.startswith('IoU.') for key in metrics):
         raise Unusable(
             'its results lack the IoU of each class; test it with ImbalanceIoUMetric: '
@@ -179,23 +148,33 @@ def _read(work_dir: Path) -> Run:
     tested = _config(session)
     home = (trainings or [session])[-1]
     text = _log(home)
+    processes = int(number[1]) if (number := re.search(r'GPU number: (\d+)', text)) else 1
     train = [record for each in trainings for record in logs[each] if 'loss' in record]
+    class_pixels = _class_pixels(home.parent, scores)
+    of_run = {
+        'processes': processes if trainings else None,
+        'training data': training_data(config, class_pixels),
+        'tested data': tested_data(tested, split, scores),
+        'checkpoint': what,
+    }
     return Run(
         work_dir,
         max(home.parent.glob('*.py'), key=lambda path: path.stat().st_mtime, default=work_dir).stem,
         config,
-        settings(config, split, tested),
+        settings(config, split, tested) | of_run,
+        model_names(trainings[0] if trainings else None, session, checkpoint),
+        shown_data(tested, split, scores),
         checkpoint,
         metrics,
         _source(checkpoint, split, tested),
         scores,
-        _class_pixels(home.parent, scores),
-        length,
+        class_pixels,
+        end if trainings else None,
         sum(_seconds(logs[each], n > 0) for n, each in enumerate(trainings)) or None,
         max((record['memory'] for record in train if 'memory' in record), default=None),
-        int(number[1]) if (number := re.search(r'GPU number: (\d+)', text)) else 1,
+        processes,
         _hardware(text) if trainings else None,
-        complete,
+        what == 'end',
         notes,
         session,
     )

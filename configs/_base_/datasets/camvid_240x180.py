@@ -45,6 +45,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type='ImbalanceIoUMetric')
+# val is 7 s of one video: intervals are over pieces of 20 frames, as single frames are not independent
+val_evaluator = dict(type='ImbalanceIoUMetric', blocks=20)
 test_evaluator = val_evaluator
 custom_hooks = [dict(type='RunHook')]
