@@ -55,7 +55,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Run:
+class SuiteRun:
     """One training of a suite."""
 
     suite: str
@@ -126,7 +126,7 @@ class Suite:
             if method not in self.methods:
                 raise ValueError(f'{self.path}: method {method!r} is none of {list(self.methods)}')
 
-    def runs(self, seeds: Iterable[int] | None = None) -> list[Run]:
+    def runs(self, seeds: Iterable[int] | None = None) -> list[SuiteRun]:
         """All runs, seed by seed, so that a suite that is stopped early holds whole comparisons.
 
         Args:
@@ -138,15 +138,15 @@ class Suite:
                 if seeds is not None and seed not in seeds:
                     continue
                 for method in group.get('methods') or self.methods:
-                    run = Run(self.name, group['dataset'], group['schedule'], method, seed)
+                    run = SuiteRun(self.name, group['dataset'], group['schedule'], method, seed)
                     if run not in runs:  # a group may name again what another has
                         runs.append(run)
         return runs
 
-    def iterations(self, run: Run) -> int:
+    def iterations(self, run: SuiteRun) -> int:
         return self.schedules[run.schedule]
 
-    def config(self, run: Run) -> Config:
+    def config(self, run: SuiteRun) -> Config:
         """The config of a run, with the data where the config of the data set says."""
         cfg = Config.fromfile(self.datasets[run.dataset])
         iterations = self.iterations(run)
