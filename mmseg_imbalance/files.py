@@ -9,7 +9,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ['write_atomically']
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ['locked', 'write_atomically']
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
+    """Hold a folder, which is made where it is missing, for this process alone; not on Windows.
+
+    Args:
+        wait: for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

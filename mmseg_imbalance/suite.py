@@ -23,21 +23,11 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
-from mmseg_imbalance.files import write_atomically
-from mmseg_imbalance.scores import load_image_scores
+from mmseg_imbalance.files import locked, write_atomically
+from mmseg_imbalance.reports.identity import settings
+from mmseg_imbalance.reports.work_dirs import read_records
 
 SPLITS = ('train', 'val', 'test')
-# entries of a config that decide what comes out; not how it is logged, watched and saved
-DECISIVE = (
-    'model',
-    'train_dataloader',
-    'val_dataloader',
-    'optim_wrapper',
-    'param_scheduler',
-    'train_cfg',
-    'custom_hooks',
-    'load_from',
-)
 # what a row says before its metrics
 COLUMNS = (
     'suite',
@@ -76,8 +66,12 @@ class SuiteRun:
     @property
     def name(self) -> str:
         """The folder of the run, below the work dir."""
-        method = re.sub(r'[^a-z0-9.]+', '-', self.method.lower()).strip('-')
-        return f'{self.dataset}/{self.schedule}/{method}/seed{self.seed}'
+        return f'{self.dataset}/{self.schedule}/{self.slug}/seed{self.seed}'
+
+    @property
+    def slug(self) -> str:
+        """The method in letters that any file system takes."""
+        return re.sub(r'[^a-z0-9.]+', '-', self.method.lower()).strip('-')
 
 
 class Suite:
@@ -112,12 +106,23 @@ class Suite:
         self.groups = [dict(group) for group in content.runs]
         for group in self.groups:
             self._check(group)
+        folders: dict[str, str] = {}
+        for run in self.runs():
+            if (other := folders.setdefault(run.name, run.method)) != run.method or not run.slug:
+                raise ValueError(
+                    f'{self.path}: the folder of a method is named by its letters a to z and digits, which '
+                    f'{run.method!r} {"lacks" if not run.slug else f"shares with {other!r}"}; rename it'
+                )
 
     def _check(self, group: dict) -> None:
         unknown = set(group) - {'dataset', 'schedule', 'seeds', 'methods'}
         if unknown or not {'dataset', 'schedule', 'seeds'} <= set(group):
             raise ValueError(
                 f'{self.path}: an entry of runs has dataset, schedule, seeds and perhaps methods, got {group}'
+            )
+        if not isinstance(group['seeds'], int) or group['seeds'] < 1:
+            raise ValueError(
+                f'{self.path}: seeds is their number, 3 for the seeds 0, 1 and 2, got {group["seeds"]!r}'
             )
         for what, known in (('dataset', self.datasets), ('schedule', self.schedules)):
             if group[what] not in known:
@@ -159,7 +164,7 @@ class Suite:
                     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=warmup),
                     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=warmup, end=iterations),
                 ],
-                'default_hooks.checkpoint': dict(interval=100, max_keep_ckpts=1),
+                'default_hooks.checkpoint': dict(interval=100, max_keep_ckpts=2),
                 'randomness': dict(seed=run.seed),
             }
         )
@@ -169,8 +174,7 @@ class Suite:
 
 def fingerprint(cfg: Config) -> str:
     """What trains and what is tested, in 12 letters: all seeds of a method have the same."""
-    content = cfg.to_dict()
-    text = json.dumps({name: content.get(name) for name in DECISIVE}, sort_keys=True, default=str)
+    text = json.dumps(settings(cfg, 'val'), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -181,7 +185,8 @@ def on_this_machine(cfg: Config, data: Path, workers: int, float32: bool) -> Non
     """
     if float32 and cfg.optim_wrapper.get('dtype') == 'bfloat16':
         cfg.optim_wrapper.type = 'OptimWrapper'
-        del cfg.optim_wrapper['dtype'], cfg.optim_wrapper['loss_scale']
+        for name in ('dtype', 'loss_scale'):
+            cfg.optim_wrapper.pop(name, None)
     for split in SPLITS:
         loader = cfg[f'{split}_dataloader']
         loader.dataset.data_root = str(data)
@@ -202,36 +207,25 @@ def commit_of(folder: Path) -> str:
         return ''
 
 
-def evaluations(work_dir: Path) -> dict[int, dict[str, float]]:
-    """The metrics of each evaluation of a run by its iteration, also of one that was resumed."""
-    found = {}
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for line in path.read_text(encoding='utf-8').splitlines():
-            record = json.loads(line)
-            if 'mIoU' in record:
-                found[record['step']] = record
-    return found
-
-
-def class_pixels(work_dir: Path) -> dict[str, int]:
-    """The pixels of each class in the training annotations, as the last evaluation left them; {} without."""
-    paths = sorted(work_dir.glob('*/image_scores.npz'))
-    if not paths:
-        return {}
-    scores = load_image_scores(paths[-1])
-    return dict(zip(scores['classes'].tolist(), scores['pixels'].tolist(), strict=False))  # not known: (0,)
-
-
-def training_minutes(work_dir: Path, iterations: int) -> float:
-    """The time of the iterations, without evaluations, from the mean that the log has."""
-    times = [
-        json.loads(line).get('time')
+def evaluations(work_dir: Path) -> dict[int, float]:
+    """The mIoU of each evaluation of a training by its iteration, also of one that was resumed."""
+    records = [
+        record
         for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
-        for line in path.read_text(encoding='utf-8').splitlines()
-        if '"loss"' in line
+        for record in read_records(path, [])
+        if 'mIoU' in record
     ]
-    times = [time for time in times if time is not None]
-    return sum(times) / len(times) * iterations / 60 if times else float('nan')
+    return dict(sorted((record['step'], record['mIoU']) for record in records))
+
+
+def prepare_resume(work_dir: Path, iterations: int) -> None:
+    """Let a training that was ended in its last evaluation do it: MMEngine resumes behind it."""
+    last = work_dir / f'iter_{iterations}.pth'
+    if last.exists() and iterations not in evaluations(work_dir):
+        last.unlink()
+        earlier = max(work_dir.glob('iter_*.pth'), key=lambda path: path.stat().st_mtime, default=None)
+        name = work_dir / 'last_checkpoint'
+        name.unlink() if earlier is None else name.write_text(str(earlier))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -244,9 +238,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def append_row(path: Path, row: dict[str, object]) -> None:
     """Add a row to a file of results, and the columns that no earlier row has."""
-    rows = read_rows(path)
-    columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
-    with write_atomically(path) as file:
-        writer = csv.DictWriter(file, columns, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows([*rows, row])
+    with locked(path.parent):
+        rows = read_rows(path)
+        columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+        with write_atomically(path) as file:
+            writer = csv.DictWriter(file, columns, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows([*rows, row])

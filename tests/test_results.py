@@ -15,8 +15,7 @@ from scipy import stats
 from mmseg_imbalance.commands.results import main
 from mmseg_imbalance.reports.results import mean_and_half, read_results
 from mmseg_imbalance.reports.results_page import plots, results_page, write_results
-from mmseg_imbalance.scores import AREAS, save_image_scores
-from mmseg_imbalance.suite import append_row, class_pixels
+from mmseg_imbalance.suite import append_row
 
 SEEDS = range(4)
 BASE = [50.0, 52.0, 51.0, 49.0]
@@ -34,7 +33,7 @@ def row(method, seed, miou, tail, **more):
         commit='abc1234',
         hardware='a core',
         minutes=30.0,
-        config=f'{method}-{seed}',
+        config=method,
         curve=f'500:{miou - 9} 1000:{miou - 3} 2000:{miou}',
     ) | {
         'mIoU': miou,
@@ -275,21 +274,6 @@ def test_two_classes_are_a_head_and_a_tail(tmp_path):
     write_results(regimes, tmp_path / 'results')
 
 
-def test_a_suite_takes_the_frequencies_from_what_the_last_evaluation_left(tmp_path):
-    for start, pixels in (('1', [1, 1]), ('2', [100, 7])):
-        (tmp_path / start).mkdir()
-        save_image_scores(
-            tmp_path / start / 'image_scores.npz',
-            images=['a'],
-            classes=['road', 'sign symbol'],
-            pixels=np.array(pixels),
-            group=np.array(['head', 'tail']),
-            **{name: np.ones((1, 2), np.int64) for name in AREAS},
-        )
-    assert class_pixels(tmp_path) == {'road': 100, 'sign symbol': 7}
-    assert class_pixels(tmp_path / '1') == {}
-
-
 def test_without_frequencies_classes_are_in_the_order_of_the_data_set(regime):
     assert regime.classes == ['road', 'pole']
     assert 'in the order of the data set' in results_page([regime], 'results')
@@ -370,3 +354,14 @@ def test_every_committed_row_says_where_it_is_from():
                 assert each['commit'], each
                 assert each['hardware'], each
                 assert float(each['minutes']) > 0, each
+
+
+def test_seeds_of_other_configs_are_named(tmp_path):
+    rows = [r | dict(config='old') if (r['method'], r['seed']) == ('good', 0) else r for r in ROWS]
+    (regime,) = read_results(write_rows(tmp_path / 'results', rows))
+    assert [note for note in regime.notes if 'not all seeds have the same config' in note] == [
+        'good: not all seeds have the same config, so their mean is of different things. Run the suite again '
+        'and take old rows out'
+    ]
+    (plain,) = read_results(write_rows(tmp_path / 'plain', ROWS))
+    assert not any('the same config' in note for note in plain.notes)

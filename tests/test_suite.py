@@ -14,7 +14,18 @@ from conftest import REPOSITORY
 
 from mmseg_imbalance.commands import main
 from mmseg_imbalance.commands.suite import make_slots, seed_list
-from mmseg_imbalance.suite import Suite, append_row, commit_of, fingerprint, on_this_machine, read_rows
+from mmseg_imbalance.files import locked
+from mmseg_imbalance.hardware import cpu_name
+from mmseg_imbalance.suite import (
+    Suite,
+    append_row,
+    commit_of,
+    evaluations,
+    fingerprint,
+    on_this_machine,
+    prepare_resume,
+    read_rows,
+)
 
 CAMVID = REPOSITORY / 'configs/experiments/segformer_efficientnet-lite0_1xb8-2k_camvid-240x180.py'
 SUITE = f"""
@@ -112,6 +123,9 @@ def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
         ),
         ("methods=['combined, auto']", "methods=['focal']", ValueError, "'focal' is none of"),
         ('seeds=1', 'seed=1', ValueError, 'an entry of runs has'),
+        ('seeds=1', 'seeds=[0, 1]', ValueError, 'seeds is their number'),
+        ("'cross-entropy'", "'Combined auto'", ValueError, 'shares with'),
+        ("'cross-entropy'", "'交叉熵'", ValueError, 'lacks'),
         (str(CAMVID), 'gone.py', FileNotFoundError, "'camvid' has no config"),
     ],
 )
@@ -158,15 +172,67 @@ def test_a_row_brings_columns_that_earlier_rows_lack(tmp_path):
 
 def test_cores_are_shared_by_the_jobs(monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)))
+    monkeypatch.setattr('mmseg_imbalance.hardware.cores', lambda: 8)
     assert [slot.environment for slot in make_slots(None)] == [dict(OMP_NUM_THREADS='1')] * 8
     assert [slot.environment for slot in make_slots(2)] == [dict(OMP_NUM_THREADS='4')] * 2
+    assert make_slots(2)[0].hardware == f'{cpu_name()}, 4 cores'
 
 
-def test_gpus_are_shared_by_the_jobs(monkeypatch):
+@pytest.mark.parametrize(
+    ('visible', 'gpus'),
+    [(None, ['0', '1', '0', '1']), ('4,5', ['4', '5', '4', '5']), ('', ['0', '1', '0', '1'])],
+)
+def test_gpus_are_shared_by_the_jobs_and_are_those_that_the_user_has(monkeypatch, visible, gpus):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
-    assert [slot.environment['CUDA_VISIBLE_DEVICES'] for slot in make_slots(None)] == ['0', '1']
-    assert [slot.environment['CUDA_VISIBLE_DEVICES'] for slot in make_slots(4)] == ['0', '1', '0', '1']
+    monkeypatch.setattr('torch.cuda.get_device_name', lambda number: f'GPU of kind {number}')
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    assert [slot.environment['CUDA_VISIBLE_DEVICES'] for slot in make_slots(4)] == gpus
+    assert [slot.hardware for slot in make_slots(None)] == ['GPU of kind 0', 'GPU of kind 1']
+
+
+def test_a_number_of_jobs_below_1_is_refused(write, capsys):
+    for jobs in ('0', '-1', 'two'):
+        with pytest.raises(SystemExit):
+            main(['suite', str(write()), '--data', '.', '--work-dir', '.', '--jobs', jobs])
+        assert 'is no number of jobs' in capsys.readouterr().err
+
+
+def test_a_work_dir_is_of_one_suite_at_a_time(write, tmp_path, capsys):
+    with locked(tmp_path), pytest.raises(SystemExit):
+        main(['suite', str(write()), '--data', '.', '--work-dir', str(tmp_path)])
+    assert 'another suite runs in' in capsys.readouterr().err
+
+
+def test_rows_of_several_processes_are_all_there(tmp_path):
+    code = (
+        'import sys; from pathlib import Path; from mmseg_imbalance.suite import append_row\n'
+        "for n in range(20): append_row(Path(sys.argv[1]), {'seed': n, sys.argv[2]: n})"
+    )
+    path = tmp_path / 'rows.csv'
+    writers = [subprocess.Popen([sys.executable, '-c', code, path, name]) for name in 'ab']
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    rows = read_rows(path)
+    for name in 'ab':
+        assert sorted(int(row[name]) for row in rows if row[name]) == list(range(20))
+
+
+def test_a_training_that_was_ended_in_its_last_evaluation_goes_back_one_checkpoint(tmp_path):
+    for step in (100, 200):
+        (tmp_path / f'iter_{step}.pth').write_text('')
+    log = tmp_path / 'session' / 'vis_data' / 'scalars.json'
+    log.parent.mkdir(parents=True)
+    log.write_text('{"mIoU": 10.0, "step": 100}\n{"mIoU": 2')  # cut off by the kill
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_200.pth'))
+    prepare_resume(tmp_path, 300)
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_200.pth')
+    prepare_resume(tmp_path, 200)
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_100.pth')
+    assert not (tmp_path / 'iter_200.pth').exists()
+    prepare_resume(tmp_path, 100)  # evaluated
+    assert (tmp_path / 'iter_100.pth').exists()
+    assert evaluations(tmp_path) == {100: 10.0}
 
 
 def test_the_commit_says_where_files_differ_from_it(tmp_path):

@@ -2,13 +2,14 @@
 
 import ctypes
 import gc
-import platform
 import re
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+from mmseg_imbalance.hardware import cpu_name
 
 CALLS = 5  # of a round on CUDA, queued back to back as they are in training
 
@@ -114,7 +115,4 @@ def machine(device, bandwidth):
     """What the numbers were taken on."""
     if device == 'cuda':
         return f'torch {torch.__version__}, {torch.cuda.get_device_name()}, copies {bandwidth / 1e9:.0f} GB/s'
-    info = Path('/proc/cpuinfo')
-    model = re.search(r'model name\s*: (.+)', info.read_text() if info.exists() else '')
-    cpu = model[1] if model else platform.processor() or platform.machine()
-    return f'torch {torch.__version__}, {cpu}, {torch.get_num_threads()} threads'
+    return f'torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads'

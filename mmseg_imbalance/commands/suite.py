@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mmseg_imbalance.commands.options import command_parser, need_mmsegmentation
+from mmseg_imbalance.version import __version__
 
 DESCRIPTION = """\
 Run the trainings of a suite file: data sets x schedules x methods x seeds.
@@ -34,10 +34,20 @@ def seed_list(text: str) -> list[int]:
 
 
 class Slot:
-    """A place where one run at a time trains: a core, or a GPU."""
+    """A place where one run at a time trains: cores, or a GPU.
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
+    Args:
+        threads: of a run.
+        gpu: as CUDA_VISIBLE_DEVICES names it; None: the CPU.
+        hardware: for the rows.
+    """
+
+    def __init__(self, threads: int, gpu: str | None, hardware: str) -> None:
+        self.threads = threads
+        self.hardware = hardware
+        self.environment = dict(OMP_NUM_THREADS=str(threads))
+        if gpu is not None:
+            self.environment['CUDA_VISIBLE_DEVICES'] = gpu
         self.process: subprocess.Popen | None = None
         self.run = None
 
@@ -46,37 +56,23 @@ def make_slots(jobs: int | None) -> list[Slot]:
     """One slot per GPU, or per core where there is none; ``jobs`` shares the GPUs or the cores."""
     import torch
 
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    jobs = jobs or gpus or cores
-    threads = dict(OMP_NUM_THREADS=str(max(1, cores // jobs)))
+    from mmseg_imbalance.hardware import cores, cpu_name
+
+    gpus = torch.cuda.device_count()
+    jobs = jobs or gpus or cores()
+    threads = max(1, cores() // jobs)
     if not gpus:
-        return [Slot(threads) for _ in range(jobs)]
-    return [Slot(threads | dict(CUDA_VISIBLE_DEVICES=str(job % gpus))) for job in range(jobs)]
+        hardware = f'{cpu_name()}, {threads} core{"s" if threads > 1 else ""}'
+        return [Slot(threads, None, hardware) for _ in range(jobs)]
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    names = visible.split(',') if visible else [str(gpu) for gpu in range(gpus)]
+    return [Slot(threads, names[n % gpus], torch.cuda.get_device_name(n % gpus)) for n in range(jobs)]
 
 
-def cpu_info(key: str) -> str:
-    """What Linux says of the first core, '' elsewhere."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return ''
-    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith(key)), '')
-
-
-def slow_in_bfloat16() -> bool:
-    import torch
-
-    return not torch.cuda.is_available() and 'amx_bf16' not in cpu_info('flags')
-
-
-def hardware(threads: str) -> str:
-    """What a run trains on: a GPU, or so many cores of a CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = cpu_info('model name') or platform.processor() or platform.machine()
-    return f'{name}, {threads} core{"s" if threads != "1" else ""}'
+def at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of jobs, which is 1 or more')
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,14 +91,20 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument(
         '--only', nargs='+', metavar='PATTERN', help="only runs DATASET/SCHEDULE/METHOD, as 'camvid/short/*'"
     )
-    options.add_argument('--jobs', type=int, metavar='N', help='runs at a time; default one per GPU or core')
+    options.add_argument(
+        '--jobs', type=at_least_1, metavar='N', help='runs at a time; default one per GPU or core'
+    )
     args = options.parse_args(argv)
     need_mmsegmentation()
+    from mmseg_imbalance.files import locked
+
     try:
-        execution = Execution(args)
+        with locked(args.work_dir, wait=False):
+            return Execution(args).all()
+    except BlockingIOError:
+        options.error(f'another suite runs in {args.work_dir}; take another --work-dir, or wait')
     except (FileNotFoundError, ValueError) as error:
         options.error(str(error))
-    return execution.all()
 
 
 def _stop(*_: object) -> None:
@@ -129,7 +131,10 @@ class Execution:
             asked = [run for run in asked if any(fnmatchcase(run.title, only) for only in args.only)]
         if not asked:
             titles = dict.fromkeys(run.title for run in self.suite.runs())
-            raise ValueError(f'no run is asked for; those of {args.suite} are {list(titles)}')
+            seeds = max(group['seeds'] for group in self.suite.groups)
+            raise ValueError(
+                f'no run is asked for; those of {args.suite} are {list(titles)}, seeds 0 to {seeds - 1}'
+            )
         for dataset in dict.fromkeys(run.dataset for run in asked):
             if not (args.data / dataset).is_dir():
                 raise FileNotFoundError(f'no folder {args.data / dataset}; --data holds one per data set')
@@ -139,7 +144,8 @@ class Execution:
         print(f'{len(asked)} runs, {len(asked) - len(self.waiting)} of them finished before', flush=True)
         self.failed = 0
         self.started = time.monotonic()
-        self.trained = 0  # iterations
+        self.trained = 0  # iterations of runs that ended, and those of runs that did not
+        self.left = sum(self.suite.iterations(run) for run in self.waiting)
 
     def all(self) -> int:
         remaining = list(self.waiting)
@@ -163,20 +169,23 @@ class Execution:
         return self.args.work_dir / run.name
 
     def start(self, slot: Slot, run) -> None:
-        from mmseg_imbalance.shipped import tools
-        from mmseg_imbalance.suite import commit_of, on_this_machine
+        from mmseg_imbalance.hardware import slow_in_bfloat16
+        from mmseg_imbalance.shipped import PACKAGE, is_checkout, tools
+        from mmseg_imbalance.suite import commit_of, on_this_machine, prepare_resume
 
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / 'fingerprint.txt'
         if kept.exists() and kept.read_text() != self.prints[run]:  # of an older suite file
-            folder = self.aside(folder)
+            folder.rename(folder.with_name(f'{folder.name}.{int(time.time())}'))
+            folder.mkdir()
         (folder / 'fingerprint.txt').write_text(self.prints[run])
+        prepare_resume(folder, self.suite.iterations(run))
         cfg = self.configs[run].copy()
-        threads = int(slot.environment['OMP_NUM_THREADS'])
-        on_this_machine(cfg, self.args.data / run.dataset, max(0, threads - 1), slow_in_bfloat16())
+        workers = min(4, slot.threads - 1)
+        on_this_machine(cfg, self.args.data / run.dataset, workers, slow_in_bfloat16())
         cfg.dump(folder / 'config.py')
-        slot.run, slot.commit = run, commit_of(Path(__file__).parent)
+        slot.run, slot.commit = run, commit_of(PACKAGE) if is_checkout() else __version__
         with open(folder / 'output.txt', 'a') as output:
             slot.process = subprocess.Popen(
                 [
@@ -193,45 +202,37 @@ class Execution:
                 stderr=subprocess.STDOUT,
             )
 
-    def aside(self, folder: Path) -> Path:
-        old = folder.with_name(f'{folder.name}.{int(time.time())}')
-        folder.rename(old)
-        folder.mkdir()
-        return folder
-
     def end(self, slot: Slot) -> None:
-        from mmseg_imbalance.suite import append_row, class_pixels, evaluations, training_minutes
+        """Add the row of a run that has ended, or say that it has failed."""
+        from mmseg_imbalance.reports.work_dirs import Unusable, read_run
+        from mmseg_imbalance.suite import append_row, evaluations
 
         run, code = slot.run, slot.process.returncode
-        folder, iterations = self.folder(run), self.suite.iterations(run)
         slot.process = None
-        curve = evaluations(folder)
-        if code or iterations not in curve:
+        self.left -= self.suite.iterations(run)
+        folder = self.folder(run)
+        found = read_run(folder)
+        if code or isinstance(found, Unusable) or not found.complete:
             self.failed += 1
-            print(f'{run.name} failed, status {code}; {folder / "output.txt"} says why', flush=True)
+            reason = found.reason if not code and isinstance(found, Unusable) else f'status {code}'
+            print(f'{run.name} failed, {reason}; {folder / "output.txt"} says more', flush=True)
             return
-        metrics = {
-            name: value
-            for name, value in curve[iterations].items()
-            if name not in ('step', 'iter', 'time', 'data_time')
-        }
+        times = {'iter', 'time', 'data_time'}
+        metrics = {name: value for name, value in found.metrics.items() if name not in times}
         row = dict(zip(('suite', 'dataset', 'schedule', 'method', 'seed'), run.key, strict=True)) | dict(
-            iterations=iterations,
+            iterations=self.suite.iterations(run),
             commit=slot.commit,
-            hardware=hardware(slot.environment['OMP_NUM_THREADS']),
-            minutes=round(training_minutes(folder, iterations), 1),
+            hardware=slot.hardware,
+            minutes=round((found.seconds or float('nan')) / 60, 1),
             config=self.prints[run],
-            curve=' '.join(f'{step}:{record["mIoU"]}' for step, record in curve.items()),
+            curve=' '.join(f'{step}:{value}' for step, value in evaluations(folder).items()),
             **metrics,
-            **{f'Pixels.{name}': pixels for name, pixels in class_pixels(folder).items()},
+            **{f'Pixels.{name}': pixels for name, pixels in found.class_pixels.items()},
         )
         append_row(self.results / f'{run.dataset}.csv', row)
-        self.trained += iterations
-        self.waiting.remove(run)
-        rate = self.trained / (time.monotonic() - self.started)
-        left = sum(self.suite.iterations(other) for other in self.waiting) / rate / 60
-        tail = f', tail {metrics["mIoU.tail"]}' if 'mIoU.tail' in metrics else ''
+        self.trained += self.suite.iterations(run)
+        minutes = self.left * (time.monotonic() - self.started) / self.trained / 60
+        tail = f', tail {metrics["mIoU.tail"]:.2f}' if 'mIoU.tail' in metrics else ''
         print(
-            f'{run.name}: mIoU {metrics["mIoU"]}{tail}; {len(self.waiting)} left, about {left:.0f} minutes',
-            flush=True,
+            f'{run.name}: mIoU {metrics["mIoU"]:.2f}{tail}; the rest takes {minutes:.0f} minutes', flush=True
         )

@@ -227,8 +227,8 @@ def _parts(runs: list[Run], classes: list[str], pixels: dict[str, int]) -> dict[
     """Head, body and tail as the metric of the first run has them that knows, else thirds by pixels."""
     for run in runs:
         if run.scores is not None and any(run.scores['group']):
-            of = dict(zip(run.scores['classes'].tolist(), run.scores['group'].tolist(), strict=True))
-            return {part: [c for c in classes if of.get(c) == part] for part in ('head', 'body', 'tail')}
+            part_of = dict(zip(run.scores['classes'].tolist(), run.scores['group'].tolist(), strict=True))
+            return {part: [c for c in classes if part_of.get(c) == part] for part in ('head', 'body', 'tail')}
     thirds = class_groups(np.array([pixels[name] for name in classes]))
     return {part: [classes[c] for c in members] for part, members in thirds.items()}
 

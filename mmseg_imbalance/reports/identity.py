@@ -21,8 +21,8 @@ AFTER_TRAINING = re.compile('(test|val|tta)_')  # where these names begin
 # hooks that look on
 WATCHING = {
     'CheckpointHook', 'ClassBalanceHook', 'EmptyCacheHook', 'IterTimerHook', 'LoggerHook', 'NPUProfilerHook',
-    'ProfilerHook', 'ResumeSamplerHook', 'RunHook', 'RuntimeInfoHook', 'SegVisualizationHook',
-    'SubclassVisualizationHook',
+    'PredictionHook', 'ProfilerHook', 'ResumeSamplerHook', 'RunHook', 'RuntimeInfoHook',
+    'SegVisualizationHook', 'SubclassVisualizationHook',
 }  # fmt: skip
 # options of a metric that leave the IoU of each class as it is
 MORE_NUMBERS = {

@@ -74,7 +74,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
     """
     keys = sorted({key for run in runs for key in run.settings})
     values = {key: tuple(repr(run.settings.get(key)) for run in runs) for key in keys}
-    differing = sorted({said: key for key, said in values.items() if len(set(said)) > 1}.values())
+    differing = sorted({told: key for key, told in values.items() if len(set(told)) > 1}.values())
     if len(differing) > FEW:
         trained = [key for key in differing if not key.startswith(('custom_hooks', 'evaluation'))]
         alone = len(trained) <= FEW and all('loss_decode' in key for key in trained)

@@ -131,7 +131,7 @@ def _regime(rows: list[Row], baseline: str) -> Regime:
         seeds[int(row['seed'])] = row
     methods = {name: dict(sorted(methods[name].items())) for name in sorted(methods)}
     values = {
-        metric: {name: {s: number(r, metric) for s, r in of.items()} for name, of in methods.items()}
+        metric: {name: {s: number(r, metric) for s, r in seeds.items()} for name, seeds in methods.items()}
         for metric in TESTED
     }
     tests = {}
@@ -173,6 +173,11 @@ def _notes(methods: dict[str, dict[int, Row]], baseline: str) -> list[str]:
     if baseline not in methods:
         return [*notes, f'There is no run of {baseline} here, so that nothing is compared']
     for name, rows in methods.items():
+        if len({row['config'] for row in rows.values()}) > 1:
+            notes.append(
+                f'{name}: not all seeds have the same config, so their mean is of different things. Run the '
+                'suite again and take old rows out'
+            )
         alone = [str(seed) for seed in rows if seed not in methods[baseline]]
         if alone:
             notes.append(f'{name}: no {baseline} of seed {", ".join(alone)}, which is not in the differences')

@@ -290,7 +290,7 @@ def plot_classes(regime: Regime) -> Figure:
     axes = figure.subplots()
     tests = [regime.differences(f'IoU.{label}') for label in classes]
     for number_, name in enumerate(names):
-        for row, test in enumerate(of[name] for of in tests):
+        for row, test in enumerate(by_method[name] for by_method in tests):
             place = row + 0.7 * ((number_ + 0.5) / len(names) - 0.5)
             known = test.interval is not None and not test.interval[0] <= 0 <= test.interval[1]
             _point(axes, test, place, COLOURS[number_ + 1], filled=known)
@@ -302,7 +302,7 @@ def plot_classes(regime: Regime) -> Figure:
             top = classes.index(members[0]) - 0.5
             axes.axhline(top, color='0.6', linewidth=0.8)
             axes.text(1, top + 0.1, part, transform=axes.get_yaxis_transform(), ha='right', va='top')
-    shown = [of[name] for of in tests for name in names]
+    shown = [by_method[name] for by_method in tests for name in names]
     _finish(axes, shown, labels, f'IoU minus that of {regime.baseline}')
     figure.legend(loc='outside lower center', ncols=len(names), frameon=False)
     return figure

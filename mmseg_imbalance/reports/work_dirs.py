@@ -103,7 +103,7 @@ def _read(work_dir: Path) -> Run:
     if not sessions:
         raise Unusable('no run of MMEngine is in it, neither TIMESTAMP/vis_data nor TIMESTAMP/TIMESTAMP.json')
     notes: list[str] = []
-    logs = {session: _records(session / 'vis_data' / 'scalars.json', notes) for session in sessions}
+    logs = {session: read_records(session / 'vis_data' / 'scalars.json', notes) for session in sessions}
     trainings = [session for session in sessions if any('loss' in record for record in logs[session])]
     tests = [session for session in sessions if session in results]
     homes = sorted({str(session.parent) for session in trainings or tests})
@@ -251,7 +251,8 @@ def _source(checkpoint: str, split: str, tested: Config) -> str:
     return ', '.join([f'{what} {Path(checkpoint).name}', *more])
 
 
-def _records(path: Path, notes: list[str]) -> list[dict]:
+def read_records(path: Path, notes: list[str]) -> list[dict]:
+    """The lines of a scalars.json; of one that is broken there is a note instead."""
     records = []
     if path.exists():
         for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):

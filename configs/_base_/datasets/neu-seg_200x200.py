@@ -43,3 +43,5 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
+val_evaluator = dict(blocks=None)  # photos, no video
+test_evaluator = val_evaluator
