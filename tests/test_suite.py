@@ -312,7 +312,7 @@ def test_a_suite_that_is_killed_goes_on_where_it_was_and_finished_runs_are_skipp
 
 def command_lines():
     """Of all processes, as ps shows them."""
-    listing = subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True, check=True)
+    listing = subprocess.run(['ps', '-wweo', 'args'], capture_output=True, text=True, check=True)
     return listing.stdout.splitlines()
 
 
