@@ -6,8 +6,8 @@ datasets = dict(
     magnetic_tile='segformer_efficientnet-lite0_1xb8-2k_magnetic-tile_240x180.py',
     neu_seg='segformer_efficientnet-lite0_1xb8-2k_neu-seg_200x200.py',
 )
-# iterations of training
-schedules = dict(short=500, converged=2000)
+# iterations of training; the last 500 of 2000 give cross-entropy 0.4 mIoU on CamVid (one seed)
+schedules = dict(short=500, long=2000)
 
 
 def loss(type='CombinedWeightedLoss', sampler=False, hook=None, **options):
@@ -53,13 +53,13 @@ methods = {
 LAST = ['cross-entropy', 'combined, auto', 'combined, fading']
 # in the order of what they decide
 runs = [
-    dict(dataset='camvid', schedule='converged', seeds=1, methods=LAST),
+    dict(dataset='camvid', schedule='long', seeds=1, methods=LAST),
     dict(dataset='camvid', schedule='short', seeds=3, methods=LAST),
-    dict(dataset='camvid', schedule='converged', seeds=3, methods=LAST),
+    dict(dataset='camvid', schedule='long', seeds=3, methods=LAST),
     dict(dataset='camvid', schedule='short', seeds=5),
     dict(
         dataset='camvid',
-        schedule='converged',
+        schedule='long',
         seeds=3,
         methods=[
             'CE, sqrt_inv_freq',
@@ -73,7 +73,7 @@ runs = [
         ],
     ),
     *(
-        dict(dataset=dataset, schedule='converged', seeds=3, methods=LAST)
+        dict(dataset=dataset, schedule='long', seeds=3, methods=LAST)
         for dataset in ('clothing', 'magnetic_tile', 'neu_seg')
     ),
 ]
