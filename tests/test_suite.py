@@ -303,7 +303,8 @@ def test_a_suite_that_is_killed_goes_on_where_it_was_and_finished_runs_are_skipp
         assert 0 <= float(row['IoU.pole']) <= 100
         assert row['curve'] == f'{row["iterations"]}:{row["mIoU"]}'
         assert row['hardware']
-        assert float(row['minutes']) > 0
+        assert float(row['minutes']) >= 0  # two iterations may be less than a hundredth
+    assert float(found[-1]['minutes']) > 0
 
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert '3 runs, 3 of them finished before' in again.stdout

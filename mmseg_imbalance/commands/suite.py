@@ -223,7 +223,7 @@ class Execution:
             iterations=self.suite.iterations(run),
             commit=slot.commit,
             hardware=slot.hardware,
-            minutes=round((found.seconds or float('nan')) / 60, 1),
+            minutes=round((found.seconds or float('nan')) / 60, 2),
             config=self.prints[run],
             curve=' '.join(f'{step}:{value}' for step, value in evaluations(folder).items()),
             **metrics,
