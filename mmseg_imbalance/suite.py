@@ -166,6 +166,8 @@ class Suite:
                 ],
                 'default_hooks.checkpoint': dict(interval=100, max_keep_ckpts=2),
                 'randomness': dict(seed=run.seed),
+                # searching cuDNN's kernels takes seconds for each size, and tested images have many
+                'env_cfg.cudnn_benchmark': False,
             }
         )
         cfg.merge_from_dict(self.methods[run.method].to_dict())
