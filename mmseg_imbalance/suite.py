@@ -183,7 +183,7 @@ def fingerprint(cfg: Config) -> str:
 def on_this_machine(cfg: Config, data: Path, workers: int, float32: bool) -> None:
     """Set where the data lie, how many processes load them and whether a bfloat16 run is one of float32.
 
-    It is the same run in the results. A CPU that has no instructions for bfloat16 takes several times as long.
+    It is the same run in the results. A CPU without instructions for bfloat16 takes several times as long.
     """
     if float32 and cfg.optim_wrapper.get('dtype') == 'bfloat16':
         cfg.optim_wrapper.type = 'OptimWrapper'
