@@ -29,6 +29,7 @@ from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
 from mmseg_imbalance.run_hook import RunHook
 from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, source_table, subclass_table, table_text
+from mmseg_imbalance.trained import classifying_head
 from mmseg_imbalance.weighting import (
     SCHEMES,
     check_options,
@@ -273,17 +274,8 @@ class LogitAdjustmentHook(Hook):
         self.label_transforms = label_transforms
 
     def before_test(self, runner) -> None:
-        model = runner.model
-        while hasattr(model, 'module'):  # wrappers of DDP and of test time augmentation
-            model = model.module
-        head = getattr(model, 'decode_head', None)
-        head = head[-1] if isinstance(head, nn.ModuleList) else head
-        if not isinstance(getattr(head, 'conv_seg', None), nn.Module):
-            raise TypeError(
-                f'LogitAdjustmentHook shifts the logits of a conv_seg, which {type(head).__name__} of '
-                f'{type(model).__name__} does not have; it works with heads derived from BaseDecodeHead'
-            )
-        for name, loss in model.named_modules():
+        head = classifying_head(runner.model, 'LogitAdjustmentHook')
+        for name, loss in runner.model.named_modules():
             if isinstance(loss, WeightedLoss) and loss.logit_adjustment > 0:
                 runner.logger.warning(
                     f'{name} was trained with logit_adjustment={loss.logit_adjustment} already; '

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmseg_imbalance.class_bias import ClassBias
 from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.frequency import ClassFrequency
 
@@ -83,6 +84,25 @@ def subclass_table(classes: Sequence[str], state: SubclassTable) -> Table:
                 share, loss, weight = (x[c, k] for x in (state.share, state.mean_loss, state.weight))
                 numbers = [f'{share:.1%}', f'{loss:.4f}', f'{weight:.3f}']
             table.add_row(escape(name) if k == 0 else '', str(k), *numbers)
+    return table
+
+
+def bias_table(classes: Sequence[str], found: ClassBias) -> Table:
+    """One row per class: expected share, bias, expected IoU before and after; - where it is not expected."""
+
+    def shown(iou: float) -> str:
+        return f'{100 * iou:.2f}' if math.isfinite(iou) else '-'
+
+    table = Table(title='expected of the model by itself; bias: beyond the class weights that are taken back')
+    table.add_column('class')
+    for name in ('share', 'bias', 'IoU', 'with the bias'):
+        table.add_column(name, justify='right')
+    share = found.pixels / found.pixels.sum()
+    for c, name in enumerate(classes):
+        iou = shown(found.before[c]), shown(found.after[c])
+        table.add_row(escape(name), f'{share[c]:.3%}', f'{found.bias[c]:+.3f}', *iou)
+    table.add_section()
+    table.add_row('mean', '', '', shown(np.nanmean(found.before)), shown(np.nanmean(found.after)))
     return table
 
 

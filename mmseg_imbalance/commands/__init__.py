@@ -13,6 +13,7 @@ COMMANDS = {
     'cache': 'list the class counts that are kept, and clear them',
     'train': 'train a model of a config, on GPUs or CPU',
     'test': 'test a trained model; logit adjustment, small regions, test time augmentation',
+    'fit-bias': 'one number per class that makes a trained model aim at the mean IoU',
     'compare': 'compare trained models class by class and tell differences from noise',
     'suite': 'run a suite of experiments and collect their results',
     'results': 'make the page of the results of suites, with tests and plots',

@@ -5,21 +5,19 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 
-from mmseg_imbalance.registry import DATASETS, MODELS
+from mmseg_imbalance.registry import DATASETS
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.device import get_device
 from mmengine.logging import MessageHub
-from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image
 
 from mmseg_imbalance.files import write_atomically
-from mmseg_imbalance.ignored_label import give_ignored_label, label_of_evaluation
 from mmseg_imbalance.plots import draw_subclasses, subclass_colours
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
 from mmseg_imbalance.tables import names_and_colours
+from mmseg_imbalance.trained import load_segmentor
 
 STYLE = """
 :root { --line: #dcdfe4; --faint: #6a7280; }
@@ -48,18 +46,8 @@ figure img { display: block; width: 100%; border: 1px solid var(--line); border-
 
 def load(cfg, config, checkpoint_path):
     """The model in evaluation mode, its losses by name, the validation data set, and the checkpoint."""
-    model = MODELS.build(cfg.model).to(get_device()).eval()
-    give_ignored_label(model, label_of_evaluation(cfg))
+    model, checkpoint = load_segmentor(cfg, config, checkpoint_path)
     losses = find_subclassified(model)
-    checkpoint = CheckpointLoader.load_checkpoint(checkpoint_path, map_location='cpu')
-    expected, found = model.state_dict(), checkpoint.get('state_dict', {})
-    wrong = [name for name, x in expected.items() if name not in found or found[name].shape != x.shape]
-    if wrong:
-        raise ValueError(
-            f'{checkpoint_path} is not of {config}: {len(wrong)} of {len(expected)} tensors are '
-            f'missing in it or have another shape, such as {wrong[0]}'
-        )
-    model.load_state_dict(found, strict=False)
     if cfg.get('val_dataloader') is None:
         raise ValueError(f'{config} has no val_dataloader, whose images are shown')
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
