@@ -6,6 +6,9 @@ A suite file is an MMEngine config that sets four names:
     schedules = dict(NAME=iterations)
     methods = {'NAME': dict(lines that differ from the baseline)}
     runs = [dict(dataset=NAME, schedule=NAME, seeds=5, methods=[NAME, ...])]   # without methods: all
+
+``methods = {'NAME': dict(fit_bias='OTHER')}`` is not trained: it is the model of the method OTHER after
+``mmseg-imbalance fit-bias``.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -62,6 +65,10 @@ class SuiteRun:
     @property
     def title(self) -> str:
         return f'{self.dataset}/{self.schedule}/{self.method}'
+
+    def of(self, method: str) -> SuiteRun:
+        """The run of another method."""
+        return replace(self, method=method)
 
     @property
     def name(self) -> str:
@@ -130,6 +137,14 @@ class Suite:
         for method in group.get('methods') or ():
             if method not in self.methods:
                 raise ValueError(f'{self.path}: method {method!r} is none of {list(self.methods)}')
+        names = list(group.get('methods') or self.methods)
+        for at, method in enumerate(names):
+            trained = self.trained_as(method)
+            if trained != method and trained not in names[:at]:
+                raise ValueError(
+                    f'{self.path}: {method!r} changes the model of {trained!r}, which has to stand before it '
+                    f'among the methods, {names}'
+                )
 
     def runs(self, seeds: Iterable[int] | None = None) -> list[SuiteRun]:
         """All runs, seed by seed, so that a suite that is stopped early holds whole comparisons.
@@ -148,6 +163,10 @@ class Suite:
                         runs.append(run)
         return runs
 
+    def trained_as(self, method: str) -> str:
+        """The method whose training makes the model of this one: mostly itself."""
+        return self.methods[method].get('fit_bias', method)
+
     def iterations(self, run: SuiteRun) -> int:
         return self.schedules[run.schedule]
 
@@ -165,12 +184,13 @@ class Suite:
                     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=warmup, end=iterations),
                 ],
                 'default_hooks.checkpoint': dict(interval=100, max_keep_ckpts=2),
+                'default_hooks.logger.interval': min(iterations, 50),
                 'randomness': dict(seed=run.seed),
                 # searching cuDNN's kernels takes seconds for each size, and tested images have many
                 'env_cfg.cudnn_benchmark': False,
             }
         )
-        cfg.merge_from_dict(self.methods[run.method].to_dict())
+        cfg.merge_from_dict(self.methods[self.trained_as(run.method)].to_dict())
         return cfg
 
 

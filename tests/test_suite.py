@@ -91,6 +91,19 @@ def test_the_config_of_a_run_is_the_baseline_with_schedule_seed_and_the_lines_of
     assert combined.to_dict() == plain.to_dict()
 
 
+def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_after_it(write):
+    text = SUITE.replace(
+        "'cross-entropy': dict(),", "'cross-entropy': dict(), 'CE + bias': dict(fit_bias='cross-entropy'),"
+    )
+    suite = Suite(write(text))
+    plain, changed = suite.runs()[:2]
+    assert (changed.method, suite.trained_as(changed.method)) == ('CE + bias', 'cross-entropy')
+    assert changed.of('cross-entropy') == plain
+    assert suite.config(changed).to_dict() == suite.config(plain).to_dict()
+    with pytest.raises(ValueError, match="model of 'cross-entropy', which has to stand before it"):
+        Suite(write(text.replace("methods=['combined, auto']", "methods=['CE + bias']")))
+
+
 def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
     suite = Suite(write())
     run, other = suite.runs()[:2]
@@ -261,6 +274,7 @@ small['default_hooks'] = dict(logger=dict(interval=1), checkpoint=dict(interval=
 methods['cross-entropy'] = small
 methods['combined, auto'] = {{**small, **methods['combined, auto']}}
 methods['combined, auto']['model'] = {{**small['model'], **methods['combined, auto']['model']}}
+methods['combined + bias'] = dict(fit_bias='combined, auto')
 """
     data = tmp_path / 'data'
     data.mkdir()
@@ -285,19 +299,25 @@ def test_a_suite_that_is_killed_goes_on_where_it_was_and_finished_runs_are_skipp
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(read_rows(rows)) == 2
+    assert len(read_rows(rows)) == 3
 
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '3 runs, 2 of them finished before' in done.stdout
+    assert '4 runs, 3 of them finished before' in done.stdout
     assert 'resumed epoch: 0' in (folder / 'output.txt').read_text()
     with open(rows) as file:
         found = list(csv.DictReader(file))
     assert [(row['schedule'], row['method'], row['seed'], row['iterations']) for row in found] == [
         ('short', 'cross-entropy', '0', '2'),
         ('short', 'combined, auto', '0', '2'),
+        ('short', 'combined + bias', '0', '2'),
         ('long', 'combined, auto', '0', '12'),
     ]
+    corrected = found.pop(2)
+    assert corrected['config'] == f'{found[1]["config"]}+bias'
+    assert 0 <= float(corrected['mIoU']) <= 100
+    assert corrected['mIoU'] != found[1]['mIoU']
+    assert corrected['Pixels.pole'] == found[1]['Pixels.pole']
     for row in found:
         assert 0 <= float(row['mIoU']) <= 100
         assert 0 <= float(row['IoU.pole']) <= 100
@@ -307,8 +327,8 @@ def test_a_suite_that_is_killed_goes_on_where_it_was_and_finished_runs_are_skipp
     assert float(found[-1]['minutes']) > 0
 
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert '3 runs, 3 of them finished before' in again.stdout
-    assert len(read_rows(rows)) == 3
+    assert '4 runs, 4 of them finished before' in again.stdout
+    assert len(read_rows(rows)) == 4
 
 
 def command_lines():

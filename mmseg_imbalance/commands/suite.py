@@ -50,6 +50,7 @@ class Slot:
             self.environment['CUDA_VISIBLE_DEVICES'] = gpu
         self.process: subprocess.Popen | None = None
         self.run = None
+        self.steps: list[list[object]] = []  # command lines that come after that of the process
 
 
 def make_slots(jobs: int | None) -> list[Slot]:
@@ -139,13 +140,16 @@ class Execution:
             if not (args.data / dataset).is_dir():
                 raise FileNotFoundError(f'no folder {args.data / dataset}; --data holds one per data set')
         self.configs = {run: self.suite.config(run) for run in asked}
-        self.prints = {run: fingerprint(cfg) for run, cfg in self.configs.items()}
+        self.prints = {
+            run: fingerprint(cfg) + ('+bias' if self.model(run) != run else '')
+            for run, cfg in self.configs.items()
+        }
         self.waiting = [run for run in asked if (*run.key, self.prints[run]) not in done]
         print(f'{len(asked)} runs, {len(asked) - len(self.waiting)} of them finished before', flush=True)
         self.failed = 0
         self.started = time.monotonic()
         self.trained = 0  # iterations of runs that ended, and those of runs that did not
-        self.left = sum(self.suite.iterations(run) for run in self.waiting)
+        self.left = sum(self.iterations(run) for run in self.waiting)
 
     def all(self) -> int:
         remaining = list(self.waiting)
@@ -154,9 +158,13 @@ class Execution:
             while remaining or any(slot.process for slot in self.slots):
                 for slot in self.slots:
                     if slot.process is not None and slot.process.poll() is not None:
-                        self.end(slot)
-                    if slot.process is None and remaining:
-                        self.start(slot, remaining.pop(0))
+                        if slot.process.returncode == 0 and slot.steps:
+                            self.step(slot)
+                        else:
+                            self.end(slot)
+                    if slot.process is None and (run := self.next(remaining)) is not None:
+                        remaining.remove(run)
+                        self.start(slot, run)
                 time.sleep(1)
         finally:
             for slot in self.slots:
@@ -165,37 +173,68 @@ class Execution:
                     slot.process.wait()
         return 1 if self.failed else 0
 
+    def model(self, run):
+        """The run whose training makes the model of a run."""
+        return run.of(self.suite.trained_as(run.method))
+
+    def iterations(self, run) -> int:
+        """Those to be trained; none for a run that takes the model of another."""
+        return self.suite.iterations(run) if self.model(run) == run else 0
+
+    def next(self, remaining):
+        """The first whose model is not being trained; None: there is none yet."""
+        busy = {self.model(slot.run) for slot in self.slots if slot.process is not None}
+        return next((run for run in remaining if self.model(run) not in busy), None)
+
     def folder(self, run) -> Path:
         return self.args.work_dir / run.name
 
     def start(self, slot: Slot, run) -> None:
-        from mmseg_imbalance.hardware import slow_in_bfloat16
         from mmseg_imbalance.shipped import PACKAGE, is_checkout, tools
-        from mmseg_imbalance.suite import commit_of, on_this_machine, prepare_resume
+        from mmseg_imbalance.suite import commit_of
+
+        slot.run, slot.commit = run, commit_of(PACKAGE) if is_checkout() else __version__
+        trained = self.prepare(slot, self.model(run))
+        config, folder = trained / 'config.py', self.folder(run)
+        checkpoint = trained / f'iter_{self.suite.iterations(run)}.pth'
+        python, train, test = sys.executable, tools() / 'train.py', tools() / 'test.py'
+        slot.steps = [[python, train, config, '--work-dir', trained, '--resume']]
+        if folder != trained:
+            if checkpoint.exists():
+                slot.steps.clear()
+            if folder.exists():  # of a test that was broken off
+                folder.rename(folder.with_name(f'{folder.name}.{int(time.time())}'))
+            corrected = folder / 'bias.pth'
+            fit = [python, '-m', 'mmseg_imbalance', 'fit-bias', config, checkpoint, '--out', corrected]
+            slot.steps += [fit, [python, test, config, corrected, '--work-dir', folder]]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.step(slot)
+
+    def prepare(self, slot: Slot, run) -> Path:
+        """The folder where a run trains or has trained, with its config."""
+        from mmseg_imbalance.hardware import slow_in_bfloat16
+        from mmseg_imbalance.suite import fingerprint, on_this_machine, prepare_resume
 
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / 'fingerprint.txt'
-        if kept.exists() and kept.read_text() != self.prints[run]:  # of an older suite file
+        kept, cfg = folder / 'fingerprint.txt', self.suite.config(run)
+        print_of_run = fingerprint(cfg)
+        if kept.exists() and kept.read_text() != print_of_run:  # of an older suite file
             folder.rename(folder.with_name(f'{folder.name}.{int(time.time())}'))
             folder.mkdir()
-        (folder / 'fingerprint.txt').write_text(self.prints[run])
+        kept.write_text(print_of_run)
         prepare_resume(folder, self.suite.iterations(run))
-        cfg = self.configs[run].copy()
         workers = min(4, slot.threads - 1)
         on_this_machine(cfg, self.args.data / run.dataset, workers, slow_in_bfloat16())
         cfg.dump(folder / 'config.py')
-        slot.run, slot.commit = run, commit_of(PACKAGE) if is_checkout() else __version__
-        with open(folder / 'output.txt', 'a') as output:
+        return folder
+
+    def step(self, slot: Slot) -> None:
+        """Start the next command of a run."""
+        slot.started = time.monotonic()
+        with open(self.folder(slot.run) / 'output.txt', 'a') as output:
             slot.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    tools() / 'train.py',
-                    folder / 'config.py',
-                    '--work-dir',
-                    folder,
-                    '--resume',
-                ],
+                [str(part) for part in slot.steps.pop(0)],
                 env=os.environ | slot.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -209,7 +248,7 @@ class Execution:
 
         run, code = slot.run, slot.process.returncode
         slot.process = None
-        self.left -= self.suite.iterations(run)
+        self.left -= self.iterations(run)
         folder = self.folder(run)
         found = read_run(folder)
         if code or isinstance(found, Unusable) or not found.complete:
@@ -223,16 +262,16 @@ class Execution:
             iterations=self.suite.iterations(run),
             commit=slot.commit,
             hardware=slot.hardware,
-            minutes=round((found.seconds or float('nan')) / 60, 2),
+            minutes=round((found.seconds or time.monotonic() - slot.started) / 60, 2),
             config=self.prints[run],
             curve=' '.join(f'{step}:{value}' for step, value in evaluations(folder).items()),
             **metrics,
             **{f'Pixels.{name}': pixels for name, pixels in found.class_pixels.items()},
         )
         append_row(self.results / f'{run.dataset}.csv', row)
-        self.trained += self.suite.iterations(run)
-        minutes = self.left * (time.monotonic() - self.started) / self.trained / 60
+        self.trained += self.iterations(run)
         tail = f', tail {metrics["mIoU.tail"]:.2f}' if 'mIoU.tail' in metrics else ''
-        print(
-            f'{run.name}: mIoU {metrics["mIoU"]:.2f}{tail}; the rest takes {minutes:.0f} minutes', flush=True
-        )
+        if self.trained:
+            minutes = self.left * (time.monotonic() - self.started) / self.trained / 60
+            tail += f'; the rest takes {minutes:.0f} minutes'
+        print(f'{run.name}: mIoU {metrics["mIoU"]:.2f}{tail}', flush=True)
