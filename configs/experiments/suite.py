@@ -49,8 +49,13 @@ methods = {
     'logit variation': loss(CE, logit_variation=4.0),
     'CE, rare class sampling': loss(CE, sampler=True),
     'Jaccard, rare class sampling': loss(**JACCARD, sampler=True),
+    # no trainings: mmseg-imbalance fit-bias on the models of these
+    'cross-entropy, bias': dict(fit_bias='cross-entropy'),
+    'combined, auto, bias': dict(fit_bias='combined, auto'),
+    'combined, fading, bias': dict(fit_bias='combined, fading'),
 }
 LAST = ['cross-entropy', 'combined, auto', 'combined, fading']
+LAST += [f'{method}, bias' for method in LAST]
 # in the order of what they decide
 runs = [
     dict(dataset='camvid', schedule='long', seeds=1, methods=LAST),
