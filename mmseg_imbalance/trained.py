@@ -121,7 +121,7 @@ def _weights_at_the_end(cfg: Config, loss: WeightedLoss, checkpoint: dict) -> li
         return loss.class_weight.given()
     weights = _record(checkpoint).weights
     for hook in cfg.get('custom_hooks') or ():
-        if hook.get('type') == 'ClassWeightHook' and hook.get('power_schedule') is not None:
+        if 'ClassWeightHook' in str(hook.get('type')) and hook.get('power_schedule') is not None:
             return scheduled_weights(weights, hook['power_schedule'], progress=1.0)
     return weights
 

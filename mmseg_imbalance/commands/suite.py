@@ -194,6 +194,7 @@ class Execution:
         from mmseg_imbalance.suite import commit_of
 
         slot.run, slot.commit = run, commit_of(PACKAGE) if is_checkout() else __version__
+        slot.started = time.monotonic()
         trained = self.prepare(slot, self.model(run))
         config, folder = trained / 'config.py', self.folder(run)
         checkpoint = trained / f'iter_{self.suite.iterations(run)}.pth'
@@ -231,7 +232,6 @@ class Execution:
 
     def step(self, slot: Slot) -> None:
         """Start the next command of a run."""
-        slot.started = time.monotonic()
         with open(self.folder(slot.run) / 'output.txt', 'a') as output:
             slot.process = subprocess.Popen(
                 [str(part) for part in slot.steps.pop(0)],

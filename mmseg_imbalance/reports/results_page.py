@@ -340,6 +340,8 @@ def plot_curves(regime: Regime) -> Figure:
             color=COLOURS[number_ % len(COLOURS)], linestyle=('-', '--', ':')[number_ // len(COLOURS) % 3]
         )
         curves = [curve(row) for row in rows.values()]
+        if not all(curves):  # a method that is not trained
+            continue
         for each in curves:
             axes.plot(each.keys(), each.values(), linewidth=0.6, alpha=0.5, **look)
         steps = sorted(set.intersection(*map(set, curves)))
