@@ -89,7 +89,9 @@ def fit_class_bias(logits: Tensor) -> ClassBias:
     if moved.sum() > 1:
         rarity = -0.5 * (pixels[moved] / pixels.sum()).log()
         for start in (torch.zeros_like(rarity), rarity - rarity.mean()):
-            result = minimize(soft_loss, start.double().cpu().numpy(), jac=True, method='L-BFGS-B')
+            options = dict(ftol=1e-6)  # sums in float32 have no more digits
+            begin = start.double().cpu().numpy()
+            result = minimize(soft_loss, begin, jac=True, method='L-BFGS-B', options=options)
             values = torch.tensor(result.x, dtype=z.dtype, device=z.device)
             bias = none.masked_scatter(moved, values - values.mean())
             if iou(bias)[moved].mean() > iou(found)[moved].mean():

@@ -170,7 +170,7 @@ def _innermost(dataset: dict) -> Iterator[dict]:
 
 @torch.no_grad()
 def sampled_logits(
-    model: nn.Module, datasets: Iterable[Dataset], images: int, most: int = 2**20
+    model: nn.Module, datasets: Iterable[Dataset], images: int, most: int = 2**18
 ) -> tuple[Tensor, int]:
     """Logits (N, C) of pixels on a grid in some images, as the model is tested on them, and how many images.
 
