@@ -20,6 +20,7 @@ __all__ = [
     'follow_ignored_label',
     'give_ignored_label',
     'ignored_label',
+    'innermost',
     'label_of_evaluation',
     'pass_on_ignored_label',
 ]
@@ -40,7 +41,7 @@ def ignored_label(dataset: Any = None, heads: Iterable[Any] = ()) -> int:
         ValueError: they say different labels.
     """
     said: dict[str, int] = {}
-    for speaker in [*map(_unread, _innermost(dataset)), *heads]:
+    for speaker in [*map(_unread, innermost(dataset)), *heads]:
         label = _part(speaker, 'ignore_index')
         if label not in (None, UNSAID):
             said[f'ignore_index={label} of {_name(speaker)}'] = label
@@ -93,13 +94,13 @@ def _name(thing: Any) -> str:
     return getattr(kind, '__name__', str(kind))
 
 
-def _innermost(dataset: Any) -> Iterator[Any]:
+def innermost(dataset: Any) -> Iterator[Any]:
     """The data sets inside ConcatDataset, RepeatDataset and others, or their configs."""
     if (several := _part(dataset, 'datasets')) is not None:
         for each in several:
-            yield from _innermost(each)
+            yield from innermost(each)
     elif (inner := _part(dataset, 'dataset')) is not None:
-        yield from _innermost(inner)
+        yield from innermost(inner)
     elif dataset is not None:
         yield dataset
 

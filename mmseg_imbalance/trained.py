@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from mmseg_imbalance.registry import DATASETS, MODELS
 
@@ -13,12 +13,14 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
+from mmengine.logging import MessageHub
 from mmengine.runner.checkpoint import CheckpointLoader
+from mmseg.models.losses import CrossEntropyLoss
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmseg_imbalance.class_weight import WeightRecord
-from mmseg_imbalance.ignored_label import give_ignored_label, label_of_evaluation
+from mmseg_imbalance.ignored_label import give_ignored_label, innermost, label_of_evaluation
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.terms import CrossEntropy
 from mmseg_imbalance.weighting import log_prior, scheduled_weights
@@ -84,7 +86,8 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
 
     Cross-entropy with weights w_c is lowest where the softmax is w_c p_c over its sum: -ln w_c takes them
     back. With logit adjustment tau it is lowest where the softmax of z_c + tau ln f_c is p. The weights are
-    those at the end of the training. A region loss has no such closed form and is left as it is.
+    those of the first cross-entropy at the end of the training. A region loss has no such closed form and is
+    left as it is.
 
     Args:
         cfg: the config of the training.
@@ -102,8 +105,10 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
             weights = _weights_at_the_end(cfg, loss, checkpoint)
             if loss.logit_adjustment > 0:
                 offset += loss.logit_adjustment * log_prior(_record(checkpoint).pixels)
-        else:  # MMSegmentation's own
-            weights = getattr(loss, 'class_weight', None)
+        elif isinstance(loss, CrossEntropyLoss):  # MMSegmentation's own
+            weights = loss.class_weight
+        else:
+            continue
         if weights is not None:
             weights = np.asarray(weights, dtype=np.float64)
             offset -= np.log(weights, out=np.zeros_like(weights), where=weights > 0)
@@ -150,22 +155,16 @@ def split_with_test_pipeline(cfg: Config, split: str) -> list[Dataset]:
     loader = cfg.get(f'{split}_dataloader')
     if loader is None or tested is None:
         raise ValueError(f'the config has no {split}_dataloader, or none to test with')
-    (pipeline,) = {str(d.get('pipeline')): d.get('pipeline') for d in _innermost(tested.dataset)}.values()
+    pipeline = next(innermost(tested.dataset)).get('pipeline')
     found = []
-    for dataset in _innermost(loader.dataset):
+    for dataset in innermost(loader.dataset):
         dataset = dataset.copy()
         if split == 'train':
             dataset.pipeline = pipeline
         found.append(DATASETS.build(dataset))
+    # from where losses know the classes that a class_weight by name means
+    MessageHub.get_current_instance().update_info('dataset_meta', found[0].metainfo)
     return found
-
-
-def _innermost(dataset: dict) -> Iterator[dict]:
-    inner = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else None)
-    if inner is None:
-        yield dataset
-    for each in inner or ():
-        yield from _innermost(each)
 
 
 @torch.no_grad()

@@ -87,7 +87,8 @@ def test_the_weights_are_those_of_cross_entropy_at_the_end():
     # a region loss is left as it is, wherever it stands; a class of weight 0 too
     dice, own = dict(type='WeightedDiceLoss', **AUTO), dict(type='CrossEntropyLoss', class_weight=WEIGHTS)
     assert (offset_of(dice) == 0).all()
-    np.testing.assert_allclose(offset_of(dice, own), -np.log(WEIGHTS))
+    for region in (dice, dict(type='DiceLoss'), dict(type='TverskyLoss', class_weight=[1.0, 2.0, 3.0])):
+        np.testing.assert_allclose(offset_of(region, own), -np.log(WEIGHTS))
     zero = dict(type='WeightedCrossEntropyLoss', class_weight=[0.0, 1.0, 2.0])
     np.testing.assert_allclose(offset_of(zero), [0, 0, -np.log(2)])
 
@@ -154,6 +155,18 @@ def test_fit_bias_changes_the_bias_of_the_classifier_alone(trained, capsys):
 
     assert expected(change) > expected(torch.from_numpy(offset)) + 0.001
     assert expected(change) > expected(torch.zeros(11))
+
+
+def test_fit_bias_takes_back_weights_by_class_name(trained, capsys):
+    config, checkpoint, cfg = trained
+    changes = []
+    for weights in (dict(car=4.0), [1.0] * 8 + [4.0] + [1.0] * 2):
+        named = cfg.copy()
+        named.model.decode_head.loss_decode.class_weight = weights
+        named.dump(config)
+        assert main(['fit-bias', str(config), str(checkpoint)]) == 0
+        changes.append(load(checkpoint.with_name('bias_iter_2.pth'))['meta']['class_bias'])
+    assert changes[0] == changes[1]
 
 
 def test_fit_bias_takes_so_many_images_of_the_split_and_the_same_each_time(trained):

@@ -49,7 +49,7 @@ methods = {
     'logit variation': loss(CE, logit_variation=4.0),
     'CE, rare class sampling': loss(CE, sampler=True),
     'Jaccard, rare class sampling': loss(**JACCARD, sampler=True),
-    # no trainings: mmseg-imbalance fit-bias on the models of these
+    # mmseg-imbalance fit-bias on the models of these; where a checkpoint is gone, its training comes first
     'cross-entropy, bias': dict(fit_bias='cross-entropy'),
     'combined, auto, bias': dict(fit_bias='combined, auto'),
     'combined, fading, bias': dict(fit_bias='combined, fading'),

@@ -81,8 +81,8 @@ def fit(cfg, config: str, checkpoint_path: Path, out: Path, split: str, images: 
     name = next(name for name, module in model.named_modules() if module is head.conv_seg)
     if head.conv_seg.bias is None:
         raise ValueError(f'{name} has no bias that could be changed')
-    offset = torch.from_numpy(belief_offset(cfg, head, checkpoint)).float()
     datasets = split_with_test_pipeline(cfg, split)
+    offset = torch.from_numpy(belief_offset(cfg, head, checkpoint)).float()
     logits, drawn = sampled_logits(model, datasets, images)
     found = fit_class_bias(logits + offset.to(logits))
     change = offset + torch.from_numpy(found.bias)

@@ -195,7 +195,7 @@ class Execution:
 
         slot.run, slot.commit = run, commit_of(PACKAGE) if is_checkout() else __version__
         slot.started = time.monotonic()
-        trained = self.prepare(slot, self.model(run))
+        trained = self.prepare(slot)
         config, folder = trained / 'config.py', self.folder(run)
         checkpoint = trained / f'iter_{self.suite.iterations(run)}.pth'
         python, train, test = sys.executable, tools() / 'train.py', tools() / 'test.py'
@@ -211,19 +211,19 @@ class Execution:
         folder.mkdir(parents=True, exist_ok=True)
         self.step(slot)
 
-    def prepare(self, slot: Slot, run) -> Path:
-        """The folder where a run trains or has trained, with its config."""
+    def prepare(self, slot: Slot) -> Path:
+        """The folder where the model of a run trains or has trained, with its config."""
         from mmseg_imbalance.hardware import slow_in_bfloat16
-        from mmseg_imbalance.suite import fingerprint, on_this_machine, prepare_resume
+        from mmseg_imbalance.suite import on_this_machine, prepare_resume
 
-        folder = self.folder(run)
+        run = self.model(slot.run)
+        folder, cfg = self.folder(run), self.configs[slot.run].copy()
         folder.mkdir(parents=True, exist_ok=True)
-        kept, cfg = folder / 'fingerprint.txt', self.suite.config(run)
-        print_of_run = fingerprint(cfg)
-        if kept.exists() and kept.read_text() != print_of_run:  # of an older suite file
+        kept, print_of_model = folder / 'fingerprint.txt', self.prints[slot.run].removesuffix('+bias')
+        if kept.exists() and kept.read_text() != print_of_model:  # of an older suite file
             folder.rename(folder.with_name(f'{folder.name}.{int(time.time())}'))
             folder.mkdir()
-        kept.write_text(print_of_run)
+        kept.write_text(print_of_model)
         prepare_resume(folder, self.suite.iterations(run))
         workers = min(4, slot.threads - 1)
         on_this_machine(cfg, self.args.data / run.dataset, workers, slow_in_bfloat16())
