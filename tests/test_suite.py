@@ -110,9 +110,10 @@ def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
     cfg = suite.config(run)
     before = fingerprint(cfg)
     assert fingerprint(suite.config(run)) == before != fingerprint(suite.config(other))
-    on_this_machine(cfg, Path('/somewhere'), workers=3, float32=True)
+    on_this_machine(cfg, Path('/somewhere'), workers=3, float32=True, fused=True)
     amp = suite.config(run).optim_wrapper.to_dict()
     assert (amp.pop('type'), amp.pop('dtype'), amp.pop('loss_scale')) == ('AmpOptimWrapper', 'bfloat16', 1.0)
+    amp['optimizer']['fused'] = True
     assert cfg.optim_wrapper == dict(type='OptimWrapper', **amp)
     assert cfg.train_dataloader.dataset.data_root == '/somewhere'
     assert (cfg.val_dataloader.num_workers, cfg.val_dataloader.persistent_workers) == (3, True)

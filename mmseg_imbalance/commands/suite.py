@@ -213,6 +213,8 @@ class Execution:
 
     def prepare(self, slot: Slot) -> Path:
         """The folder where the model of a run trains or has trained, with its config."""
+        import torch
+
         from mmseg_imbalance.hardware import slow_in_bfloat16
         from mmseg_imbalance.suite import on_this_machine, prepare_resume
 
@@ -226,7 +228,8 @@ class Execution:
         kept.write_text(print_of_model)
         prepare_resume(folder, self.suite.iterations(run))
         workers = min(4, slot.threads - 1)
-        on_this_machine(cfg, self.args.data / run.dataset, workers, slow_in_bfloat16())
+        data, cuda = self.args.data / run.dataset, torch.cuda.is_available()
+        on_this_machine(cfg, data, workers, float32=slow_in_bfloat16(), fused=cuda)
         cfg.dump(folder / 'config.py')
         return folder
 
