@@ -201,7 +201,7 @@ def fingerprint(cfg: Config) -> str:
 
 
 def on_this_machine(cfg: Config, data: Path, workers: int, float32: bool, fused: bool) -> None:
-    """Set what does not change a run: where the data lie, how many processes load them, and two ways to be fast.
+    """Set what does not change a run: where the data lie, how many processes load them, what is faster.
 
     Args:
         float32: train in float32 where the config says bfloat16, which takes several times as long on a CPU
