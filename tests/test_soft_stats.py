@@ -184,6 +184,88 @@ def test_has_the_gradients_of_eager(make_batch, backend, option, logit_size, lab
 
 
 @needs_triton
+def weight_gradients(logits, target, weight, backend, seed=1, **options):
+    """Gradients by pixel weights and by logits under random upstream vectors, which come third."""
+    leaves = weight.detach().clone().requires_grad_(), logits.detach().clone().requires_grad_()
+    stats = soft_stats(
+        leaves[1], target, pixel_weight=leaves[0], backend=backend, with_log_prob=True, **options
+    )
+    generator = torch.Generator().manual_seed(seed)
+    upstream, total = {}, 0
+    for name in (*DIFFERENTIABLE, 'truth'):
+        value = getattr(stats, name)
+        upstream[name] = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        total = total + (value * upstream[name]).sum()
+    return *torch.autograd.grad(total, leaves), upstream
+
+
+@options_and_sizes(ALL)
+def test_a_pixel_weight_has_the_gradient_of_what_its_pixel_adds(
+    make_batch, backend, option, logit_size, label_size, align_corners
+):
+    logits, target = make_batch(logit_size, label_size, **batch_of(backend))
+    options = options_for(option, target) | dict(align_corners=align_corners)
+    weight = options.pop('pixel_weight', torch.ones(target.shape, device=DEVICE)).to(logits.dtype)
+    options.pop('with_log_prob', None)
+    found, by_logits, upstream = weight_gradients(logits, target, weight, backend, **options)
+    torch.testing.assert_close(
+        by_logits, gradients_of(logits, target, upstream, backend, pixel_weight=weight, **options)
+    )
+    options.pop('with_recall', None)
+    image, row, column = (target != 255).nonzero()[::23][:6].T.tolist()
+    for at in zip(image, row, column, strict=True):  # the sums are linear in the weights
+        alone = torch.zeros_like(weight)
+        alone[at] = 1
+        sums = of_the_oracle(logits, target, **options | dict(pixel_weight=alone))
+        expected = sum((upstream[name].double() * sums[name]).sum() for name in upstream)
+        torch.testing.assert_close(found[at].double(), expected, **TOLERANCE[logits.dtype])
+    assert (found[target == 255] == 0).all()
+
+
+def gradients_of(logits, target, upstream, backend, **options):
+    """Gradient by the logits of weights that need none, under given upstream vectors."""
+    leaf = logits.detach().clone().requires_grad_()
+    stats = soft_stats(leaf, target, backend=backend, with_log_prob=True, **options)
+    assert not stats.truth.requires_grad
+    total = sum((getattr(stats, name) * upstream[name]).sum() for name in DIFFERENTIABLE)
+    return torch.autograd.grad(total, leaf)[0]
+
+
+@pytest.mark.parametrize(('backend', 'logit_size', 'label_size'), each(ALL, SAME_OR_TWICE, FEW_SAME_OR_TWICE))
+@pytest.mark.parametrize('option', ['plain', 'focal', 'square'])
+def test_every_pixel_weight_has_the_gradient_of_eager(make_batch, backend, option, logit_size, label_size):
+    logits, target = make_batch(logit_size, label_size, **batch_of(backend))
+    weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)).to(logits) * 3
+    found, *_ = weight_gradients(logits, target, weight, backend, **OPTIONS[option])
+    expected, *_ = weight_gradients(logits.double(), target, weight.double(), 'eager', **OPTIONS[option])
+    torch.testing.assert_close(found.double(), expected, **TOLERANCE[logits.dtype])
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_the_gradient_of_a_pixel_weight_keeps_its_type(make_batch, backend, dtype):
+    logits, target = make_batch((3, 5), (6, 10), **batch_of(backend))
+    weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
+    half = weight_gradients(logits.to(dtype), target, weight, backend)[0]
+    exact = weight_gradients(logits.to(dtype).double(), target, weight.double(), 'eager')[0]
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_is_not_finite_under_ignored_pixels_gives_their_weight_no_gradient(make_batch, backend, value):
+    logits, target = make_batch((3, 5), (3, 5), **batch_of(backend))
+    target[:, 1] = 255
+    weight = torch.ones(target.shape, device=DEVICE)
+    clean, *_ = weight_gradients(logits, target, weight, backend)
+    logits[:, :, 1] = value
+    weight[:, 1] = value
+    spoilt, *_ = weight_gradients(logits, target, weight, backend)
+    torch.testing.assert_close(spoilt, clean)
+    assert (spoilt[:, 1] == 0).all()
+
+
 @pytest.mark.parametrize(('field', 'gamma'), [('nll', 0.0), *((field, 1.3) for field in DIFFERENTIABLE)])
 def test_triton_has_the_gradient_of_each_field_alone(make_batch, field, gamma):
     logits, target = make_batch((2, 3), (4, 5), dtype=torch.float32)

@@ -16,8 +16,9 @@ NOTHING_IGNORED = torch.iinfo(torch.int64).min  # a number that no label has
 class SoftStats:
     """Sums over the valid pixels of each image, by class; see :func:`soft_stats`.
 
-    ``nll``, ``intersection``, ``prediction`` and ``log_prob`` are differentiable. ``group_nll`` and
-    ``group_count`` are sums over the whole batch. A field that was not asked for is None.
+    ``nll``, ``intersection``, ``prediction`` and ``log_prob`` are differentiable, and ``truth`` by pixel
+    weights that require grad. ``group_nll`` and ``group_count`` are sums over the whole batch. A field that
+    was not asked for is None.
     """
 
     nll: Tensor  # (B, C)
@@ -43,7 +44,8 @@ class SoftStats:
         if across_ranks:
             total = sum_over_ranks(total)
         summed = dict(zip(rows, total[:, None].unbind(), strict=True))
-        summed['truth'] = summed['truth'].detach()
+        if not self.truth.requires_grad:
+            summed['truth'] = summed['truth'].detach()
         recall = (self.class_correct, self.class_count)
         class_correct, class_count = (None if n is None else n.sum(0, keepdim=True) for n in recall)
         return SoftStats(

@@ -47,8 +47,8 @@ def soft_stats(
     Args:
         logits: (B, C, h, w), floating point, C >= 2. Half precision is summed in float32.
         target: (B, H, W), integers in [0, C) or ``ignore_index``.
-        pixel_weight: (B, H, W), finite, >= 0 on valid pixels; a pixel of weight k counts as k pixels. Not
-            differentiated.
+        pixel_weight: (B, H, W), finite, >= 0 on valid pixels; a pixel of weight k counts as k pixels. Where
+            it requires grad, its gradient is that of what its pixel adds to the sums, ``truth`` among them.
         ignore_index: the label of pixels that do not count; None: all count.
         logit_bias: (C,), added to the logits of every pixel. Not differentiated.
         focal_gamma: >= 0; 0 is the plain negative log-likelihood.
@@ -90,7 +90,7 @@ def soft_stats(
         if group is not None:
             _check_range('group', group, valid, num_groups, ' wherever target is valid')
     options = Options(
-        None if pixel_weight is None else pixel_weight.detach(),
+        pixel_weight,
         ignore_index,
         None if logit_bias is None else logit_bias.detach(),
         focal_gamma,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -46,7 +47,7 @@ STRIPS_PER_PART = 4
 
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     """See :func:`mmseg_imbalance.ops.soft_stats`."""
-    return SoftStats(*_SoftStats.apply(logits, target, options))
+    return SoftStats(*_SoftStats.apply(logits, target, options.pixel_weight, options))
 
 
 class _Part:
@@ -287,6 +288,30 @@ class _Upstream(NamedTuple):
     intersection: Tensor | None
     prediction: Tensor | None
     log_prob: Tensor | None
+    truth: Tensor | None
+
+
+def _by_weight(part: _Part, below: Tensor, y: Tensor, by_label: list[Tensor | None], g: _Upstream) -> Tensor:
+    """The gradient by the weights of a strip, (r, W): what each pixel adds to the sums for a weight of 1.
+
+    ``below`` holds z - max z, (C, r, W); ``by_label`` are gN_y, gI_y and gT_y, (r, W) or None.
+    """
+    by_nll, by_intersection, by_truth = by_label
+    p = below.exp()
+    total = p.sum(0)
+    log_p = below.gather(0, y[None])[0] - total.log()
+    grad = torch.zeros_like(total) if by_truth is None else by_truth.clone()
+    if by_nll is not None:
+        gamma = part.o.focal_gamma
+        grad.addcmul_(by_nll, _focal(log_p, gamma)[0] if gamma > 0 else -log_p)
+    if by_intersection is not None:
+        grad.addcmul_(by_intersection, log_p.exp())
+    if g.log_prob is not None:
+        grad += (g.log_prob @ below.flatten(1)).view_as(grad) - g.log_prob.sum() * total.log()
+    if g.prediction is not None:
+        p.div_(total)
+        grad += (g.prediction @ (p.square_() if part.o.square_prediction else p).flatten(1)).view_as(grad)
+    return grad
 
 
 def _add_gradient(
@@ -301,10 +326,10 @@ def _add_gradient(
 ) -> None:
     """Add the gradient by the logits of a strip, in the form that heads this file, to ``grad``.
 
-    ``e`` holds z - max z, (C, r, W), and is overwritten; ``by_label`` are gN_y and gI_y, (r, W) or None;
+    ``e`` holds z - max z, (C, r, W), and is overwritten; ``by_label`` as in :func:`_by_weight`;
     ``lift`` takes a tensor of the strip's rows to those of ``grad``.
     """
-    by_nll, by_intersection = by_label
+    by_nll, by_intersection, _ = by_label
     below = None
     if part.o.focal_gamma > 0 and by_nll is not None:
         below = e.gather(0, y[None])[0]
@@ -332,13 +357,16 @@ def _add_gradient(
         grad.addcmul_(lift(m[None]), g.log_prob[:, None, None])
 
 
-def _gradient(part: _Part, g: _Upstream, grad: Tensor) -> Tensor | None:
-    """Write the gradient of a part into grad (B, C, H, W) of zeros, or return that of its band, (C, k, w)."""
+def _gradient(part: _Part, g: _Upstream, grad: Tensor, weight_grad: Tensor | None) -> Tensor | None:
+    """Write the gradient of a part into grad (B, C, H, W) of zeros, or return that of its band, (C, k, w).
+
+    That by the pixel weights is written to ``weight_grad``, (B, H, W) of zeros, where it is asked for.
+    """
     g = _Upstream(*(None if rows is None else rows[part.image].to(part.dtype) for rows in g))
     valid, y, m = part.labels()
     by_label = [
         None if values is None else values.index_select(0, y.flatten()).view_as(m)
-        for values in (g.nll, g.intersection)
+        for values in (g.nll, g.intersection, g.truth)
     ]
     columns = None
     if part.axes is not None:
@@ -346,6 +374,9 @@ def _gradient(part: _Part, g: _Upstream, grad: Tensor) -> Tensor | None:
     for (e, _), rows in zip(part.below_top(valid), part.strips(), strict=True):
         here = slice(rows.start - part.rows.start, rows.stop - part.rows.start)
         pixels = y[here], m[here], [None if values is None else values[here] for values in by_label]
+        if weight_grad is not None:
+            added = _by_weight(part, e, y[here], pixels[2], g)
+            weight_grad[part.image, rows] = added.masked_fill_(~valid[here], 0)
         if columns is not None:
             matrix, band = part.resize(rows)
             _add_gradient(part, e, *pixels, g, matrix.T.matmul, columns[:, band])
@@ -364,7 +395,9 @@ def _same(rows: Tensor) -> Tensor:
 
 class _SoftStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, o):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits, target, pixel_weight, o):  # type: ignore[no-untyped-def]
+        if pixel_weight is not None:  # threads of the pool record what requires grad
+            o = replace(o, pixel_weight=pixel_weight.detach())
         parts = _split(logits, target, o)
         counted = list(each(_sums, parts, logits.is_cpu))
         number = len(parts) // len(logits)  # of an image
@@ -383,15 +416,22 @@ class _SoftStats(torch.autograd.Function):
         class_correct = class_count = None
         if recall is not None:
             class_correct, class_count = (numbers.clone() for numbers in recall.unbind(1))
-        fixed = (truth, correct, group_nll, group_count, class_correct, class_count)
+        fixed = (correct, group_nll, group_count, class_correct, class_count)
+        if not ctx.needs_input_grad[2]:
+            fixed = (truth, *fixed)
         ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
-        return nll, intersection, prediction.to(dtype), truth, correct, log_prob, *fixed[2:]
+        return nll, intersection, prediction.to(dtype), truth, correct, log_prob, *fixed[-4:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, _truth, _correct, g_log_prob, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *_):  # type: ignore[no-untyped-def]
         logits, target = ctx.saved_tensors
-        upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob)
+        upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob, g_truth)
+        weight, weight_grad = ctx.options.pixel_weight, None
+        if ctx.needs_input_grad[2]:
+            weight_grad = logits.new_zeros(
+                target.shape, dtype=torch.promote_types(logits.dtype, torch.float32)
+            )
         with torch.autocast(logits.device.type, enabled=False):
             parts = _split(logits, target, ctx.options)
             for part in parts:
@@ -401,8 +441,15 @@ class _SoftStats(torch.autograd.Function):
             else:
                 grad = logits.new_zeros(logits.shape, dtype=parts[0].dtype)
             # all of them first: OpenMP's threads, once woken for a sum, keep a core busy for a while
-            bands = list(each(lambda part: _gradient(part, upstream, grad), parts, logits.is_cpu))
+            bands = list(
+                each(lambda part: _gradient(part, upstream, grad, weight_grad), parts, logits.is_cpu)
+            )
             for part, band in zip(parts, bands, strict=True):
                 if band is not None:
                     grad[part.image, :, part.band] += band
-        return grad.to(logits.dtype), None, None
+        return (
+            grad.to(logits.dtype),
+            None,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None,
+        )

@@ -19,6 +19,10 @@ and weight m, l its loss:
     q_k  = gP_k                               2 gP_k p_k where the prediction is squared
     dz_k = p_k (m q_k - m sum_j q_j p_j - a - m sum_j gL_j) + m gL_k + [k = y] a
 
+and by a weight that requires grad, gT being the gradient of truth:
+
+    dm   = gT_y + gI_y p_y + gN_y l + sum_j gP_j p_j + sum_j gL_j log p_j      p_j^2 where it is squared
+
 To small logits this is a gather, as bilinear weights are hats, max(0, 1 - |x - n|) of a pixel's source
 coordinate x and a cell n: a program owns some cells of two source rows, walks the pixels under their hats,
 adds up the rows of each column by their weights, and multiplies by the columns' weights, (P, cells).
@@ -51,7 +55,7 @@ SIZES += [f'{of}stride_{axis}' for of in ('', 'grad_') for axis in ('image', 'cl
 
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     """See :func:`mmseg_imbalance.ops.soft_stats`."""
-    return SoftStats(*_SoftStats.apply(logits, target, options))
+    return SoftStats(*_SoftStats.apply(logits, target, options.pixel_weight, options))
 
 
 def why_not(logits: Tensor, num_groups: int) -> str | None:
@@ -383,9 +387,39 @@ def _gradient(
     return tl.where(c[:, None] < C, dz - p * common[None, :], 0.0)
 
 
+@triton.jit
+def _store_weight_gradient(
+    weight_grad, pixel, inside, z, c, y, image,
+    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, q, r, gamma,
+    C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient by the weights of P pixels; programs that share a pixel store the same number."""
+    z, top, e, total = _softmax(z, c, y, C)
+    member = (c[:, None] == y[None, :]) & (c[:, None] < C)
+    below, nll, miss = _log_loss(z, top, e, total, member, y, FOCAL)
+    dm = tl.zeros_like(total)
+    if g_truth is not None:
+        dm += tl.load(g_truth + image * C + y, mask=y >= 0, other=0.0)
+    if g_intersection is not None:
+        dm += _exp(below) / total * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
+    if g_nll is not None:
+        if FOCAL:
+            nll *= _power(miss, gamma)[0]
+        dm += nll * tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
+    if g_prediction is not None:
+        p = e / total[None, :]
+        if SQUARE:
+            p *= p
+        dm += tl.sum(q[:, None] * p, 0)
+    if g_log_prob is not None:
+        log_p = z - top[None, :] - tl.log(total)[None, :]
+        dm += tl.sum(tl.where(c[:, None] < C, r[:, None] * log_p, 0.0), 0)
+    tl.store(weight_grad + pixel, tl.where(y >= 0, dm, 0.0), mask=inside)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    logits, target, bias, weight, g_nll, g_intersection, g_prediction, g_log_prob,
+    logits, target, bias, weight, g_nll, g_intersection, g_prediction, g_log_prob, g_truth, weight_grad,
     grad, grad_stride_image, grad_stride_class, grad_stride_row, grad_stride_column,
     stride_image, stride_class, stride_row, stride_column, h, w, height, width,
     row_scale, row_inverse, column_scale, column_inverse, gamma, bands, bands_each, cells_each,
@@ -434,10 +468,17 @@ def _backward_kernel(
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
                     pixel = (image * height + row) * width + column
                     y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
+                    z = upper + row_part * change
                     dz = _gradient(
-                        upper + row_part * change, c, y, m, image,
+                        z, c, y, m, image,
                         g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma, C, FOCAL, SQUARE,
                     )  # fmt: skip
+                    if weight_grad is not None:
+                        _store_weight_gradient(
+                            weight_grad, pixel, inside, z, c, y, image,
+                            g_nll, g_intersection, g_prediction, g_log_prob, g_truth, q, r,
+                            gamma, C, FOCAL, SQUARE,
+                        )  # fmt: skip
                     distance = band + row_part - top_cell
                     top_sum += tl.maximum(0.0, 1 - tl.abs(distance)) * dz
                     bottom_sum += tl.maximum(0.0, 1 - tl.abs(distance - 1)) * dz
@@ -471,6 +512,12 @@ def _backward_kernel(
                 z, c, y, m, image,
                 g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma, C, FOCAL, SQUARE,
             )  # fmt: skip
+            if weight_grad is not None:
+                _store_weight_gradient(
+                    weight_grad, pixel, inside, z, c, y, image,
+                    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, q, r,
+                    gamma, C, FOCAL, SQUARE,
+                )  # fmt: skip
             at = tl.max_contiguous(grad + row.to(tl.int64) * grad_stride_row, [1, 2])
             tl.store(at, dz, mask=known & inside[None, :])
             row += 1
@@ -531,9 +578,9 @@ class _Launch:
 
 class _SoftStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, o):
+    def forward(ctx, logits, target, pixel_weight, o):
         target, bias, weight, group = (
-            None if t is None else t.contiguous() for t in (target, o.logit_bias, o.pixel_weight, o.group)
+            None if t is None else t.contiguous() for t in (target, o.logit_bias, pixel_weight, o.group)
         )
         launch = _Launch(logits, target, o)
         batch, classes = logits.shape[:2]
@@ -565,22 +612,26 @@ class _SoftStats(torch.autograd.Function):
         ctx.save_for_backward(logits, target, bias, weight)
         ctx.launch = launch
         ctx.set_materialize_grads(False)
-        fixed = (truth, correct, group_nll, group_count, class_correct, class_count)
+        fixed = (correct, group_nll, group_count, class_correct, class_count)
+        if not ctx.needs_input_grad[2]:
+            fixed = (truth, *fixed)
         ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
-        return nll, intersection, prediction, truth, correct, log_prob, *fixed[2:]
+        return nll, intersection, prediction, truth, correct, log_prob, *fixed[-4:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, _truth, _correct, g_log_prob, *_):
+    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *_):
         logits, target, bias, weight = ctx.saved_tensors
-        launch = ctx.launch
-        upstream = (g_nll, g_intersection, g_prediction, g_log_prob)
+        launch, weight_grad = ctx.launch, None
+        if ctx.needs_input_grad[2]:
+            weight_grad = logits.new_empty(target.shape, dtype=torch.float32)
+        upstream = (g_nll, g_intersection, g_prediction, g_log_prob, g_truth)
         upstream = (None if g is None else g.contiguous() for g in upstream)
         grad = torch.empty_like(logits)
         grid, cells, block = launch.gather() if launch.resize else (launch.grid, 1, 16)
         with torch.cuda.device_of(logits):
             _backward_kernel[grid](
-                logits, target, bias, weight, *upstream, grad, *grad.stride(),
+                logits, target, bias, weight, *upstream, weight_grad, grad, *grad.stride(),
                 column_inverse=launch.column_inverse, cells_each=cells, BLOCK_N=block, **launch.arguments,
             )  # fmt: skip
-        return grad, None, None
+        return grad, None, None if weight_grad is None else weight_grad.to(weight.dtype), None
