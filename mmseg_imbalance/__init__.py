@@ -29,6 +29,7 @@ else:
     from mmseg_imbalance.components import SmallRegionRemover
     from mmseg_imbalance.counting import count_classes, training_frequency
     from mmseg_imbalance.datasets import CamVidDataset
+    from mmseg_imbalance.hardness import HardnessWeightedLoss
     from mmseg_imbalance.heads import (
         FeatureASPPHead,
         FeatureDepthwiseSeparableASPPHead,
@@ -69,6 +70,7 @@ __all__ = [
     'FeatureHead',
     'FeatureSegformerHead',
     'GeneralizedDiceLoss',
+    'HardnessWeightedLoss',
     'ImbalanceIoUMetric',
     'LogitAdjustmentHook',
     'Overlap',

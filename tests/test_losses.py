@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_imbalance.class_balance import ClassWatcher
+from mmseg_imbalance.hardness import HardnessWeightedLoss
 from mmseg_imbalance.label_check import LabelCounter
 from mmseg_imbalance.losses import (
     CombinedWeightedLoss,
@@ -571,6 +572,13 @@ def subclassified(**options):
     return loss
 
 
+def hardness(**options):
+    loss = HardnessWeightedLoss(**options)
+    loss.set_feature_shape(5, 3)
+    torch.nn.init.normal_(loss.weight_head[-1].weight, generator=torch.Generator().manual_seed(3))
+    return loss
+
+
 EVERY_LOSS = {
     **{loss.__name__: loss for loss in LOSSES},
     'focal, by pixels': functools.partial(by_pixels, WeightedFocalLoss),
@@ -582,6 +590,7 @@ EVERY_LOSS = {
     'V-Net': functools.partial(WeightedDiceLoss, square_denominator=True, region_reduction='batch'),
     'smoothed': functools.partial(CombinedWeightedLoss, label_smoothing=0.1, focal_gamma=0.5),
     'adjusted': functools.partial(WeightedFocalLoss, logit_adjustment=1.0, logit_variation=2.0),
+    'HardnessWeightedLoss': hardness,
     'SubclassifiedLoss': subclassified,
     'SimilaritySubclassifiedLoss': SimilaritySubclassifiedLoss,
     'paper_exact': functools.partial(SimilaritySubclassifiedLoss, paper_exact=True),

@@ -47,6 +47,7 @@ methods = {
     'logit adjustment 0.5': loss(CE, logit_adjustment=0.5),
     'logit adjustment 1': loss(CE, logit_adjustment=1.0),
     'logit variation': loss(CE, logit_variation=4.0),
+    'hardness': loss('HardnessWeightedLoss'),
     'CE, rare class sampling': loss(CE, sampler=True),
     'Jaccard, rare class sampling': loss(**JACCARD, sampler=True),
     # mmseg-imbalance fit-bias on the models of these; where a checkpoint is gone, its training comes first

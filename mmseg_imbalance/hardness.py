@@ -1,0 +1,112 @@
+"""A loss that learns how hard each pixel is, beside the model, and lets hard pixels weigh more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmseg_imbalance.registry import MODELS
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mmseg_imbalance.class_weight import ClassWeightSpec
+from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.ops import valid_pixels
+from mmseg_imbalance.options import check_at_least_0, take
+from mmseg_imbalance.terms import CrossEntropy
+
+WIDTH = 64  # channels of the weight head
+
+
+class _Reversed(torch.autograd.Function):
+    """x, whose gradient is multiplied by -rate: what is before it climbs where what is behind it descends."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rate: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.rate = rate
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return -ctx.rate * grad, None
+
+
+@MODELS.register_module()
+class HardnessWeightedLoss(WeightedLoss):
+    """Cross-entropy sum_i w_i l_i / sum_i w_i with weights w = sigmoid(h) + floor of pixels that are learnt.
+
+    h is a small convolutional head on the features that enter the classifier, without a gradient to them. It
+    is trained to make the loss large, while the model makes it small: it finds the pixels that stay hard. A
+    pixel weighs at most (1 + floor) / floor times another. The weight head starts at equal weights. It is a
+    part of the loss: in the optimizer and the checkpoint, and not run at test time. It needs a Feature head.
+
+    Args:
+        class_weight: see :class:`~mmseg_imbalance.losses.WeightedLoss`.
+        floor: > 0.
+        rate: > 0, factor on the gradient of the weight head.
+        **options: of :class:`~mmseg_imbalance.losses.WeightedCrossEntropyLoss`.
+
+    Raises:
+        ValueError: an option out of its range.
+        RuntimeError: in use, the head hands over no features, or has no classifier when it is built.
+
+    Source: Xiao et al. 2023, Not All Pixels Are Equal: Learning Pixel Hardness for Semantic Segmentation,
+    https://arxiv.org/abs/2305.08462, with floor 0.1 and rate 0.01. Differs: there the weight head is a second
+    decode head on the backbone's features, and ignored pixels take a share of the weights.
+    """
+
+    needs_features = True
+    term_options = tuple(CrossEntropy.OPTIONS)
+
+    def __init__(
+        self, class_weight: ClassWeightSpec = None, *, floor: float = 0.1, rate: float = 0.01, **options: Any
+    ) -> None:
+        check_at_least_0(floor=floor, rate=rate)
+        if 0 in (floor, rate):
+            raise ValueError(
+                f'floor and rate must be above 0, got floor={floor} and rate={rate}; with equal weights the '
+                'loss is WeightedCrossEntropyLoss'
+            )
+        super().__init__({'hardness': (take(CrossEntropy, options), 1.0)}, class_weight, **options)
+        self.floor = floor
+        self.rate = rate
+        self.weight_head: nn.Sequential | None = None
+
+    def set_feature_shape(self, num_classes: int, channels: int) -> None:
+        """Make the weight head for what a head hands over; heads call it when they are built."""
+        last = nn.Conv2d(WIDTH, 1, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.weight_head = nn.Sequential(nn.Conv2d(channels, WIDTH, 3, padding=1), nn.ReLU(), last)
+
+    def weigh_pixels(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int | None,
+        align_corners: bool,
+        features: Tensor | None,
+    ) -> dict[str, Any]:
+        """The learnt weights times those of a sampler, (B, H, W)."""
+        if features is None or self.weight_head is None:
+            raise RuntimeError(
+                'HardnessWeightedLoss learns from the features that enter the classifier, which this head '
+                'does not hand over, or it has no conv_seg when it is built. These do and have: '
+                'FeatureASPPHead, FeatureDepthwiseSeparableASPPHead, FeatureSegformerHead, and '
+                "dict(type='FeatureHead', base='UPerHead') for most others"
+            )
+        h = self.weight_head(features.detach().to(self.weight_head[0].weight.dtype))
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        if h.shape[2:] != target.shape[1:]:
+            h = F.interpolate(h, target.shape[1:], mode='bilinear', align_corners=align_corners)
+        hardness = h[:, 0].sigmoid()
+        if self.training:
+            valid = valid_pixels(target, ignore_index)
+            mean = (hardness.detach() * valid).sum() / valid.sum().clamp_min(1)
+            self.logged = self._named(dict(mean=mean))
+        own_weight = _Reversed.apply(hardness + self.floor, self.rate)
+        return dict(pixel_weight=own_weight if weight is None else weight * own_weight)
