@@ -152,11 +152,19 @@ def test_differences_are_paired_and_corrected_over_mIoU_and_tail(regime):
 def test_claims_are_those_below_5_per_cent_in_both_directions(regime):
     page = results_page([regime], 'results')
     found = {heading: rows for (heading, _), rows in tables(page).items()}
-    verdicts = ('Better than cross-entropy', 'Worse than cross-entropy', 'What did not help')
+    verdicts = ('Better than cross-entropy', 'Worse than cross-entropy', 'Hints')
     assert [[cells[1] for cells in found[verdict]] for verdict in verdicts] == [['good'], ['bad'], ['noisy']]
     bold = [[cell.startswith('**') for cell in found[verdict][0][3:]] for verdict in verdicts]
     assert bold == [[True, False, True, False], [True, False, False, False], [False] * 4]
     assert '3 of 6 tests are below 0.05' in page
+
+
+def test_what_is_within_noise_before_the_correction_did_not_help(tmp_path):
+    equal = runs('equal', shifted(BASE, [1.0, -1.1, 0.9, -1.0]), shifted(TAILS, [2.0, -2.2, 1.8, -1.9]))
+    page = results_page(read_results(write_rows(tmp_path, ROWS[:4] + equal)), 'results')
+    found = {heading: rows for (heading, _), rows in tables(page).items()}
+    assert [cells[1] for cells in found['What did not help']] == ['equal']
+    assert page.count('None.') == 3
 
 
 def test_a_method_that_gains_tail_and_loses_mIoU_is_on_both_sides(tmp_path):
@@ -175,7 +183,7 @@ def test_one_seed_is_shown_and_nothing_is_claimed_from_it(tmp_path):
     assert list(means) == ['cross-entropy', 'ours']
     assert 'at most one seed in common: ours (camvid, converged)' in page
     assert '**+' not in page
-    assert page.count('None.') == 3
+    assert page.count('None.') == 4
 
 
 def test_only_common_seeds_are_paired_and_the_rest_is_named(tmp_path):

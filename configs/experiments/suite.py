@@ -6,8 +6,8 @@ datasets = dict(
     magnetic_tile='segformer_efficientnet-lite0_1xb8-2k_magnetic-tile_240x180.py',
     neu_seg='segformer_efficientnet-lite0_1xb8-2k_neu-seg_200x200.py',
 )
-# iterations of training; the last 500 of 2000 give cross-entropy 0.4 mIoU on CamVid (one seed)
-schedules = dict(short=500, long=2000)
+# iterations of training; with 4000, cross-entropy no longer rises in the last 1000 on CamVid
+schedules = dict(short=500, long=2000, converged=4000)
 
 
 def loss(type='CombinedWeightedLoss', sampler=False, hook=None, **options):
@@ -59,13 +59,16 @@ LAST = ['cross-entropy', 'combined, auto', 'combined, fading']
 LAST += [f'{method}, bias' for method in LAST]
 # in the order of what they decide
 runs = [
-    dict(dataset='camvid', schedule='long', seeds=1, methods=LAST),
-    dict(dataset='camvid', schedule='short', seeds=3, methods=LAST),
-    dict(dataset='camvid', schedule='long', seeds=3, methods=LAST),
+    dict(dataset='camvid', schedule='converged', seeds=5, methods=LAST),
+    *(
+        dict(dataset=dataset, schedule='long', seeds=3, methods=LAST)
+        for dataset in ('clothing', 'neu_seg', 'magnetic_tile')
+    ),
     dict(dataset='camvid', schedule='short', seeds=5),
+    dict(dataset='camvid', schedule='long', seeds=3, methods=LAST),
     dict(
         dataset='camvid',
-        schedule='long',
+        schedule='converged',
         seeds=3,
         methods=[
             'CE, sqrt_inv_freq',
@@ -76,10 +79,7 @@ runs = [
             'Jaccard, power 0.5',
             'Jaccard, fading',
             'CE, rare class sampling',
+            'hardness',
         ],
-    ),
-    *(
-        dict(dataset=dataset, schedule='long', seeds=3, methods=LAST)
-        for dataset in ('clothing', 'magnetic_tile', 'neu_seg')
     ),
 ]

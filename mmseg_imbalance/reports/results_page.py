@@ -16,6 +16,7 @@ from mmseg_imbalance.fonts import fonts_for
 from mmseg_imbalance.reports.page import COLOURS
 from mmseg_imbalance.reports.paired import PairedTest
 from mmseg_imbalance.reports.results import (
+    ALPHA,
     SUMMARIES,
     TESTED,
     Regime,
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BEST = 4  # methods in the plot of classes
-NEITHER = (
-    'Tested, and neither a gain nor a loss of mIoU or tail survives. A range that leaves out 0 is a hint, no '
-    'claim. Few seeds prove only what is much the same in each.'
+HINT = (
+    'The range of mIoU or tail leaves out 0, but p is not below 0.05 after the correction. No claims. '
+    'Few seeds prove only what is much the same in each.'
 )
+NEITHER = 'Tested, and 0 lies in the ranges of both.'
 
 
 class Plot(NamedTuple):
@@ -104,7 +106,7 @@ def _page(regimes: list[Regime], folder: str) -> Iterator[str]:
 
 def _verdicts(regimes: list[Regime]) -> Iterator[str]:
     base = _text(regimes[0].baseline)
-    better, worse, neither, untested, number_of_tests, surviving = [], [], [], [], 0, 0
+    better, worse, hints, neither, untested, number_of_tests, surviving = [], [], [], [], [], 0, 0
     for regime in regimes:
         for method in list(regime.methods)[1:] if regime.tests else ():
             tests = [regime.tests[metric][method] for metric in TESTED]
@@ -115,11 +117,13 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
                 untested.append(f'{_text(method)} ({_place(regime)})')
                 continue
             cells = (cell for test in tests for cell in (_difference(test), _p(test)))
+            hint = not left and any(test.p is not None and test.p < ALPHA for test in tests)
             row = [_whole(_place(regime)), _text(method), str(len(tests[0].seeds)), *cells]
             for rows, chosen in (
                 (better, any(test.mean > 0 for test in left)),
                 (worse, any(test.mean < 0 for test in left)),
-                (neither, not left),
+                (hints, hint),
+                (neither, not left and not hint),
             ):
                 rows += [row] if chosen else []
     yield '## Which claims survive\n'
@@ -128,6 +132,7 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
     for title, rows in (
         (f'### Better than {base}', better),
         (f'### Worse than {base}', worse),
+        (f'### Hints\n\n{HINT}', hints),
         (f'## What did not help\n\n{NEITHER}', neither),
     ):
         yield f'{title}\n'
