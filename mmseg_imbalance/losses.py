@@ -161,9 +161,8 @@ class WeightedLoss(nn.Module):
             ignore_index=ignore_index,
             align_corners=align_corners,
             logit_bias=self.class_weight.logit_bias(logits, self.logit_adjustment),
-            with_recall=bool(watchers),
             backend=self.backend,
-            **self.pass_options,
+            **dict(with_recall=bool(watchers)) | self.pass_options,
             **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
         )
         self.correct = None if self.changes_logits else stats.correct

@@ -86,8 +86,8 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
 
     Cross-entropy with weights w_c is lowest where the softmax is w_c p_c over its sum: -ln w_c takes them
     back. With logit adjustment tau it is lowest where the softmax of z_c + tau ln f_c is p. The weights are
-    those of the first cross-entropy at the end of the training. A region loss has no such closed form and is
-    left as it is.
+    those of the first cross-entropy at the end of the training. A region loss has no such closed form, and
+    recall weighs anew in each batch: both are left as they are.
 
     Args:
         cfg: the config of the training.

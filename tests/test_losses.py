@@ -28,6 +28,7 @@ from mmseg_imbalance.losses import (
     WeightedTverskyLoss,
 )
 from mmseg_imbalance.ops import soft_stats
+from mmseg_imbalance.recall import RecallWeightedLoss
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 
@@ -46,6 +47,7 @@ LOSSES = (
     WeightedJaccardLoss,
     WeightedTverskyLoss,
     GeneralizedDiceLoss,
+    RecallWeightedLoss,
     focal_and_focal_tversky,
 )
 PIXELS = [9e6, 4e4, 3e5, 0, 7e3]
@@ -318,7 +320,7 @@ def test_one_output_channel_is_softmax_over_zero_and_z(loss):
         torch.testing.assert_close(loss()(z, target), bce)
 
 
-@pytest.mark.parametrize('loss', LOSSES)
+@pytest.mark.parametrize('loss', [loss for loss in LOSSES if loss is not RecallWeightedLoss])
 def test_pixel_weights_and_ignore_index_both_count(make_batch, loss):
     logits, target = make_batch()
     module = loss(class_weight=WEIGHT)
@@ -582,6 +584,7 @@ EVERY_LOSS = {
     'V-Net': functools.partial(WeightedDiceLoss, square_denominator=True, region_reduction='batch'),
     'smoothed': functools.partial(CombinedWeightedLoss, label_smoothing=0.1, focal_gamma=0.5),
     'adjusted': functools.partial(WeightedFocalLoss, logit_adjustment=1.0, logit_variation=2.0),
+    'running recall': functools.partial(RecallWeightedLoss, momentum=0.1),
     'SubclassifiedLoss': subclassified,
     'SimilaritySubclassifiedLoss': SimilaritySubclassifiedLoss,
     'paper_exact': functools.partial(SimilaritySubclassifiedLoss, paper_exact=True),

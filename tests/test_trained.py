@@ -89,6 +89,8 @@ def test_the_weights_are_those_of_cross_entropy_at_the_end():
     assert (offset_of(dice) == 0).all()
     for region in (dice, dict(type='DiceLoss'), dict(type='TverskyLoss', class_weight=[1.0, 2.0, 3.0])):
         np.testing.assert_allclose(offset_of(region, own), -np.log(WEIGHTS))
+    # recall weighs anew in each batch
+    assert (offset_of(dict(type='RecallWeightedLoss', **AUTO)) == 0).all()
     zero = dict(type='WeightedCrossEntropyLoss', class_weight=[0.0, 1.0, 2.0])
     np.testing.assert_allclose(offset_of(zero), [0, 0, -np.log(2)])
 

@@ -31,6 +31,8 @@ methods = {
     'cross-entropy': dict(),
     'CE, sqrt_inv_freq': loss(CE, **AUTO),
     'CE, inverse_freq': loss(CE, **AUTO, hook=dict(scheme='inverse_freq')),
+    'CE, recall': loss('RecallWeightedLoss'),
+    'CE, running recall': loss('RecallWeightedLoss', momentum=0.1),
     'focal': loss(FOCAL),
     'Dice': loss(DICE, **AUTO),
     'combined, auto': loss(**AUTO),
