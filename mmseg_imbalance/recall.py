@@ -51,8 +51,8 @@ class RecallWeightedLoss(WeightedLoss):
     Raises:
         ValueError: momentum out of its range, or below 1 with more than 1024 classes.
 
-    Source: Tian et al. 2022, https://arxiv.org/abs/2106.14917. In its public code ignored pixels count in
-    the mean and as pixels of class 1, a count of 0 is one of 1, and each rank has its own recall.
+    Source: Tian et al. 2022, https://arxiv.org/abs/2106.14917. In its public code the mean is over all
+    pixels, ignored ones too, a count of 0 is taken for 1, and each rank has its own recall.
     """
 
     running_shares: Tensor  # (2, MOST_CLASSES) of the valid pixels: found right, and all, of each class

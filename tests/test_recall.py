@@ -1,12 +1,14 @@
 """Recall loss: the weights from recall, the running means, what checkpoints and averaged models hold."""
 
 import copy
+from pathlib import Path
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.model import ExponentialMovingAverage
+from mmengine.runner import Runner
 from test_losses import TARGET, head, run
 from torch import nn
 
@@ -191,6 +193,32 @@ def test_training_follows_a_first_call_in_inference_mode(make_batch):
         loss(logits, target)
     loss(logits.requires_grad_(), target).backward()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_run_with_an_averaged_model_saves_the_means_and_resumes_with_them(small_config):
+    cfg = small_config(
+        'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180',
+        custom_hooks=[dict(type='EMAHook')],
+    )
+    options = dict(type='RecallWeightedLoss', momentum=0.3)
+    cfg.merge_from_dict(dict(model=dict(decode_head=dict(loss_decode=dict(_delete_=True, **options)))))
+    cfg.default_hooks.checkpoint.interval = 2
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    shares = runner.model.decode_head.loss_decode.running_shares
+    assert shares.sum(1)[1].item() == pytest.approx(1 - 0.7**2, rel=1e-5)  # after two batches
+    content = torch.load(Path(cfg.work_dir, 'iter_2.pth'), weights_only=False)
+    for part in ('state_dict', 'ema_state_dict'):
+        found = next(x for name, x in content[part].items() if name.endswith('loss_decode.running_shares'))
+        assert torch.equal(found, shares)
+    cfg.train_cfg.max_iters = 3
+    cfg.load_from, cfg.resume = str(Path(cfg.work_dir, 'iter_2.pth')), True
+    cfg.experiment_name += '-resumed'
+    resumed = Runner.from_cfg(cfg)
+    resumed.train()
+    shares = resumed.model.decode_head.loss_decode.running_shares
+    assert shares.sum(1)[1].item() == pytest.approx(1 - 0.7**3, rel=1e-5)
 
 
 # in heads
