@@ -49,6 +49,7 @@ else:
     )
     from mmseg_imbalance.metrics import ClassIoUMetric, ImbalanceIoUMetric
     from mmseg_imbalance.predictions import PredictionHook
+    from mmseg_imbalance.recall import RecallWeightedLoss
     from mmseg_imbalance.run_hook import RunHook
     from mmseg_imbalance.samplers import RareClassCrop, RareClassSampler
     from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
@@ -77,6 +78,7 @@ __all__ = [
     'PredictionHook',
     'RareClassCrop',
     'RareClassSampler',
+    'RecallWeightedLoss',
     'RunHook',
     'SimilaritySubclassifiedLoss',
     'SmallRegionRemover',

@@ -140,7 +140,7 @@ class ClassWeight:
         spec: None (all 1); C numbers >= 0; a dict by class name (classes that it leaves out weigh 1); the
             path of a file of :class:`WeightRecord`; or 'auto': the hook calls :meth:`set_weights`.
         with_prior: whether the loss asks for the prior; then the hook calls :meth:`set_pixels`.
-        owner: name of the loss, for messages.
+        owner, name, words: name of the loss, of its option, and words that this can be; for messages.
         mean_of_1: scale the weights to sum_c f_c w_c = 1, f_c the share of each class in the training pixels,
             which the hook hands over too; those of a file are taken from the file.
 
@@ -155,9 +155,12 @@ class ClassWeight:
         with_prior: bool = False,
         owner: str = 'a loss',
         mean_of_1: bool = False,
+        name: str = 'class_weight',
+        words: str = "'auto'",
     ) -> None:
         self.spec = spec
         self.owner = owner
+        self.name = name
         self.with_prior = with_prior
         self.mean_of_1 = mean_of_1 and spec is not None
         self.values: Tensor | None = None  # (C,) float32
@@ -169,11 +172,11 @@ class ClassWeight:
         self._file_classes: list[str] | None = None  # until they were compared with the data set's
         if isinstance(spec, Mapping):
             # with the 1 of the classes that it leaves out
-            check_weights([*spec.values(), 1.0], f'class_weight={dict(spec)}')
+            check_weights([*spec.values(), 1.0], f'{name}={dict(spec)}')
             self._by_name = dict(spec)
         elif isinstance(spec, str | Path):
             if spec != 'auto':
-                self.record = record = self._load(spec)
+                self.record = record = self._load(spec, words)
                 self.set_weights(record.weights)
                 self._file_classes = record.classes
                 if self.mean_of_1 and not with_prior and record.pixels is not None:
@@ -182,20 +185,20 @@ class ClassWeight:
             self.set_weights(spec)
         elif spec is not None:
             raise TypeError(
-                "class_weight must be None, 'auto', a list of numbers, a dict by class name or the path of a "
+                f'{name} must be None, {words}, a list of numbers, a dict by class name or the path of a '
                 f'file, got {spec!r}'
             )
 
-    def _load(self, path: str | Path) -> WeightRecord:
+    def _load(self, path: str | Path, words: str) -> WeightRecord:
         try:
             return WeightRecord.load(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"class_weight={str(path)!r} is neither 'auto' nor a file; "
+                f'{self.name}={str(path)!r} is neither {words} nor a file; '
                 'mmseg-imbalance class-weights CONFIG --out FILE writes one'
             ) from error
         except ValueError as error:
-            raise ValueError(f'class_weight={error}') from error
+            raise ValueError(f'{self.name}={error}') from error
 
     @property
     def waiting(self) -> bool:
@@ -220,13 +223,13 @@ class ClassWeight:
     def given(self) -> list[float] | None:
         """The weights in the order of the classes; None where all are 1, or not known yet."""
         if self._by_name is not None and class_names() is not None:
-            return in_class_order(self._by_name, 1.0, 'class_weight')
+            return in_class_order(self._by_name, 1.0, self.name)
         return None if self.values is None else self.values.tolist()
 
     def set_weights(self, weights: Sequence[float] | Tensor | np.ndarray) -> None:
         """Use these weights, one number >= 0 per class, from the next call on."""
         weights = weights.tolist() if hasattr(weights, 'tolist') else list(weights)
-        check_weights(weights, f'class_weight={weights}')
+        check_weights(weights, f'{self.name}={weights}')
         self.values = _single(weights)
         self._by_name = self._file_classes = self._scaled = None
 
@@ -247,18 +250,18 @@ class ClassWeight:
         """
         if self.waiting:
             raise RuntimeError(
-                f"{self.owner}(class_weight='auto') has no weights yet. Add "
+                f"{self.owner}({self.name}='auto') has no weights yet. Add "
                 "custom_hooks = [dict(type='ClassWeightHook')] to the config: it counts the training "
-                'annotations before the first iteration. Outside a runner, call class_weight.set_weights of '
-                'the loss'
+                'annotations before the first iteration. Outside a runner, call '
+                f'{self.name}.set_weights of the loss'
             )
         if self._by_name is not None:
-            self.set_weights(in_class_order(self._by_name, 1.0, 'class_weight'))
+            self.set_weights(in_class_order(self._by_name, 1.0, self.name))
         elif self._file_classes is not None:
             classes = class_names()
             if classes is not None and classes != self._file_classes:
                 raise ValueError(
-                    f'the class_weight file is for the classes {self._file_classes}, but the data set has '
+                    f'the {self.name} file is for the classes {self._file_classes}, but the data set has '
                     f'{classes}; write one for it with mmseg-imbalance class-weights CONFIG --out FILE'
                 )
             self._file_classes = None
@@ -266,7 +269,7 @@ class ClassWeight:
             return None
         if len(self.values) != logits.shape[1]:
             raise ValueError(
-                f'class_weight holds {len(self.values)} numbers, '
+                f'{self.name} holds {len(self.values)} numbers, '
                 f'{self.values.tolist()}, but the head predicts {logits.shape[1]} classes'
             )
         if self.mean_of_1:
@@ -282,7 +285,7 @@ class ClassWeight:
         mean = sum(w * n for w, n in zip(weights, pixels, strict=True)) / sum(pixels)
         if mean == 0:
             raise ValueError(
-                f'class_weight={weights} is 0 for every class that has a pixel in the training '
+                f'{self.name}={weights} is 0 for every class that has a pixel in the training '
                 f'data, {pixels}, so its mean over the pixels cannot be 1; give one of them a weight'
             )
         return [w / mean for w in weights]

@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import autocast
 from torch import nn
 
-from mmseg_imbalance.class_weight import WeightRecord
+from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
 from mmseg_imbalance.counting import check_counting, training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.heads import check_heads
@@ -100,15 +100,18 @@ class ClassWeightHook(RunHook):
         super().before_train(runner)
         check_heads(unwrapped(runner.model))
         self.label_check = LabelCheck(runner)
-        self.scheduled: list[WeightedLoss] = []  # whose weights change while training
+        self.scheduled: list[ClassWeight] = []  # that change while training
         model = unwrapped(runner.model)
-        ours = {name: module for name, module in model.named_modules() if isinstance(module, WeightedLoss)}
-        auto = [name for name, loss in ours.items() if loss.class_weight.waiting]
-        waiting = {n: x for n, x in ours.items() if n in auto or x.class_weight.needs_pixels}
+        ours = [
+            (name if weight is loss.class_weight else f'{weight.name} of {name}', weight)
+            for name, loss in model.named_modules()
+            if isinstance(loss, WeightedLoss)
+            for weight in loss.class_weights
+        ]
+        auto = {name: weight for name, weight in ours if weight.waiting}
+        waiting = [weight for _, weight in ours if weight.waiting or weight.needs_pixels]
         self._name_losses_left_alone(runner, model)
-        if not any(
-            loss.class_weight.spec is not None or loss.class_weight.by_counts for loss in ours.values()
-        ):
+        if not any(weight.spec is not None or weight.by_counts for _, weight in ours):
             runner.logger.warning(
                 "ClassWeightHook has nothing to do: no loss of this package says class_weight='auto' or "
                 'another class_weight, logit_adjustment or logit_variation'
@@ -121,13 +124,13 @@ class ClassWeightHook(RunHook):
             return
         record = self._find_record(runner)
         self._warn_of_other_counts(runner, record)
-        for name, loss in waiting.items():
-            if name in auto:
-                loss.class_weight.set_weights(record.weights)
-            if loss.class_weight.needs_pixels:
-                loss.class_weight.set_pixels(record.pixels)
+        for weight in waiting:
+            if weight.waiting:
+                weight.set_weights(record.weights)
+            if weight.needs_pixels:
+                weight.set_pixels(record.pixels)
         if self.power_schedule is not None:
-            self.record, self.scheduled = record, [ours[name] for name in auto]
+            self.record, self.scheduled = record, list(auto.values())
         if auto:
             runner.logger.info(f'ClassWeightHook: {self.scheme} weights for {", ".join(auto)}')
 
@@ -135,8 +138,8 @@ class ClassWeightHook(RunHook):
         if self.scheduled:
             progress = runner.iter / runner.max_iters
             weights = scheduled_weights(self.record.weights, self.power_schedule, progress)
-            for loss in self.scheduled:
-                loss.class_weight.set_weights(weights)
+            for weight in self.scheduled:
+                weight.set_weights(weights)
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None

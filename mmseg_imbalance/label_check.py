@@ -277,9 +277,9 @@ class LabelCheck:
 
 def _record(loss: WeightedLoss, counted: WeightRecord | None) -> WeightRecord | None:
     """What is known of the weights of a loss: counts, or at least the weights; the same on every rank."""
-    weight = loss.class_weight
-    if weight.by_counts:
+    if any(weight.by_counts for weight in loss.class_weights):
         return counted
+    weight = loss.class_weight  # what a term leaves out on purpose, another may teach
     if weight.record is not None:
         return weight.record
     given = weight.given()

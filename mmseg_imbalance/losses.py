@@ -29,7 +29,8 @@ class WeightedLoss(nn.Module):
     """A loss made of terms, sum_t factor_t term_t, from one pass over the pixels, as a decode head calls it.
 
     Args:
-        terms: (term, factor >= 0) by the name that the log gives the term, see :mod:`mmseg_imbalance.terms`.
+        terms: (term, factor >= 0) by the name that the log gives the term, see :mod:`mmseg_imbalance.terms`;
+            a third, a :class:`~mmseg_imbalance.class_weight.ClassWeight`, if it has class weights of its own.
         class_weight: one number >= 0 per class: None (all 1); a list; a dict by class name (classes that it
             leaves out weigh 1); the path of a file that ``mmseg-imbalance class-weights CONFIG --out FILE``
             wrote; or 'auto', which :class:`~mmseg_imbalance.hooks.ClassWeightHook` fills before training.
@@ -57,7 +58,7 @@ class WeightedLoss(nn.Module):
 
     def __init__(
         self,
-        terms: Mapping[str, tuple[Term, float]],
+        terms: Mapping[str, tuple[Term, float] | tuple[Term, float, ClassWeight]],
         /,
         class_weight: ClassWeightSpec = None,
         *,
@@ -92,12 +93,15 @@ class WeightedLoss(nn.Module):
             logit_adjustment > 0 or logit_variation > 0,
             type(self).__name__,
             # an overlap is a ratio, in which the scale of the weights cancels out
-            mean_of_1=any(getattr(term, 'divide_by', None) == 'pixels' for term, _ in terms.values()),
+            mean_of_1=any(getattr(term, 'divide_by', None) == 'pixels' for term, *_ in terms.values()),
         )
         self.loss_weight = loss_weight
         self.backend = backend
-        self.terms = {name: term for name, (term, _) in terms.items()}
-        self.factors = {name: factor for name, (_, factor) in terms.items()}
+        self.terms = {name: term for name, (term, *_) in terms.items()}
+        self.factors = {name: factor for name, (_, factor, *_) in terms.items()}
+        self.class_weight_of = {
+            name: own[0] if own else self.class_weight for name, (_, _, *own) in terms.items()
+        }
         check_at_least_0(**{f'the factor of {name!r}': factor for name, factor in self.factors.items()})
         self.pass_options = pass_options(self.terms)
         self.balance = balance
@@ -121,6 +125,11 @@ class WeightedLoss(nn.Module):
             f'{type(self).__name__} is one loss; for a head that picks its losses by position write '
             'loss_decode as a list'
         )
+
+    @property
+    def class_weights(self) -> list[ClassWeight]:
+        """``class_weight``, and those that terms have of their own."""
+        return list(dict.fromkeys([self.class_weight, *self.class_weight_of.values()]))
 
     @property
     def changes_logits(self) -> bool:
@@ -161,13 +170,12 @@ class WeightedLoss(nn.Module):
             ignore_index=ignore_index,
             align_corners=align_corners,
             logit_bias=self.class_weight.logit_bias(logits, self.logit_adjustment),
-            with_recall=bool(watchers),
             backend=self.backend,
-            **self.pass_options,
+            **dict(with_recall=bool(watchers)) | self.pass_options,
             **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
         )
         self.correct = None if self.changes_logits else stats.correct
-        parts, value = self.combine(stats, self.class_weight.for_logits(logits))
+        parts, value = self.combine(stats)
         self.learn(stats)
         for watcher in watchers:
             watcher(pred, target, stats, parts.detach())
@@ -185,11 +193,14 @@ class WeightedLoss(nn.Module):
         """``pixel_weight``, and ``group`` and ``num_groups`` where a loss has them, of ``soft_stats``."""
         return dict(pixel_weight=weight)
 
-    def combine(self, stats: SoftStats, class_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def combine(self, stats: SoftStats) -> tuple[Tensor, Tensor]:
         """What each class adds to the loss, (C,), and the scalar; leaves the terms in ``logged``."""
         if any(getattr(term, 'sync', False) for term in self.terms.values()):
             stats = stats.sum_images(across_ranks=True)  # once, for all terms
-        parts = [term.parts(stats, class_weight) for term in self.terms.values()]  # (C,) each
+        parts = [  # (C,) each
+            term.parts(stats, self.class_weight_of[name].for_logits(stats.nll))
+            for name, term in self.terms.items()
+        ]
         factors, offset = self.factors.values(), 0.0
         if len(parts) > 1:  # of a single term the log has the loss itself
             sums = (part.detach().sum() for part in parts)
@@ -354,6 +365,8 @@ class CombinedWeightedLoss(WeightedLoss):
     Args:
         ce_weight, dice_weight: >= 0, factors on the first and the second term, whichever they are.
         region: 'dice', 'jaccard', 'tversky' or 'generalized_dice'.
+        region_class_weight: class weights of the second term; 'same', or what ``class_weight`` can be. A
+            weight of 0 leaves a class out of the mean of its overlaps.
         **options: focal_gamma, label_smoothing and divide_by of :class:`WeightedCrossEntropyLoss`; those of
             :class:`WeightedTverskyLoss` and :class:`WeightedDiceLoss` for the second term; those of
             :class:`WeightedLoss`. With sync_region, cross-entropy is a ratio of sums over all ranks as well.
@@ -370,13 +383,19 @@ class CombinedWeightedLoss(WeightedLoss):
         class_weight: ClassWeightSpec = None,
         *,
         region: str = 'dice',
+        region_class_weight: ClassWeightSpec = 'same',
         loss_name: str = 'loss_combined',
         **options: Any,
     ) -> None:
         check_at_least_0(ce_weight=ce_weight, dice_weight=dice_weight)
         options |= dict(smooth=smooth, square_denominator=square_denominator)
+        own = ()
+        if not (isinstance(region_class_weight, str) and region_class_weight == 'same'):
+            names = dict(owner=type(self).__name__, name='region_class_weight', words="'same', 'auto'")
+            own = (ClassWeight(region_class_weight, **names),)
         terms = {
             'ce': (take(CrossEntropy, options), ce_weight),
-            region: (take(Overlap, options, region), dice_weight),
+            region: (take(Overlap, options, region), dice_weight, *own),
         }
         super().__init__(terms, class_weight, loss_name=loss_name, **options)
+        self.region_class_weight = self.class_weight_of[region]

@@ -19,7 +19,7 @@ from mmseg.models.losses import CrossEntropyLoss
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmseg_imbalance.class_weight import WeightRecord
+from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
 from mmseg_imbalance.ignored_label import give_ignored_label, innermost, label_of_evaluation
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.terms import CrossEntropy
@@ -86,8 +86,8 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
 
     Cross-entropy with weights w_c is lowest where the softmax is w_c p_c over its sum: -ln w_c takes them
     back. With logit adjustment tau it is lowest where the softmax of z_c + tau ln f_c is p. The weights are
-    those of the first cross-entropy at the end of the training. A region loss has no such closed form and is
-    left as it is.
+    those of the first cross-entropy at the end of the training. A region loss has no such closed form, and
+    recall weighs anew in each batch: both are left as they are.
 
     Args:
         cfg: the config of the training.
@@ -100,9 +100,10 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
     offset = np.zeros(max(head.num_classes, 2))
     for loss in _losses(head):
         if isinstance(loss, WeightedLoss):
-            if not any(isinstance(term, CrossEntropy) for term in loss.terms.values()):
+            names = [name for name, term in loss.terms.items() if isinstance(term, CrossEntropy)]
+            if not names:
                 continue
-            weights = _weights_at_the_end(cfg, loss, checkpoint)
+            weights = _weights_at_the_end(cfg, loss.class_weight_of[names[0]], checkpoint)
             if loss.logit_adjustment > 0:
                 offset += loss.logit_adjustment * log_prior(_record(checkpoint).pixels)
         elif isinstance(loss, CrossEntropyLoss):  # MMSegmentation's own
@@ -121,9 +122,11 @@ def _losses(head: nn.Module) -> list[nn.Module]:
     return list(losses) if isinstance(losses, nn.ModuleList) else [losses]
 
 
-def _weights_at_the_end(cfg: Config, loss: WeightedLoss, checkpoint: dict) -> list[float] | np.ndarray | None:
-    if not loss.class_weight.auto:
-        return loss.class_weight.given()
+def _weights_at_the_end(
+    cfg: Config, class_weight: ClassWeight, checkpoint: dict
+) -> list[float] | np.ndarray | None:
+    if not class_weight.auto:
+        return class_weight.given()
     weights = _record(checkpoint).weights
     for hook in cfg.get('custom_hooks') or ():
         if 'ClassWeightHook' in str(hook.get('type')) and hook.get('power_schedule') is not None:

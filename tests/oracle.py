@@ -93,6 +93,26 @@ def cross_entropy(sums, weight, label_smoothing=0.0):
     return value / norm if norm else 0.0
 
 
+def recall_cross_entropy(batches, weight, momentum=1.0):
+    """Of the last batch: class c weighs the part of it that is missed, by shares averaged over batches."""
+    channels = len(weight)
+    right, share = [0.0] * channels, [0.0] * channels
+    for sums in batches:
+        valid = sum(sums['class_count'][b][c] for b in range(len(sums['nll'])) for c in range(channels))
+        for c in range(channels):
+            hit = sum(image[c] for image in sums['class_correct'])
+            count = sum(image[c] for image in sums['class_count'])
+            right[c] = (1 - momentum) * right[c] + momentum * (hit / valid if valid else 0.0)
+            share[c] = (1 - momentum) * share[c] + momentum * (count / valid if valid else 0.0)
+    value = norm = 0.0
+    for nll, truth in zip(batches[-1]['nll'], batches[-1]['truth'], strict=True):
+        for c in range(channels):
+            missed = 1 - right[c] / share[c] if share[c] else 0.0
+            value += weight[c] * missed * nll[c]
+            norm += weight[c] * truth[c]
+    return value / norm if norm else 0.0
+
+
 def region_loss(sums, weight, alpha, beta, smooth, gamma=1.0, reduction='image', absent='include'):
     """Mean over images of the weighted mean over classes of (1 - Tversky index)^gamma."""
     keys = ('intersection', 'prediction', 'truth')

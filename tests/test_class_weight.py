@@ -208,3 +208,47 @@ def test_what_a_call_in_inference_mode_moves_can_be_trained_with():
     assert all(x.device.type == 'meta' for x in moved)
     assert not weight.values.is_inference()
     assert not weight.logit_bias(logits, 2.0).is_inference()
+
+
+# of the region term
+
+
+@pytest.mark.usefixtures('dataset_meta')
+def test_the_region_term_takes_weights_in_every_form(make_batch, tmp_path):
+    batch = make_batch()
+    path = tmp_path / 'weights.json'
+    path.write_text(json.dumps(dict(classes=CLASSES, weights=[0, 1, 1, 1, 2])))
+    expected = CombinedWeightedLoss(class_weight=WEIGHT, region_class_weight=[0, 1, 1, 1, 2])(*batch)
+    auto = CombinedWeightedLoss(class_weight=WEIGHT, region_class_weight='auto')
+    assert [weight.waiting for weight in auto.class_weights] == [False, True]
+    with pytest.raises(
+        RuntimeError, match=r"Loss\(region_class_weight='auto'\).*call region_class_weight.set_w"
+    ):
+        auto(*batch)
+    auto.region_class_weight.set_weights([0, 1, 1, 1, 2])
+    torch.testing.assert_close(auto(*batch), expected)
+    for given in (dict(a=0.0, e=2.0), path, str(path), np.array([0, 1, 1, 1, 2])):
+        loss = CombinedWeightedLoss(class_weight=WEIGHT, region_class_weight=given)
+        torch.testing.assert_close(loss(*batch), expected)
+
+
+@pytest.mark.usefixtures('dataset_meta')
+def test_errors_name_the_weights_of_the_region_term(make_batch, tmp_path):
+    path = tmp_path / 'weights.json'
+    path.write_text(json.dumps(dict(classes=CLASSES[::-1], weights=WEIGHT)))
+    for given, kind, message in (
+        ([1.0, -1.0], ValueError, r'region_class_weight=\[1.0, -1.0\] must be finite numbers, at least 0'),
+        (dict(a=-1.0), ValueError, r"region_class_weight=\{'a': -1.0\} must be finite"),
+        (2.0, TypeError, "region_class_weight must be None, 'same', 'auto', a list .*got 2.0"),
+        ('smae', FileNotFoundError, "region_class_weight='smae' is neither 'same', 'auto' nor a file"),
+        (str(tmp_path), ValueError, 'region_class_weight=.* is not a file of'),
+        (
+            [1.0, 2.0],
+            ValueError,
+            r'region_class_weight holds 2 numbers, \[1.0, 2.0\], but the head predicts 5',
+        ),
+        (dict(rider=1.0), ValueError, r"region_class_weight names \['rider'\]"),
+        (path, ValueError, r"the region_class_weight file is for the classes \['e'"),
+    ):
+        with pytest.raises(kind, match=message):
+            CombinedWeightedLoss(region_class_weight=given)(*make_batch())

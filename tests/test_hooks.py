@@ -28,7 +28,7 @@ from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
-from mmseg_imbalance.weighting import class_weights, log_prior
+from mmseg_imbalance.weighting import class_weights, log_prior, scheduled_weights
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 TWO_HEADS = 'deeplabv3/deeplabv3_r18-d8-small-combined_1xb8-2k_camvid-240x180'
@@ -71,6 +71,25 @@ def test_every_auto_loss_of_both_heads_gets_the_counted_weights(small_config):
     text = log_of(runner)
     for word in ('class', 'pixels', 'share', 'images', 'sqrt_inv_freq', 'bicyclist'):
         assert word in text
+
+
+@pytest.mark.parametrize('weight', ['auto', None])
+def test_the_weights_of_the_region_term_are_filled_and_scheduled_too(small_config, weight):
+    schedule = [(0.0, 1.0), (0.5, 0.5)]
+    cfg = small_config(BALANCED, custom_hooks=[dict(type='ClassWeightHook', power_schedule=schedule)])
+    cfg.model.decode_head.loss_decode.update(class_weight=weight, region_class_weight='auto')
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    loss = runner.model.decode_head.loss_decode
+    counted = class_weights(count_classes(runner.train_dataloader.dataset))
+    expected = scheduled_weights(counted, schedule, 0.5)
+    np.testing.assert_allclose(loss.region_class_weight.values, expected, rtol=1e-6)
+    if weight == 'auto':
+        np.testing.assert_allclose(loss.class_weight.values, expected, rtol=1e-6)
+    else:
+        assert loss.class_weight.values is None
+    assert 'region_class_weight of decode_head.loss_decode' in log_of(runner)
+    assert 'nothing' not in log_of(runner)
 
 
 @pytest.mark.parametrize('weight', ['auto', dict(car=3.0)])

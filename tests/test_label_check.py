@@ -397,6 +397,7 @@ ARRIVES = r"loss_decode[.\w]*: class 'crack', label 1, was counted with 0 pixels
     [
         AUTO,
         dict(type='CombinedWeightedLoss', class_weight='auto', region='tversky'),
+        dict(type='CombinedWeightedLoss', region_class_weight='auto'),
         dict(type='WeightedDiceLoss', logit_adjustment=1.0),
         dict(type='WeightedFocalLoss', logit_variation=1.0),
         dict(type='WeightedCrossEntropyLoss', class_weight=[1, 2, 3], divide_by='pixels'),

@@ -29,6 +29,7 @@ from mmseg_imbalance.losses import (
     WeightedTverskyLoss,
 )
 from mmseg_imbalance.ops import soft_stats
+from mmseg_imbalance.recall import RecallWeightedLoss
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 
@@ -47,6 +48,7 @@ LOSSES = (
     WeightedJaccardLoss,
     WeightedTverskyLoss,
     GeneralizedDiceLoss,
+    RecallWeightedLoss,
     focal_and_focal_tversky,
 )
 PIXELS = [9e6, 4e4, 3e5, 0, 7e3]
@@ -89,6 +91,53 @@ def test_combined_is_the_textbook_formula(make_batch, reduction, absent, square,
         'combined_ce': pytest.approx(ce, rel=1e-6),
         'combined_dice': pytest.approx(dice, rel=1e-6),
     }
+
+
+OF_REGION = [0.0, 1.0, 0.5, 2.0, 1.0]
+
+
+@pytest.mark.parametrize('weight', [None, WEIGHT])
+@pytest.mark.parametrize('absent', ['include', 'ignore'])
+def test_combined_with_other_weights_in_the_region_term_is_the_textbook_formula(make_batch, weight, absent):
+    logits, target = make_batch()
+    loss = CombinedWeightedLoss(
+        0.7, 0.2, class_weight=weight, region_class_weight=OF_REGION, absent_classes=absent, smooth=2.0
+    )
+    sums = oracle.soft_stats(logits.numpy(), target.numpy())
+    ce = oracle.cross_entropy(sums, [1.0] * 5 if weight is None else weight)
+    dice = oracle.region_loss(sums, OF_REGION, 0.5, 0.5, 1.0, absent=absent)
+    assert loss(logits, target).item() == pytest.approx(0.7 * ce + 0.2 * dice, rel=1e-6)
+
+
+def test_a_class_of_weight_0_in_the_region_term_is_trained_by_cross_entropy_alone(make_batch):
+    batch = make_batch()
+    loss = CombinedWeightedLoss(class_weight=WEIGHT, region_class_weight=[0, 1, 1, 1, 1])
+    watcher = ClassWatcher()
+    loss.watch(watcher)
+    loss(*batch)
+    ce = WeightedCrossEntropyLoss(WEIGHT)
+    alone = ClassWatcher()
+    ce.watch(alone)
+    ce(*batch)
+    torch.testing.assert_close(watcher.sums[2, 0], 0.6 * alone.sums[2, 0])
+    dice = WeightedDiceLoss([0, 1, 1, 1, 1])(*batch)
+    torch.testing.assert_close(loss.logged['combined_dice'], dice)
+
+
+def test_the_region_term_has_the_same_weights_unless_it_is_given_others(make_batch):
+    batch = make_batch()
+    plain = CombinedWeightedLoss(class_weight=WEIGHT)
+    same = CombinedWeightedLoss(class_weight=WEIGHT, region_class_weight='same')
+    assert torch.equal(same(*batch), plain(*batch))
+    assert same.class_weights == [same.class_weight] == [same.region_class_weight]
+    ones = CombinedWeightedLoss(class_weight=WEIGHT, region='generalized_dice', region_class_weight=None)
+    ones(*batch)
+    torch.testing.assert_close(ones.logged['combined_generalized_dice'], GeneralizedDiceLoss()(*batch))
+    # the scale of cross-entropy's weights is not that of the region term's
+    by_pixels = CombinedWeightedLoss(class_weight=WEIGHT, divide_by='pixels', region_class_weight=OF_REGION)
+    by_pixels.class_weight.set_pixels(PIXELS)
+    by_pixels(*batch)
+    torch.testing.assert_close(by_pixels.logged['combined_dice'], WeightedDiceLoss(OF_REGION)(*batch))
 
 
 @pytest.mark.parametrize('reduction', ['image', 'batch'])
@@ -319,7 +368,7 @@ def test_one_output_channel_is_softmax_over_zero_and_z(loss):
         torch.testing.assert_close(loss()(z, target), bce)
 
 
-@pytest.mark.parametrize('loss', LOSSES)
+@pytest.mark.parametrize('loss', [loss for loss in LOSSES if loss is not RecallWeightedLoss])
 def test_pixel_weights_and_ignore_index_both_count(make_batch, loss):
     logits, target = make_batch()
     module = loss(class_weight=WEIGHT)
@@ -588,9 +637,11 @@ EVERY_LOSS = {
     'generalized Dice, smooth 0': functools.partial(GeneralizedDiceLoss, smooth=0.0, absent_classes='ignore'),
     'Dice, smooth 0': functools.partial(WeightedDiceLoss, smooth=0.0, absent_classes='ignore', gamma=0.5),
     'V-Net': functools.partial(WeightedDiceLoss, square_denominator=True, region_reduction='batch'),
+    'other weights in Dice': functools.partial(CombinedWeightedLoss, region_class_weight=OF_REGION),
     'smoothed': functools.partial(CombinedWeightedLoss, label_smoothing=0.1, focal_gamma=0.5),
     'adjusted': functools.partial(WeightedFocalLoss, logit_adjustment=1.0, logit_variation=2.0),
     'HardnessWeightedLoss': hardness,
+    'running recall': functools.partial(RecallWeightedLoss, momentum=0.1),
     'SubclassifiedLoss': subclassified,
     'SimilaritySubclassifiedLoss': SimilaritySubclassifiedLoss,
     'paper_exact': functools.partial(SimilaritySubclassifiedLoss, paper_exact=True),

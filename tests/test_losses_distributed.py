@@ -15,6 +15,7 @@ from mmseg_imbalance.losses import (
     WeightedTverskyLoss,
 )
 from mmseg_imbalance.ops import sum_over_ranks
+from mmseg_imbalance.recall import RecallWeightedLoss
 from mmseg_imbalance.subclass import SubclassifiedLoss
 
 pytestmark = pytest.mark.slow
@@ -124,10 +125,58 @@ def test_divided_by_pixels_the_gradient_of_two_ranks_is_that_of_one_without_a_su
             np.testing.assert_allclose(rank[name][1], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
 
 
+def recall_steps(images):
+    """Values, last gradient and running means of a few steps, with as many valid pixels in every image."""
+    results = {}
+    for momentum in (1.0, 0.3):
+        torch.manual_seed(1)
+        inner = nn.ModuleDict(
+            dict(conv=nn.Conv2d(3, 5, 3, padding=1), loss=RecallWeightedLoss(None, momentum=momentum))
+        )
+        inner.forward = lambda x, target, inner=inner: inner.loss(inner.conv(x), target)
+        model = DistributedDataParallel(inner.double()) if dist.is_initialized() else inner.double()
+        values = []
+        for step in range(3):
+            x, target = batch()
+            target[target == 255] = 1
+            target[:, :2] = 255
+            target[2:][target[2:] == step] = 3  # a class on the first rank alone
+            model.zero_grad()
+            value = model(x[images] + step, target[images])
+            value.backward()
+            values.append(value.item())
+        running = [share.numpy() for share in inner.loss.buffers()]
+        results[momentum] = values, inner.conv.weight.grad.numpy(), running
+    return results
+
+
+def recall_on_rank():
+    results = recall_steps(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+    loss = RecallWeightedLoss(momentum=0.3).eval()
+    x, target = batch()
+    if dist.get_rank() == 0:  # evaluation waits for nobody
+        loss(nn.functional.pad(x, (0, 0, 0, 0, 0, 2)), target)
+    return results
+
+
+def test_recall_is_that_of_all_ranks_and_so_are_its_running_means():
+    alone = recall_steps(slice(None))
+    ranks = on_ranks(2, recall_on_rank)
+    for momentum, (values, gradient, running) in alone.items():
+        both = [rank[momentum] for rank in ranks]
+        np.testing.assert_allclose(np.mean([rank[0] for rank in both], 0), values, rtol=1e-6)
+        for _, of_rank, shares in both:
+            np.testing.assert_allclose(of_rank, gradient, rtol=1e-5, atol=1e-12)
+            np.testing.assert_equal(shares, both[0][2])
+            np.testing.assert_allclose(shares, running, rtol=1e-6)
+        assert len(running) == (momentum < 1)
+
+
 def void_on_the_last_rank():
     """Of each case, whether value and gradient are finite where a rank has void or weight 0 alone."""
     more = {
         'focal': lambda: WeightedFocalLoss(class_weight=WEIGHT, divide_by='pixels'),
+        'recall': lambda: RecallWeightedLoss(class_weight=WEIGHT, momentum=0.3),
         'subclass': lambda: SubclassifiedLoss([0.2, 3.0, 1.0, 0.5, 0.0], num_subclasses=2),
     }
     finite = {}
@@ -148,4 +197,4 @@ def void_on_the_last_rank():
 def test_a_rank_without_a_valid_pixel_has_a_finite_value_and_gradient_and_the_others_too():
     for finite in on_ranks(2, void_on_the_last_rank):
         assert finite == dict.fromkeys(finite, True)
-        assert len(finite) == 2 * (len(CASES) + 2)
+        assert len(finite) == 2 * (len(CASES) + 3)

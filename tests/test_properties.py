@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from mmseg_imbalance import losses, subclass
+from mmseg_imbalance import losses, recall, subclass
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats, soft_stats, strips
 from mmseg_imbalance.ops.soft_stats import FLOATS, INTEGERS
@@ -21,7 +21,7 @@ LOSSES = sorted(
     for name, kind in MODELS.module_dict.items()
     if inspect.isclass(kind)
     and issubclass(kind, WeightedLoss)
-    and kind.__module__ in (losses.__name__, subclass.__name__)
+    and kind.__module__ in (losses.__name__, recall.__name__, subclass.__name__)
 )
 DIFFERENTIABLE = ('nll', 'intersection', 'prediction', 'log_prob')
 # of values, which are summed in single precision at least, and of gradients, whose type is that of the logits

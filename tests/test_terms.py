@@ -1,10 +1,12 @@
+import copy
 import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedLoss
+from mmseg_imbalance.class_weight import ClassWeight
+from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedLoss
 from mmseg_imbalance.ops import soft_stats
 from mmseg_imbalance.terms import INDICES, CrossEntropy, Overlap, pass_options
 
@@ -53,6 +55,19 @@ def test_a_stranger_s_term_is_weighed_and_logged_beside_ours(make_batch):
     assert loss.loss_name == 'loss_ce_share'
     assert loss.logged['ce_share_share'].item() == pytest.approx(1)
     assert value.item() == pytest.approx(loss.logged['ce_share_ce'].item() + 0.5)
+
+
+def test_a_term_may_have_class_weights_of_its_own(make_batch):
+    batch, own = make_batch(), [1.0, 0.0, 2.0, 1.0, 0.5]
+    terms = dict(ce=(CrossEntropy(), 1.0), own=(CrossEntropy(), 1.0, ClassWeight(own)))
+    loss = WeightedLoss(terms, [0.2, 3.0, 1.0, 0.0, 1.7])
+    loss(*batch)
+    torch.testing.assert_close(loss.logged['ce_own_own'], WeightedCrossEntropyLoss(own)(*batch))
+    copied = copy.deepcopy(loss)
+    copied.class_weight.set_weights(own)
+    copied(*batch)
+    assert torch.equal(copied.logged['ce_own_ce'], copied.logged['ce_own_own'])
+    assert len(loss.class_weights) == len(copied.class_weights) == 2
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,12 @@ def test_the_weights_are_those_of_cross_entropy_at_the_end():
     assert (offset_of(dice) == 0).all()
     for region in (dice, dict(type='DiceLoss'), dict(type='TverskyLoss', class_weight=[1.0, 2.0, 3.0])):
         np.testing.assert_allclose(offset_of(region, own), -np.log(WEIGHTS))
+    # the weights of the region term are others
+    other = dict(type='CombinedWeightedLoss', class_weight=WEIGHTS, region_class_weight='auto')
+    np.testing.assert_allclose(offset_of(other), -np.log(WEIGHTS))
+    assert (offset_of(dict(type='CombinedWeightedLoss', region_class_weight='auto')) == 0).all()
+    # recall weighs anew in each batch
+    assert (offset_of(dict(type='RecallWeightedLoss', **AUTO)) == 0).all()
     zero = dict(type='WeightedCrossEntropyLoss', class_weight=[0.0, 1.0, 2.0])
     np.testing.assert_allclose(offset_of(zero), [0, 0, -np.log(2)])
 
