@@ -49,8 +49,9 @@ else:
     from mmseg_imbalance.metrics import ClassIoUMetric, ImbalanceIoUMetric
     from mmseg_imbalance.predictions import PredictionHook
     from mmseg_imbalance.run_hook import RunHook
-    from mmseg_imbalance.samplers import RareClassCrop, RareClassSampler
+    from mmseg_imbalance.samplers import RareClassSampler
     from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
+    from mmseg_imbalance.transforms import RareClassCrop
 
 __all__ = [
     'CITYSCAPES_TRAIN',
