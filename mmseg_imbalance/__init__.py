@@ -51,7 +51,7 @@ else:
     from mmseg_imbalance.run_hook import RunHook
     from mmseg_imbalance.samplers import RareClassSampler
     from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
-    from mmseg_imbalance.transforms import RareClassCrop
+    from mmseg_imbalance.transforms import RareClassCrop, RareClassPaste
 
 __all__ = [
     'CITYSCAPES_TRAIN',
@@ -75,6 +75,7 @@ __all__ = [
     'Overlap',
     'PredictionHook',
     'RareClassCrop',
+    'RareClassPaste',
     'RareClassSampler',
     'RunHook',
     'SimilaritySubclassifiedLoss',

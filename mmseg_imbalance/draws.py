@@ -13,6 +13,7 @@ __all__ = [
     'DrawnIndex',
     'Draws',
     'check_count',
+    'check_temperature',
     'class_probability',
     'least_pixels',
     'make_draws',
@@ -174,3 +175,9 @@ def check_count(name: str, value: int) -> None:
     """Raise a ValueError unless `value`, of this name, is an integer from 1."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f'{name}={value!r}, allowed are integers from 1.')
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError unless it is one of :func:`class_probability`."""
+    if not isinstance(temperature, int | float) or not 0 < temperature < np.inf:
+        raise ValueError(f'temperature={temperature!r}, allowed are finite numbers above 0, as 0.01.')

@@ -25,6 +25,7 @@ from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.draws import (
     DrawnIndex,
     check_count,
+    check_temperature,
     least_pixels,
     make_draws,
     repeat_factor_choices,
@@ -152,10 +153,7 @@ class RareClassSampler(Sampler):
             print_log(f'RareClassSampler:\n{table_text(table)}', 'current')
 
     def _check_numbers(self) -> None:
-        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < np.inf:
-            raise ValueError(
-                f'temperature={self.temperature!r}, allowed are finite numbers above 0, as 0.01.'
-            )
+        check_temperature(self.temperature)
         if not isinstance(self.uniform, int | float) or not 0 <= self.uniform < 1:
             raise ValueError(
                 f'uniform={self.uniform!r}, allowed are numbers from 0 to below 1, as 0.25; for all images '

@@ -27,7 +27,8 @@ CITYSCAPES_TRAIN SCHEMES CamVidDataset ClassBalanceHook ClassFrequency ClassIoUM
 ClassWeightHook CombinedWeightedLoss CrossEntropy EfficientNetLite0 FeatureASPPHead
 FeatureDepthwiseSeparableASPPHead
 FeatureHead FeatureSegformerHead GeneralizedDiceLoss ImbalanceIoUMetric LogitAdjustmentHook Overlap
-PredictionHook RareClassCrop RareClassSampler RunHook SimilaritySubclassifiedLoss SmallRegionRemover SoftStats
+PredictionHook RareClassCrop RareClassPaste RareClassSampler RunHook SimilaritySubclassifiedLoss
+SmallRegionRemover SoftStats
 SubclassClustering SubclassTable SubclassVisualizationHook SubclassifiedLoss WeightRecord
 WeightedCrossEntropyLoss WeightedDiceLoss WeightedFocalLoss WeightedJaccardLoss WeightedLoss
 WeightedTverskyLoss __version__ class_weights count_classes similarity_weight soft_stats
@@ -125,6 +126,7 @@ NEED_IT = [
             'hooks',
             'metrics',
             'samplers',
+            'transforms',
             'datasets',
             'components',
             'subclass',
@@ -150,7 +152,7 @@ for code in {NEED_IT!r}:
     done = without(['mmseg', 'mmcv', 'mmengine'], catch)
     assert done.returncode == 0, done.stderr
     messages = done.stdout.splitlines()
-    assert len(messages) == len(NEED_IT) == 13
+    assert len(messages) == len(NEED_IT) == 14
     for message in messages:
         assert 'mmseg-imbalance[onedl]' in message
         assert 'mmseg-imbalance[openmmlab]' in message
