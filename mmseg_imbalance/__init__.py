@@ -51,8 +51,9 @@ else:
     from mmseg_imbalance.predictions import PredictionHook
     from mmseg_imbalance.recall import RecallWeightedLoss
     from mmseg_imbalance.run_hook import RunHook
-    from mmseg_imbalance.samplers import RareClassCrop, RareClassSampler
+    from mmseg_imbalance.samplers import RareClassSampler
     from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
+    from mmseg_imbalance.transforms import RareClassCrop, RareClassPaste
 
 __all__ = [
     'CITYSCAPES_TRAIN',
@@ -77,6 +78,7 @@ __all__ = [
     'Overlap',
     'PredictionHook',
     'RareClassCrop',
+    'RareClassPaste',
     'RareClassSampler',
     'RecallWeightedLoss',
     'RunHook',

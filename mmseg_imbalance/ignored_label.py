@@ -23,6 +23,7 @@ __all__ = [
     'innermost',
     'label_of_evaluation',
     'pass_on_ignored_label',
+    'transforms_of',
 ]
 
 UNSAID = 255
@@ -189,7 +190,7 @@ def follow_ignored_label(runner: Any) -> None:
     """Before training, let all of a run ignore the label that its data sets or decode heads say.
 
     Raises:
-        ValueError: a data set, a head, the sampler or a metric says another one.
+        ValueError: a data set, a head, the sampler, a RareClassPaste or a metric says another one.
     """
     dataset = runner.train_dataloader.dataset
     model = _unwrapped(runner.model)
@@ -203,23 +204,28 @@ def follow_ignored_label(runner: Any) -> None:
             runner.logger.info(message)
     if label != UNSAID:
         ignored_label(dataset, _heads(model))  # auxiliary heads say nothing, but they may not say another
-        filling = sorted({_name(step) for step in _transforms(dataset) if _fills_with_255(step)})
+        filling = sorted({_name(step) for step in transforms_of(dataset) if _fills_with_255(step)})
         if filling:
             runner.logger.warning(
                 f'{", ".join(filling)} may fill labels with 255, but the label that is no class is {label}. '
                 f'Give seg_pad_val={label}, or pad_val=dict(img=0, seg={label}), to these transforms'
             )
-    _check_sampler(getattr(runner.train_dataloader, 'sampler', None), label)
+    sampler = getattr(runner.train_dataloader, 'sampler', None)
+    _check_counted(sampler, getattr(sampler, 'ignore_index', None), label)
+    for step in transforms_of(dataset):
+        if _name(step) == 'RareClassPaste':  # counts in another process
+            own = step.ignore_index
+            _check_counted(step, ignored_label(dataset) if own is None else own, label)
     if getattr(runner.val_loop, 'evaluator', None) is not None:
         _check_metrics(runner, label)
 
 
-def _transforms(dataset: Any) -> Iterator[Any]:
+def transforms_of(dataset: Any) -> Iterator[Any]:
     """Those of a data set and of the data sets inside, also inside of others."""
     if dataset is None:
         return
     for inner in [*(getattr(dataset, 'datasets', None) or ()), getattr(dataset, 'dataset', None)]:
-        yield from _transforms(inner)
+        yield from transforms_of(inner)
     steps = list(_steps(getattr(dataset, 'pipeline', None)))
     while steps:
         step = steps.pop()
@@ -238,15 +244,14 @@ def _fills_with_255(step: Any) -> bool:
     return UNSAID in [*of_labels, padding.get('seg') if isinstance(padding, dict) else None]
 
 
-def _check_sampler(sampler: Any, label: int) -> None:
-    """RareClassSampler is made before the model and has counted already."""
-    counted = getattr(sampler, 'ignore_index', None)  # a label, or those of several data sets
+def _check_counted(user: Any, counted: Any, label: int) -> None:
+    """RareClassSampler is made before the model and has counted already; it may have a label, or several."""
     if counted is None:
         return
     said = set(counted if isinstance(counted, tuple) else [counted]) - {UNSAID} or {UNSAID}
     if said != {label}:
         raise ValueError(
-            f'{type(sampler).__name__} has counted the classes with ignore_index={counted}, but training '
+            f'{type(user).__name__} has counted the classes with ignore_index={counted}, but training '
             f'ignores {label}. Give ignore_index={label} to it or to the data set in train_dataloader'
         )
 

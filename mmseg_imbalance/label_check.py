@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 
 from mmseg_imbalance.class_weight import WeightRecord, class_names
+from mmseg_imbalance.ignored_label import transforms_of
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats
+from mmseg_imbalance.transforms import RareClassPaste
 
 # after which iterations of a run; each waits for the device once
 COMPARED_AFTER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -105,8 +107,9 @@ def compare(received: Received, record: WeightRecord, *, at_random: bool = True)
     Hoeffding's bounds). Less than that may be a crop's chance, or what augmentation does on purpose.
 
     Args:
-        at_random: whether each image is as likely as any other. A sampler that draws by class shows rare
-            classes more often: then only classes that nearly every image holds are looked at.
+        at_random: whether each image is as likely as any other. A sampler that draws by class, and
+            RareClassPaste, show rare classes more often: then only classes that nearly every image holds are
+            looked at.
     """
     found: list[Finding] = []
     weights = np.array(record.weights, dtype=np.float64)
@@ -173,9 +176,11 @@ def _given_zeros(received: Received, record: WeightRecord, right: np.ndarray) ->
 
 
 def drawn_at_random(loader: Any) -> bool:
-    """Whether a data loader draws each image as often as any other, in random order."""
+    """Whether a data loader draws each image as often as any other, in random order, and pastes nothing."""
     batches = getattr(loader, 'batch_sampler', None)
     if type(batches) is not BatchSampler:
+        return False
+    if any(isinstance(step, RareClassPaste) for step in transforms_of(loader.dataset)):
         return False
     plain = (DefaultSampler, InfiniteSampler, RandomSampler, DistributedSampler)
     return type(batches.sampler) in plain and getattr(batches.sampler, 'shuffle', True)

@@ -550,6 +550,24 @@ def test_ordinary_long_tails_that_a_sampler_draws_on_purpose_are_left_alone(tmp_
     assert 'hardly what was counted' not in log_of(runner)
 
 
+def test_ordinary_long_tails_that_are_pasted_on_purpose_are_left_alone(tmp_path):
+    labels = [half(rows=3) for _ in range(40)]
+    for label in labels[:2]:
+        label[3:5, 3:5] = 2  # 8 of 10,240 pixels, and a third of each image after a paste
+    write_data(tmp_path, labels)
+    cfg = small_run(tmp_path, iterations=256)
+    loader = cfg.train_dataloader
+    *steps, pack = loader.dataset.pipeline
+    loader.dataset.pipeline = steps
+    cache = str(tmp_path / 'cache')
+    paste = dict(type='RareClassPaste', prob=1, min_pixels=4, scale=(4.5, 5), max_share=1, cache_dir=cache)
+    loader.dataset = dict(type='MultiImageMixDataset', dataset=loader.dataset, pipeline=[paste, pack])
+    runner = train(cfg)
+    assert 'hardly what was counted' not in log_of(runner)
+    record = WeightRecord.from_dict(runner.message_hub.get_info('class_weights'))
+    assert record.pixels[2] == 8  # of the annotations as they are
+
+
 def test_four_accumulated_batches_of_one_train_as_one_batch_of_four(tmp_path):
     write_data(tmp_path, [half(rows=4), half(below=2, rows=1), half(rows=12), half(below=2, rows=8)])
     parameters = {}

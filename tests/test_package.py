@@ -26,7 +26,7 @@ PUBLIC = """
 CITYSCAPES_TRAIN SCHEMES CamVidDataset ClassBalanceHook ClassFrequency ClassIoUMetric ClassWeight
 ClassWeightHook CombinedWeightedLoss CrossEntropy EfficientNetLite0 FeatureASPPHead
 FeatureDepthwiseSeparableASPPHead FeatureHead FeatureSegformerHead GeneralizedDiceLoss HardnessWeightedLoss
-ImbalanceIoUMetric LogitAdjustmentHook Overlap PredictionHook RareClassCrop RareClassSampler
+ImbalanceIoUMetric LogitAdjustmentHook Overlap PredictionHook RareClassCrop RareClassPaste RareClassSampler
 RecallWeightedLoss RunHook SimilaritySubclassifiedLoss SmallRegionRemover SoftStats SubclassClustering
 SubclassTable SubclassVisualizationHook SubclassifiedLoss WeightRecord WeightedCrossEntropyLoss
 WeightedDiceLoss WeightedFocalLoss WeightedJaccardLoss WeightedLoss WeightedTverskyLoss __version__
@@ -124,6 +124,7 @@ NEED_IT = [
             'hooks',
             'metrics',
             'samplers',
+            'transforms',
             'datasets',
             'components',
             'subclass',
@@ -149,7 +150,7 @@ for code in {NEED_IT!r}:
     done = without(['mmseg', 'mmcv', 'mmengine'], catch)
     assert done.returncode == 0, done.stderr
     messages = done.stdout.splitlines()
-    assert len(messages) == len(NEED_IT) == 13
+    assert len(messages) == len(NEED_IT) == 14
     for message in messages:
         assert 'mmseg-imbalance[onedl]' in message
         assert 'mmseg-imbalance[openmmlab]' in message

@@ -1,9 +1,7 @@
-"""Draws follow the formula, on any number of ranks and after a resume; crops hold the class if a try does."""
+"""Draws follow the formula, on any number of ranks and after a resume."""
 
-import copy
 import itertools
 import math
-import pickle
 import re
 import shutil
 import tracemalloc
@@ -15,70 +13,28 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from mmcv.transforms import LoadImageFromFile
-from mmcv.transforms.utils import cache_random_params
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset, pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.registry import DATA_SAMPLERS, LOOPS, init_default_scope
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
-from mmseg.datasets.transforms import LoadAnnotations, RandomCrop
-from mmseg.registry import TRANSFORMS
 from PIL import Image
 from ranks import on_ranks
 from scipy.stats import binomtest, chisquare
+from streets import CLASSES, SIZE, AddImage, DropImage, LesionDataset, lesions, make, write_streets
 from torch.utils.data import DataLoader
 
 from mmseg_imbalance import samplers as module
-from mmseg_imbalance.samplers import DrawnIndex, RareClassCrop, RareClassSampler, least_pixels
+from mmseg_imbalance.samplers import RareClassSampler
+from mmseg_imbalance.transforms import RareClassCrop
 
 CONFIG = 'segformer/segformer_mit-b0-small-combined-rcs_1xb8-2k_camvid-240x180'
-SIZE = (24, 32)
-CLASSES = ('road', 'house', 'car', 'pole', 'bike')
-SHARES = (0.55, 0.3, 0.1, 0.04, 0.01)  # about, of the pixels
-
-
-class StreetDataset(BaseSegDataset):
-    METAINFO = {'classes': CLASSES, 'palette': [[i, i, i] for i in range(5)]}
-
-    def get_cat_ids(self, index):
-        return np.unique(self[index]['gt_seg_map']).tolist()
-
-
-class DropImage:
-    """Leaves what is needed here: the labels, the index and the path, after crops if there are any."""
-
-    def __call__(self, results):
-        return {key: results[key] for key in ('gt_seg_map', 'sample_idx', 'seg_map_path')}
-
-
-class AddImage:
-    def __call__(self, results):
-        return results | dict(img=np.zeros((*SIZE, 3), np.uint8))
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-    """24 images of 32x24 whose classes have about the SHARES, with 255 here and there."""
-    root = tmp_path_factory.mktemp('streets')
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        shares = rng.dirichlet(np.array(SHARES) * 4)
-        labels = rng.choice(5, SIZE, p=shares).astype(np.uint8)
-        labels[rng.random(SIZE) < 0.05] = 255
-        for kind, image in (('img', np.zeros((*SIZE, 3), np.uint8)), ('ann', labels)):
-            (root / kind).mkdir(exist_ok=True)
-            Image.fromarray(image).save(root / kind / f'{number:02d}.{"jpg" if kind == "img" else "png"}')
-    return root
-
-
-def make(root, kind=StreetDataset, **options):
-    return kind(
-        data_root=str(root),
-        data_prefix=dict(img_path='img', seg_map_path='ann'),
-        pipeline=[LoadAnnotations(), DropImage()],
-        **options,
-    )
+    return write_streets(tmp_path_factory.mktemp('streets'))
 
 
 def make_sampler(root, dataset=None, **options):
@@ -247,21 +203,6 @@ def test_every_draw_is_two_numbers_whatever_it_takes(root):
     assert draw(sampler, 100) == mixed[777:877]
 
 
-def lesions(folder, images, holding, pixels=20, size=(60, 64)):
-    """`images` of background, of which the first `holding` have a lesion."""
-    for number in range(images):
-        labels = np.zeros(size, np.uint8)
-        labels.flat[: pixels if number < holding else 0] = 1
-        for kind, image in (('img', np.zeros((*size, 3), np.uint8)), ('ann', labels)):
-            (folder / kind).mkdir(exist_ok=True)
-            Image.fromarray(image).save(folder / kind / f'{number:02d}.{"jpg" if kind == "img" else "png"}')
-    return make(folder, kind=LesionDataset)
-
-
-class LesionDataset(StreetDataset):
-    METAINFO = {'classes': ('background', 'lesion'), 'palette': [[0, 0, 0], [1, 1, 1]]}
-
-
 def test_of_a_binary_set_every_image_is_drawn_by_default(tmp_path, logged):
     sampler = RareClassSampler(lesions(tmp_path, 40, 2), seed=0, num_workers=0)
     drawn = draw(sampler, 4000)
@@ -283,7 +224,7 @@ def test_a_warning_tells_how_many_images_will_practically_never_be_drawn(tmp_pat
     assert 30 not in logged
 
 
-@pytest.mark.parametrize('value', [-0.1, 1, 1.5, math.nan, '0.2', None])
+@pytest.mark.parametrize('value', [-0.1, 1, 1.5, math.nan, '0.2'])
 def test_a_uniform_share_out_of_range_is_refused(root, value):
     with pytest.raises(ValueError, match=f'uniform={value!r}, allowed are numbers from 0 to below 1'):
         make_sampler(root, uniform=value)
@@ -322,12 +263,6 @@ def test_by_default_the_images_of_a_class_tell_how_many_pixels_are_enough(root):
         enough = np.flatnonzero(pixels[:, c] >= least)
         assert len(enough) >= 0.75 * len(held)
         assert {i for i, k in draw(sampler, 3000) if k == c} == set(enough)
-
-
-def test_the_default_asks_for_at_most_the_pixels_of_the_source():
-    counts = np.array([[4000, 2, 0], [5000, 0, 0], [9000, 7, 0], [10**6, 9, 0]])
-    assert least_pixels(counts).tolist() == [3000, 2, 1]
-    assert least_pixels(counts[1:2]).tolist() == [3000, 1, 1]
 
 
 def test_without_a_pixel_of_any_class_nothing_can_be_drawn(root, tmp_path):
@@ -373,6 +308,161 @@ def test_class_balanced_dataset_is_refused_with_what_to_use(tmp_path):
     dataset = ClassBalancedDataset(make(tmp_path, Plain), oversample_thr=0.5, lazy_init=True)
     with pytest.raises(ValueError, match=r"get_cat_ids.*sampler=dict\(type='RareClassSampler'\)"):
         make_sampler(None, dataset)
+
+
+# Repeat factors
+
+
+@pytest.fixture(scope='module')
+def towns(tmp_path_factory):
+    """40 images of 8x9: all hold class 0, 20 class 1, 8 class 2, 3 class 3, a pixel or some of each."""
+    root = tmp_path_factory.mktemp('towns')
+    rng = np.random.default_rng(0)
+    for kind in ('img', 'ann'):
+        (root / kind).mkdir()
+    for number in range(40):
+        labels = np.zeros((8, 9), np.uint8)
+        for c, images in ((1, 20), (2, 8), (3, 3)):
+            if number < images:
+                labels[2 * c, : rng.integers(1, 9)] = c
+        labels[0, :4] = 255
+        Image.fromarray(labels).save(root / 'ann' / f'{number:02d}.png')
+        Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(root / 'img' / f'{number:02d}.jpg')
+    return root
+
+
+def make_repeating(root, dataset=None, **options):
+    options = dict(rule='repeat_factor', threshold=0.3, seed=0, num_workers=0) | options
+    return RareClassSampler(make(root) if dataset is None else dataset, **options)
+
+
+def repeat_factor_of(held, threshold):
+    """(r_i, class) of each image from (images, C), by plain loops."""
+    share = [sum(column) / len(held) for column in zip(*held, strict=True)]
+    found = []
+    for image in held:
+        factors = [math.sqrt(threshold / share[c]) for c, there in enumerate(image) if there]
+        best = max([1.0, *factors])
+        decides = [c for c, there in enumerate(image) if there and math.sqrt(threshold / share[c]) == best]
+        found.append((best, decides[0] if best > 1 else None))
+    return found
+
+
+@pytest.mark.parametrize('threshold', [0.1, 0.3, 1])
+def test_images_are_drawn_in_proportion_to_their_repeat_factor(towns, threshold):
+    factors = repeat_factor_of((pixels_of(make(towns)) > 0).tolist(), threshold)
+    drawn = draw(make_repeating(towns, threshold=threshold), 20_000)
+    times = Counter(i for i, _ in drawn)
+    total = sum(factor for factor, _ in factors)
+    expected = [20_000 * factor / total for factor, _ in factors]
+    assert max(expected) > 1.1 * min(expected)
+    assert chisquare([times[i] for i in range(40)], expected).pvalue > 1e-3
+    assert {(i, factors[i][1]) for i in range(40)} == set(drawn)
+
+
+def test_an_image_whose_classes_are_all_frequent_is_drawn_for_none(towns):
+    drawn = draw(make_repeating(towns, threshold=0.3), 2000)
+    assert {c for i, c in drawn if i < 3} == {3}
+    assert {c for i, c in drawn if 3 <= i < 8} == {2}
+    assert {c for i, c in drawn if i >= 8} == {None}
+    exactly = draw(make_repeating(towns, threshold=0.2), 2000)  # f_c = t: r_c = 1
+    assert {c for _, c in exactly} == {3, None}
+
+
+def test_a_repeated_image_counts_as_often_as_it_is_there(towns):
+    one = make(towns, indices=1)
+    dataset = ConcatDataset([one, make(towns), *[one] * 8])
+    pixels = pixels_of(dataset)
+    factors = repeat_factor_of((pixels > 0).tolist(), 0.3)
+    drawn = Counter(i for i, _ in draw(make_repeating(None, dataset), 20_000))
+    total = sum(factor for factor, _ in factors)
+    expected = [20_000 * factors[i][0] / total for i in range(41)]
+    expected[0] *= 9  # its copies are drawn as the first of them
+    assert chisquare([drawn[i] for i in range(41)], expected).pvalue > 1e-3
+
+
+def test_fewer_pixels_than_min_pixels_are_none(towns):
+    pixels = pixels_of(make(towns))
+    least = int(np.median(pixels[:8, 2]))
+    sampler = make_repeating(towns, min_pixels=least)
+    factors = repeat_factor_of((pixels >= least).tolist(), 0.3)
+    assert {(i, factors[i][1]) for i in range(40)} == set(draw(sampler, 5000))
+    for index in itertools.islice(sampler, 40):
+        assert index.min_pixels == (1 if index.class_index is None else least)
+
+
+@pytest.mark.parametrize('skipped', [0, 7, 256, 1000])
+def test_a_stream_by_repeat_factors_resumes_and_depends_on_the_seed_alone(towns, skipped, monkeypatch):
+    stream = draw(make_repeating(towns), 1100)
+    assert stream != draw(make_repeating(towns, seed=1), 1100)
+    monkeypatch.setattr(module, 'BLOCK', 7)
+    sampler = make_repeating(towns)
+    assert len(sampler) == 40
+    sampler.skip(skipped)
+    assert draw(sampler, 100) == stream[skipped : skipped + 100]
+
+
+def repeating_on_a_rank(root):
+    sampler = make_repeating(root)
+    return draw(sampler, 500)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_stream_by_repeat_factors(towns):
+    ranks = on_ranks(2, repeating_on_a_rank, towns)
+    stream = draw(make_repeating(towns), 1000)
+    assert [one for pair in zip(*ranks, strict=True) for one in pair] == stream
+
+
+def test_the_table_of_repeat_factors_tells_how_often_a_class_is_drawn(towns, logged):
+    make_repeating(towns, threshold=0.3)
+    (table,) = logged[20]
+    factors = repeat_factor_of((pixels_of(make(towns)) > 0).tolist(), 0.3)
+    total = sum(factor for factor, _ in factors)
+    pole = next(line for line in table.splitlines() if 'pole' in line)
+    assert f' {3} ' in pole
+    assert f'{math.sqrt(0.3 / (3 / 40)):.3f}' in pole
+    assert pole.count(f'{3 * factors[0][0] / total:.3%}') == 2
+    car = next(line for line in table.splitlines() if 'car' in line)
+    assert f'{5 * factors[5][0] / total:.3%}' in car
+    assert f'{(3 * factors[0][0] + 5 * factors[5][0]) / total:.3%}' in car
+    assert f'{32 / total:.3%}' in next(line for line in table.splitlines() if 'no rare class' in line)
+    assert 30 not in logged
+
+
+def test_a_threshold_below_every_class_draws_all_alike_with_a_warning(towns, logged):
+    sampler = make_repeating(towns, threshold=0.05)
+    times = Counter(draw(sampler, 8000))
+    assert chisquare([times[i, None] for i in range(40)]).pvalue > 1e-3
+    (warning,) = logged[30]
+    assert 'no class is in less than threshold=0.05 of the images' in warning
+    assert 'The rarest, pole, is in 0.075 of them' in warning
+
+
+@pytest.mark.parametrize('value', [None, 0, -0.1, 1.01, math.nan, '0.1'])
+def test_a_threshold_out_of_range_is_refused(towns, value):
+    with pytest.raises(ValueError, match=f'threshold={value!r}, allowed are numbers above 0 and at most 1'):
+        make_repeating(towns, threshold=value)
+
+
+@pytest.mark.parametrize(
+    ('rule', 'option', 'other'),
+    [
+        ('repeat_factor', dict(temperature=0.01), 'softmax'),
+        ('repeat_factor', dict(uniform=0.25), 'softmax'),
+        ('softmax', dict(threshold=0.1), 'repeat_factor'),
+    ],
+)
+def test_an_option_of_another_rule_is_refused(towns, rule, option, other):
+    ((name, value),) = option.items()
+    words = rf"{name}={value} is no option of rule='{rule}', .*take rule='{other}'"
+    with pytest.raises(ValueError, match=words):
+        RareClassSampler(make(towns), rule=rule, **option)
+
+
+def test_a_rule_that_there_is_not_is_refused(towns):
+    with pytest.raises(ValueError, match=r"rule='lvis', allowed are 'softmax' and 'repeat_factor'\."):
+        RareClassSampler(make(towns), rule='lvis')
 
 
 # Ranks
@@ -438,7 +528,7 @@ def test_no_class_that_can_be_drawn_is_an_error(root):
         make_sampler(root, min_pixels=769)
 
 
-@pytest.mark.parametrize('value', [0, -0.01, math.inf, math.nan, '0.01', None])
+@pytest.mark.parametrize('value', [0, -0.01, math.inf, math.nan, '0.01'])
 def test_a_temperature_out_of_range_is_refused(root, value):
     with pytest.raises(ValueError, match=f'temperature={value!r}, allowed are finite numbers above 0'):
         make_sampler(root, temperature=value)
@@ -448,9 +538,6 @@ def test_a_temperature_out_of_range_is_refused(root, value):
 def test_counts_out_of_range_are_refused(root, value):
     with pytest.raises(ValueError, match=f'min_pixels={value!r}, allowed are integers from 1'):
         make_sampler(root, min_pixels=value)
-    for name in ('min_pixels', 'max_tries'):
-        with pytest.raises(ValueError, match=f'{name}={value!r}, allowed are integers from 1'):
-            RareClassCrop((8, 8), **{name: value})
 
 
 def test_one_table_tells_what_is_drawn(root, logged):
@@ -471,18 +558,6 @@ def test_counts_are_cached(root, tmp_path):
 
 
 # The way of the class to the pipeline
-
-
-@pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@pytest.mark.parametrize('drawn', [3, None])
-def test_a_copy_of_an_index_knows_its_class(copied, drawn):
-    index = copied(DrawnIndex(7, drawn, 30))
-    assert (index, index.class_index, index.min_pixels, type(index)) == (7, drawn, 30, DrawnIndex)
-
-
-def test_what_wrapped_data_sets_make_of_an_index_knows_its_class():
-    for index in (DrawnIndex(9, 3, 30) - np.int64(2), DrawnIndex(16, 3, 30) % 9):
-        assert (index, index.class_index, index.min_pixels, type(index)) == (7, 3, 30, DrawnIndex)
 
 
 def test_an_index_tells_what_the_images_of_its_class_hold_at_least(root):
@@ -521,7 +596,7 @@ def test_a_set_repeated_many_times_takes_the_room_of_its_images(root):
     assert peak < 2**20
     plain = make_sampler(root, once, uniform=0.3)
     assert len(sampler) == 200_000
-    kept = [value for value in vars(sampler).values() if isinstance(value, np.ndarray)]
+    kept = [x for x in (*vars(sampler).values(), *sampler.draws) if isinstance(x, np.ndarray)]
     assert sum(array.nbytes for array in kept) < 2000
     assert draw(sampler, 500) == draw(plain, 500)
 
@@ -598,185 +673,12 @@ def test_the_class_reaches_the_pipeline(root, case, workers):
             assert (labels == index.class_index).sum() >= 9
 
 
-def test_both_are_found_by_the_framework_by_plain_and_by_prefixed_name(root):
+def test_it_is_found_by_the_framework_by_plain_and_by_prefixed_name(root):
     init_default_scope('mmseg')
     for prefix in ('', 'mmseg_imbalance.'):
         config = dict(type=f'{prefix}RareClassSampler', min_pixels=9, num_workers=0)
         sampler = DATA_SAMPLERS.build(config, default_args=dict(dataset=make(root), seed=0))
         assert type(sampler) is RareClassSampler
-        crop = TRANSFORMS.build(dict(type=f'{prefix}RareClassCrop', crop_size=(8, 8)))
-        assert type(crop) is RareClassCrop
-
-
-# Crops
-
-
-def seed_crops(seed):
-    np.random.seed(seed)  # noqa: NPY002  the framework's crops draw from it
-
-
-def results_of(labels, drawn=None):
-    index = 0 if drawn is None else DrawnIndex(0, drawn)
-    image = np.repeat(np.arange(labels.size).reshape(*labels.shape, 1), 3, 2)
-    return dict(img=image, gt_seg_map=labels, seg_fields=['gt_seg_map'], sample_idx=index)
-
-
-@pytest.fixture
-def count_tries(monkeypatch):
-    """Counts the framework's crops."""
-    tries = []
-    plain = RandomCrop.__dict__['crop_bbox'].func
-    monkeypatch.setattr(
-        RandomCrop.__dict__['crop_bbox'],
-        'func',
-        lambda self, results: tries.append(1) or plain(self, results),
-    )
-    return tries
-
-
-def first_that_holds(labels, drawn, size, min_pixels, max_tries, **options):
-    """Brute force: the framework's crops in their order, each looked up among the sums at all positions."""
-    height, width = (min(s, n) for s, n in zip(size, labels.shape, strict=True))
-    held = {
-        (y, x): sum(labels[r, c] == drawn for r in range(y, y + height) for c in range(x, x + width))
-        for y in range(labels.shape[0] - height + 1)
-        for x in range(labels.shape[1] - width + 1)
-    }
-    plain = RandomCrop(size, **options)
-    if (labels == drawn).sum() >= min_pixels:
-        for tries in range(1, max_tries + 1):
-            bbox = plain.crop_bbox(results_of(labels))
-            if held[bbox[0], bbox[2]] >= min_pixels:
-                return bbox, tries, max(held.values())
-    else:
-        max_tries = 0
-    return plain.crop_bbox(results_of(labels)), max_tries + 1, max(held.values())
-
-
-@pytest.mark.parametrize('options', [{}, dict(cat_max_ratio=0.8)])
-@pytest.mark.parametrize('seed', range(12))
-def test_a_crop_is_the_first_try_that_holds_enough_or_a_plain_one(count_tries, seed, options):
-    rng = np.random.default_rng(seed)
-    labels = rng.choice(3, (13, 17), p=(0.6, 0.35, 0.05)).astype(np.uint8)
-    for drawn, min_pixels, max_tries in itertools.product((1, 2), (1, 3, 25, 90), (1, 4)):
-        seed_crops(seed)
-        bbox, tries, most = first_that_holds(labels, drawn, (7, 5), min_pixels, max_tries, **options)
-        del count_tries[:]
-        seed_crops(seed)
-        got = RareClassCrop((7, 5), min_pixels, max_tries, **options)(results_of(labels, drawn))
-        assert (got['gt_seg_map'] == labels[bbox[0] : bbox[1], bbox[2] : bbox[3]]).all()
-        assert len(count_tries) == tries <= max_tries + 1
-        if most < min_pixels:
-            assert tries in (1, max_tries + 1)
-        elif tries <= max_tries:
-            assert (got['gt_seg_map'] == drawn).sum() >= min_pixels
-        assert (
-            got['img'][..., 0] == results_of(labels)['img'][bbox[0] : bbox[1], bbox[2] : bbox[3], 0]
-        ).all()
-
-
-def test_a_class_in_one_corner_is_found_far_more_often(count_tries):
-    labels = np.zeros((40, 40), np.uint8)
-    labels[:6, :6] = 1
-
-    def found(crop):
-        seed_crops(0)
-        return np.mean([(crop(results_of(labels, 1))['gt_seg_map'] == 1).sum() >= 20 for _ in range(400)])
-
-    plain, rare = found(RandomCrop((25, 25))), found(RareClassCrop((25, 25), 20))
-    assert 0 < plain < 0.1
-    chance = plain + (1 - plain) * (1 - (1 - plain) ** 10)  # ten tries and a plain crop
-    assert rare == pytest.approx(chance, abs=0.08)
-
-
-def test_an_image_smaller_than_the_crop_is_taken_whole(count_tries):
-    labels = np.zeros((5, 6), np.uint8)
-    labels[0, :4] = 1
-    assert RareClassCrop((8, 8), 4)(results_of(labels, 1))['gt_seg_map'].shape == (5, 6)
-    assert RareClassCrop((8, 8), 5)(results_of(labels, 1))['gt_seg_map'].shape == (5, 6)
-    assert len(count_tries) == 2
-
-
-def test_without_a_drawn_class_it_is_a_plain_crop_with_one_warning(logged):
-    labels = np.random.default_rng(0).integers(0, 3, (13, 17)).astype(np.uint8)
-    crop, plain = RareClassCrop(5, 90, cat_max_ratio=0.4), RandomCrop(5, cat_max_ratio=0.4)
-    without_index = results_of(labels)
-    del without_index['sample_idx']
-    for results in (results_of(labels), without_index, results_of(labels)):
-        cropped = []
-        for transform in (crop, plain):
-            seed_crops(3)
-            cropped.append(transform(dict(results))['gt_seg_map'].tolist())
-        assert cropped[0] == cropped[1]
-    (warning,) = logged[30]
-    assert 'RareClassSampler' in warning
-
-
-def test_a_draw_of_any_image_is_a_plain_crop_without_a_warning(logged):
-    labels = np.random.default_rng(0).integers(0, 3, (13, 17)).astype(np.uint8)
-    results = results_of(labels) | dict(sample_idx=DrawnIndex(0, None))
-    cropped = []
-    for transform in (RareClassCrop(5, 1), RandomCrop(5)):
-        seed_crops(3)
-        cropped.append(transform(dict(results))['gt_seg_map'].tolist())
-    assert cropped[0] == cropped[1]
-    assert not logged
-
-
-@pytest.mark.parametrize(
-    ('min_pixels', 'ori_shape', 'least'),
-    [(40, (30, 40), 20), (41, None, 20), (40, (15, 20), 80), (400, (60, 80), 50)],
-)
-def test_by_default_a_crop_holds_half_of_what_the_image_does_at_its_size(
-    count_tries, min_pixels, ori_shape, least
-):
-    """`ori_shape` is the size of the file; the labels are 30x40 when they are cropped."""
-    for pixels, tries in ((least, 4), (least - 1, 1)):
-        labels = np.zeros((30, 40), np.uint8)
-        labels.flat[:pixels] = 1
-        results = results_of(labels) | dict(sample_idx=DrawnIndex(0, 1, min_pixels))
-        if ori_shape is not None:
-            results['ori_shape'] = ori_shape
-        del count_tries[:]
-        RareClassCrop((2, 2), max_tries=3)(results)  # such a crop never holds enough
-        assert len(count_tries) == tries
-
-
-def test_by_default_a_crop_holds_at_least_a_pixel(count_tries):
-    results = results_of(np.zeros((30, 40), np.uint8))
-    RareClassCrop((8, 8))(results | dict(sample_idx=DrawnIndex(0, 1, 3), ori_shape=(60, 80)))
-    assert len(count_tries) == 1
-
-
-def test_two_images_share_a_crop_where_the_framework_asks_for_it():
-    labels = np.zeros((40, 40), np.uint8)
-    labels[:6, :6] = 1
-    seed_crops(0)
-    for kind in (RareClassCrop((25, 25), 20), RandomCrop((25, 25))):  # one must not spoil the other
-        for _ in range(3):
-            with cache_random_params(kind):
-                first, second = (kind(results_of(labels, 1))['img'] for _ in range(2))
-            assert (first == second).all()
-            if isinstance(kind, RareClassCrop):
-                again = [(kind(results_of(labels, 1))['gt_seg_map'] == 1).sum() >= 20 for _ in range(30)]
-                assert np.mean(again) > 0.15
-
-
-@pytest.mark.parametrize(
-    'folding', [dict(reduce_zero_label=True), dict(metainfo=dict(classes=CLASSES[::-1]))]
-)
-def test_labels_are_those_that_training_sees(root, folding):
-    dataset = make(root, **folding)
-    names = CLASSES[1:] if 'reduce_zero_label' in folding else CLASSES[::-1]
-    dataset.pipeline.transforms[1:] = [AddImage(), RareClassCrop((12, 16), 4), DropImage()]
-    seed_crops(0)
-    enough = Counter()
-    for index in itertools.islice(make_sampler(root, make(root, **folding), min_pixels=16), 300):
-        sample = dataset[index]
-        raw = np.asarray(Image.open(sample['seg_map_path']))
-        assert (raw == CLASSES.index(names[index.class_index])).sum() >= 16
-        enough[(sample['gt_seg_map'] == index.class_index).sum() >= 4] += 1
-    assert enough[True] > 0.95 * enough.total()
 
 
 # Through a runner

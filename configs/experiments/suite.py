@@ -17,7 +17,8 @@ def loss(type='CombinedWeightedLoss', sampler=False, hook=None, **options):
         custom_hooks=[dict(type='ClassWeightHook', **(hook or {}))],
     )
     if sampler:
-        changed['train_dataloader'] = dict(sampler=dict(_delete_=True, type='RareClassSampler'))
+        rule = {} if sampler is True else sampler
+        changed['train_dataloader'] = dict(sampler=dict(_delete_=True, type='RareClassSampler', **rule))
         changed['custom_hooks'] += [dict(type='ResumeSamplerHook')]
     return changed
 
@@ -52,6 +53,7 @@ methods = {
     'logit variation': loss(CE, logit_variation=4.0),
     'hardness': loss('HardnessWeightedLoss'),
     'CE, rare class sampling': loss(CE, sampler=True),
+    'CE, repeat factor sampling': loss(CE, sampler=dict(rule='repeat_factor', threshold=1.0)),
     'Jaccard, rare class sampling': loss(**JACCARD, sampler=True),
     # mmseg-imbalance fit-bias on the models of these; where a checkpoint is gone, its training comes first
     'cross-entropy, bias': dict(fit_bias='cross-entropy'),

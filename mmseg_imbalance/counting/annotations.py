@@ -14,7 +14,7 @@ import numpy as np
 from mmseg_imbalance.counting.dataset_parts import Part, part_repeats
 from mmseg_imbalance.counting.label_steps import LabelSteps
 from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
-from mmseg_imbalance.counting.ranks import warn
+from mmseg_imbalance.counting.ranks import speaks, warn
 from mmseg_imbalance.counting.transforms import TAKEN_AWAY, keeps_labels, name_of, names, packs
 
 __all__ = ['Annotation', 'find_annotations']
@@ -131,7 +131,6 @@ def _path(info: dict[str, Any], needed: bool = False) -> str:
 
 def _warn_of_left_out(found: list[Found]) -> str:
     """Name the transforms that are not run; the option with them and with those that are."""
-    from mmengine.dist import is_main_process
     from mmengine.logging import print_log
 
     left_out: dict[str, str] = {}
@@ -146,7 +145,7 @@ def _warn_of_left_out(found: list[Found]) -> str:
     unnamed = list(dict.fromkeys(name for each in found for name in each.unnamed))
     nameable = [name for name, reason in left_out.items() if reason != TAKEN_AWAY]
     option = _option_naming([*run, *unnamed, *nameable]) if unnamed or nameable else ''
-    if not is_main_process():
+    if not speaks():
         return option
     if left_out:
         listed = ', '.join(f'{name} ({reason})' for name, reason in left_out.items())

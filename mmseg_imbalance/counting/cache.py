@@ -15,7 +15,7 @@ import numpy as np
 
 from mmseg_imbalance.counting.annotations import Annotation
 from mmseg_imbalance.counting.fingerprint import fingerprint, packages
-from mmseg_imbalance.counting.ranks import warn
+from mmseg_imbalance.counting.ranks import speaks, warn
 from mmseg_imbalance.counting.rows import named_files
 from mmseg_imbalance.frequency import ClassFrequency
 
@@ -134,13 +134,14 @@ def load_counts(
             'of the files nor the code that loads them have changed. All are counted again.'
         )
         return None
-    print_log(
-        f'class counts of {len(annotations)} label files, counted {frequency.counted}, are taken from '
-        f'{path}. {len(positions)} of the files were counted again and agree. To count all anew, delete this '
-        'file, or every one with mmseg-imbalance cache --clear.',
-        logger='current',
-    )
-    if frequency.unusual:
+    if speaks():
+        print_log(
+            f'class counts of {len(annotations)} label files, counted {frequency.counted}, are taken from '
+            f'{path}. {len(positions)} of the files were counted again and agree. To count all anew, delete '
+            'this file, or every one with mmseg-imbalance cache --clear.',
+            logger='current',
+        )
+    if frequency.unusual and speaks():
         warn(frequency.unusual)
     with suppress(OSError):  # somebody else's folder
         os.utime(path)  # used now

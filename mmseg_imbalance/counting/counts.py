@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
@@ -18,8 +19,9 @@ from mmseg_imbalance.counting.cache import counts_file, load_counts, store_count
 from mmseg_imbalance.counting.cityscapes import is_cityscapes_train
 from mmseg_imbalance.counting.lonely_class import refuse_lonely_class
 from mmseg_imbalance.counting.pixel_counts import notes_text, one_class_alone
-from mmseg_imbalance.counting.ranks import attempt, exchange, warn
+from mmseg_imbalance.counting.ranks import alone, attempt, exchange, place, speaks, warn
 from mmseg_imbalance.counting.rows import AnnotationRows, count_rows, default_workers
+from mmseg_imbalance.files import locked
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
 
 __all__ = ['check_counting', 'count_classes']
@@ -38,9 +40,10 @@ def count_classes(
 ) -> ClassFrequency:
     """Pixels and images of each class, from annotations alone, labelled as training sees them.
 
-    All ranks must call it: each counts its part, all get the whole. Of the pipeline, what loads labels and
-    what changes them is run, not what resizes, crops or flips. Cityscapes train is not read but for 120 of
-    its label files, its counts are published.
+    All ranks must call it: each counts its part, all get the whole. A worker of a data loader counts all by
+    itself; where counts are kept, workers take turns, so that the next one finds them. Of the pipeline, what
+    loads labels and what changes them is run, not what resizes, crops or flips. Cityscapes train is not read
+    but for 120 of its label files, its counts are published.
 
     Args:
         dataset: BaseSegDataset, or Concat-, Repeat-, ClassBalanced-, MultiImageMixDataset of such.
@@ -83,7 +86,11 @@ def count_classes(
         sample = np.random.default_rng(0).choice(len(annotations), max_images, replace=False)
         chosen = [annotations[position] for position in np.sort(sample)]
     may_be_published = not per_image and (max_images is None or sampled)
-    frequency = count(chosen, annotations if may_be_published else [])
+    with ExitStack() as held:
+        if alone() and cache_dir is not None:
+            with suppress(OSError):  # a folder that nobody may write to
+                held.enter_context(locked(cache_dir))
+        frequency = count(chosen, annotations if may_be_published else [])
     if sampled and np.count_nonzero(frequency.pixels) < 2:
         warn(
             f'in a sample of {max_images} images fewer than two classes occur, so all {len(annotations)} are '
@@ -117,10 +124,9 @@ def _count(
     may_be_cityscapes: Sequence[Annotation] = (),
 ) -> ClassFrequency:
     """Counts from the cache or from the files, or those of Cityscapes train if this is that."""
-    from mmengine.dist import get_dist_info
     from mmengine.logging import print_log
 
-    rank, world_size = get_dist_info()
+    rank, world_size = place()
     counted = AnnotationRows(annotations, len(classes))
 
     def look_up() -> tuple[Path | None, ClassFrequency | None]:
@@ -155,7 +161,7 @@ def _count(
     if len(classes) == 1:
         raise ValueError(one_class_alone(annotations[0].dataset))
     unusual = notes_text(note for row in rows for note in row.notes)
-    if unusual and rank == 0:
+    if unusual and speaks():
         warn(unusual)
     names, sources = _sources(annotations)
     frequency = ClassFrequency.from_rows(

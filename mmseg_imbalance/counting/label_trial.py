@@ -203,6 +203,18 @@ def _differ(first: Any, second: Any) -> bool:
     return both and not same_labels(first, second)
 
 
+def _loader(step: Any, info: dict[str, Any]) -> Any:
+    """A copy of a transform that loads labels.
+
+    MMSegmentation's remembers the `reduce_zero_label` of what it loads first. The copy knows it already, so
+    its counts are found again whether training has loaded something or not.
+    """
+    loader = copy.copy(step)
+    if getattr(loader, 'reduce_zero_label', False) is None:
+        loader.reduce_zero_label = info.get('reduce_zero_label')
+    return loader
+
+
 def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> tuple[int, tuple[Any, ...]]:
     """Position of the transform that yields the labels, and what has to run up to it."""
     from mmcv.transforms import LoadAnnotations
@@ -214,7 +226,7 @@ def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> 
         results = info
         load: list[Any] = []
         for position, step in enumerate(transforms):
-            found_loader = position, (*load, copy.copy(step))  # MMSegmentation's remembers what it sees first
+            found_loader = position, (*load, _loader(step, info))
             loads = isinstance(step, LoadAnnotations) and step.with_seg
             if loads and is_one_of(step, {'LoadAnnotations'}):
                 return found_loader

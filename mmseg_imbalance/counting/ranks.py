@@ -6,9 +6,32 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ['attempt', 'exchange', 'warn']
+__all__ = ['alone', 'attempt', 'exchange', 'place', 'speaks', 'warn']
 
 T = TypeVar('T')
+
+
+def alone() -> bool:
+    """Whether this is a worker of a data loader: the group of its rank, if it has it, is not its own."""
+    from torch.utils.data import get_worker_info
+
+    return get_worker_info() is not None
+
+
+def place() -> tuple[int, int]:
+    """The rank among those that count together, and their number."""
+    from mmengine.dist import get_dist_info
+
+    return (0, 1) if alone() else get_dist_info()
+
+
+def speaks() -> bool:
+    """Whether this process logs what all find: the first of the ranks, of workers its first."""
+    from mmengine.dist import is_main_process
+    from torch.utils.data import get_worker_info
+
+    worker = get_worker_info()
+    return is_main_process() and (worker is None or worker.id == 0)
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -25,10 +48,10 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def exchange(failure: Exception | None, value: Any) -> list[Any]:
-    """The `value` of every rank; if one has failed, every rank raises the same."""
+    """The `value` of every rank, of a worker its own; if one has failed, every rank raises the same."""
     from mmengine.dist import all_gather_object
 
-    outcomes = all_gather_object((failure, value))
+    outcomes = [(failure, value)] if alone() else all_gather_object((failure, value))
     for failed, _ in outcomes:
         if failed is not None:
             raise failed
