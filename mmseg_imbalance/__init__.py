@@ -26,16 +26,16 @@ else:
     from mmseg_imbalance import compat  # noqa: F401
     from mmseg_imbalance.backbones import EfficientNetLite0
     from mmseg_imbalance.class_balance import ClassBalanceHook
-    from mmseg_imbalance.components import SmallRegionRemover
     from mmseg_imbalance.counting import count_classes, training_frequency
     from mmseg_imbalance.datasets import CamVidDataset
+    from mmseg_imbalance.decisions import DecisionHook, LogitAdjustmentHook
     from mmseg_imbalance.heads import (
         FeatureASPPHead,
         FeatureDepthwiseSeparableASPPHead,
         FeatureHead,
         FeatureSegformerHead,
     )
-    from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
+    from mmseg_imbalance.hooks import ClassWeightHook, SubclassVisualizationHook
     from mmseg_imbalance.losses import (
         CombinedWeightedLoss,
         GeneralizedDiceLoss,
@@ -63,6 +63,7 @@ __all__ = [
     'ClassWeightHook',
     'CombinedWeightedLoss',
     'CrossEntropy',
+    'DecisionHook',
     'EfficientNetLite0',
     'FeatureASPPHead',
     'FeatureDepthwiseSeparableASPPHead',
@@ -77,7 +78,6 @@ __all__ = [
     'RareClassSampler',
     'RunHook',
     'SimilaritySubclassifiedLoss',
-    'SmallRegionRemover',
     'SoftStats',
     'SubclassClustering',
     'SubclassTable',

@@ -24,10 +24,10 @@ CORE = [
 ]
 PUBLIC = """
 CITYSCAPES_TRAIN SCHEMES CamVidDataset ClassBalanceHook ClassFrequency ClassIoUMetric ClassWeight
-ClassWeightHook CombinedWeightedLoss CrossEntropy EfficientNetLite0 FeatureASPPHead
+ClassWeightHook CombinedWeightedLoss CrossEntropy DecisionHook EfficientNetLite0 FeatureASPPHead
 FeatureDepthwiseSeparableASPPHead
 FeatureHead FeatureSegformerHead GeneralizedDiceLoss ImbalanceIoUMetric LogitAdjustmentHook Overlap
-PredictionHook RareClassCrop RareClassSampler RunHook SimilaritySubclassifiedLoss SmallRegionRemover SoftStats
+PredictionHook RareClassCrop RareClassSampler RunHook SimilaritySubclassifiedLoss SoftStats
 SubclassClustering SubclassTable SubclassVisualizationHook SubclassifiedLoss WeightRecord
 WeightedCrossEntropyLoss WeightedDiceLoss WeightedFocalLoss WeightedJaccardLoss WeightedLoss
 WeightedTverskyLoss __version__ class_weights count_classes similarity_weight soft_stats
@@ -126,7 +126,7 @@ NEED_IT = [
             'metrics',
             'samplers',
             'datasets',
-            'components',
+            'decisions',
             'subclass',
             'subclass_maps',
             'compat',
