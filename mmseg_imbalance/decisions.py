@@ -157,6 +157,13 @@ class DecisionHook(Hook):
         self.remove_small = remove_small
         self.rank = None if rule == 'argmax' else _rankseg(rule)
 
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if self.rank is not None and 'class_bias' in (checkpoint.get('meta') or {}):
+            runner.logger.warning(
+                f'{self.rule} comes on top of the class bias that fit-bias has written into this checkpoint; '
+                'test the one that the training wrote'
+            )
+
     def before_test(self, runner) -> None:
         if self.rank is not None:
             classifying_head(runner.model, self.rule)

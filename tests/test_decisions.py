@@ -1,22 +1,28 @@
 """What is done between logits and labels of a test, in the order in which it acts."""
 
 import itertools
+import os
 import sys
 
-from mmseg_imbalance.registry import HOOKS
+from mmseg_imbalance.registry import HOOKS, MODELS
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
+from ranks import on_ranks
 from rankseg import RankSEG
 from test_hooks import log_of, recoloured
 from torch import nn
 
+from mmseg_imbalance.compat import adapt_to_cpu
 from mmseg_imbalance.components import remove_small
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.decisions import RULES, DecisionHook, LogitAdjustmentHook
@@ -234,6 +240,18 @@ def test_the_metrics_get_the_labels_that_the_rule_makes_of_the_resized_logits(sm
     assert 'test_step' not in vars(runner.model)  # it decides by itself again
 
 
+@pytest.mark.parametrize('rule', ['argmax', 'rankseg-iou'])
+def test_a_checkpoint_of_fit_bias_is_not_corrected_twice_in_silence(small_config, tmp_path, rule):
+    cfg = small_config(BALANCED)
+    model = MODELS.build(cfg.model)
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(class_bias=[0.0])), tmp_path / 'bias.pth')
+    cfg.load_from = str(tmp_path / 'bias.pth')
+    cfg.custom_hooks = [dict(type='DecisionHook', rule=rule, remove_small=5)]
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    assert ('rankseg-iou comes on top of the class bias' in log_of(runner)) == (rule == 'rankseg-iou')
+
+
 def augmented(cfg):
     views = [
         [dict(type='Resize', scale_factor=factor, keep_ratio=True) for factor in (0.75, 1.0)],
@@ -264,6 +282,29 @@ def test_with_augmentation_the_rule_gets_the_mean_probabilities_of_all_views(sma
         expected = remove_small(labels[0].numpy(), 9)
         assert np.array_equal(sample.pred_sem_seg.data[0].numpy(), expected)
         assert not np.array_equal(labels[0].numpy(), expected)
+
+
+def labels_of_rank(text):
+    """{image: labels} of this rank, and whether MMEngine's wrapper was tested."""
+    cfg = Config.fromstring(text, '.py')
+    cfg.launcher = 'pytorch'
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), RANK=str(dist.get_rank()), WORLD_SIZE='2')
+    adapt_to_cpu(cfg)
+    runner, samples = run_test(cfg, DecisionHook('rankseg-iou'))
+    labels = {sample.img_path: sample.pred_sem_seg.data.numpy() for sample in samples}
+    return labels, is_model_wrapper(runner.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change', [lambda cfg: cfg, augmented], ids=['whole', 'augmented'])
+def test_two_ranks_decide_as_one_process(small_config, change):
+    _, alone = run_test(change(small_config(BALANCED)), DecisionHook('rankseg-iou'))
+    ranks = on_ranks(2, labels_of_rank, change(small_config(BALANCED)).pretty_text)
+    assert [(len(labels), wrapped) for labels, wrapped in ranks] == [(1, True)] * 2
+    together = ranks[0][0] | ranks[1][0]
+    assert len(together) == len(alone) == 2
+    for sample in alone:
+        assert np.array_equal(together[sample.img_path], sample.pred_sem_seg.data.numpy())
 
 
 def test_a_head_of_one_channel_is_decided_by_both_classes(small_config):
