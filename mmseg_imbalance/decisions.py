@@ -132,6 +132,8 @@ class DecisionHook(Hook):
     above 0.5 has no set. With a single output channel the classes 0 and 1 have the probabilities 1 - p and p;
     the ``threshold`` of the head has no effect then.
 
+    Of several such hooks each acts on the labels of the one before; RankSEG makes them anew from the logits.
+
     Args:
         rule: 'argmax' keeps what the model predicts; 'rankseg-iou' and 'rankseg-dice' are RankSEG.
         remove_small: connected components of fewer pixels, of the label size, go to the class around them,
