@@ -26,9 +26,9 @@ else:
     from mmseg_imbalance import compat  # noqa: F401
     from mmseg_imbalance.backbones import EfficientNetLite0
     from mmseg_imbalance.class_balance import ClassBalanceHook
-    from mmseg_imbalance.components import SmallRegionRemover
     from mmseg_imbalance.counting import count_classes, training_frequency
     from mmseg_imbalance.datasets import CamVidDataset
+    from mmseg_imbalance.decisions import DecisionHook, LogitAdjustmentHook
     from mmseg_imbalance.hardness import HardnessWeightedLoss
     from mmseg_imbalance.heads import (
         FeatureASPPHead,
@@ -36,7 +36,7 @@ else:
         FeatureHead,
         FeatureSegformerHead,
     )
-    from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
+    from mmseg_imbalance.hooks import ClassWeightHook, SubclassVisualizationHook
     from mmseg_imbalance.losses import (
         CombinedWeightedLoss,
         GeneralizedDiceLoss,
@@ -66,6 +66,7 @@ __all__ = [
     'ClassWeightHook',
     'CombinedWeightedLoss',
     'CrossEntropy',
+    'DecisionHook',
     'EfficientNetLite0',
     'FeatureASPPHead',
     'FeatureDepthwiseSeparableASPPHead',
@@ -83,7 +84,6 @@ __all__ = [
     'RecallWeightedLoss',
     'RunHook',
     'SimilaritySubclassifiedLoss',
-    'SmallRegionRemover',
     'SoftStats',
     'SubclassClustering',
     'SubclassTable',

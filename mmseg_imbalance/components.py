@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from copy import copy
-
-from mmseg_imbalance.registry import MODELS
-
 import cv2
 import numpy as np
-import torch
-from mmengine.model import BaseTTAModel
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import nn
 
 FEW = 20  # labels
 PAIRS = 1 << 18  # of neighbours, looked at a time
@@ -156,41 +149,3 @@ def _most_frequent(component: np.ndarray, values: np.ndarray) -> np.ndarray:
     order = np.lexsort((values, -counts, component))
     _, first = np.unique(component[order], return_index=True)
     return classes[values[order[first]]]
-
-
-@MODELS.register_module()
-class SmallRegionRemover(BaseTTAModel):
-    """A segmentor whose test predictions go through :func:`remove_small`; the logits stay as they are.
-
-    It is built as MMSegmentation's wrappers for test time augmentation are, so it loads the checkpoints of
-    the segmentor inside.
-
-    Args:
-        module: the segmentor, or the wrapper that augments it, whose merged predictions are cleaned.
-        area: in pixels of the predicted map, at least 1, which changes nothing.
-        data_preprocessor: of a module without its own; the runner hands it on.
-    """
-
-    def __init__(self, module: dict | nn.Module, area: int, data_preprocessor: dict | None = None) -> None:
-        if type(area) is not int or area < 1:
-            raise ValueError(f'area must be an integer number of pixels, at least 1, got {area!r}')
-        if isinstance(module, dict) and data_preprocessor is not None:
-            # handed to the base class, it would replace the module's own
-            module = copy(module)
-            module.setdefault('data_preprocessor', data_preprocessor)
-        super().__init__(module)
-        self.area = area
-        self.predict = self.module.test_step
-        if isinstance(self.module, BaseTTAModel):
-            # loading a checkpoint looks into one such wrapper, not into one inside of another
-            self.module = self.module.module
-
-    def test_step(self, data: dict | tuple | list) -> list:
-        return self.merge_preds([[sample] for sample in self.predict(data)])
-
-    def merge_preds(self, data_samples_list: list[list]) -> list:
-        for (sample,) in data_samples_list:
-            labels = sample.pred_sem_seg.data
-            cleaned = remove_small(labels[0].long().cpu().numpy(), self.area)
-            sample.pred_sem_seg.data = torch.from_numpy(cleaned)[None].to(labels)
-        return [sample for (sample,) in data_samples_list]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from mmseg_imbalance.registry import HOOKS
 
-import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import autocast
@@ -21,7 +19,6 @@ from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
 from mmseg_imbalance.counting import check_counting, training_frequency
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.heads import check_heads
-from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
@@ -29,13 +26,11 @@ from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
 from mmseg_imbalance.run_hook import RunHook
 from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, source_table, subclass_table, table_text
-from mmseg_imbalance.trained import classifying_head
 from mmseg_imbalance.weighting import (
     SCHEMES,
     check_options,
     check_power_schedule,
     class_weights,
-    log_prior,
     scheduled_weights,
 )
 
@@ -241,93 +236,6 @@ class ClassWeightHook(RunHook):
                     "fail on ignored pixels; dict(type='WeightedCrossEntropyLoss', class_weight='auto') "
                     'takes both'
                 )
-
-
-@HOOKS.register_module()
-class LogitAdjustmentHook(Hook):
-    """Adjust the logits at test time, of a model that was trained without logit adjustment: z_c - tau ln f_c.
-
-    f_c is the share of class c in the training annotations, counted or taken from the cache as
-    :class:`ClassWeightHook` does. tau ln f_c is subtracted from what the ``conv_seg`` of the last decode head
-    returns. Resizing, sliding windows and test time augmentation come after that.
-
-    Args:
-        tau: 0 changes nothing, 1 is the source's.
-        cache_dir, max_images, num_workers, label_transforms: see :class:`ClassWeightHook`.
-
-    Source: Menon et al. 2021, https://arxiv.org/abs/2007.07314, equation 9.
-    """
-
-    def __init__(
-        self,
-        tau: float = 1.0,
-        cache_dir: str | os.PathLike[str] | None = None,
-        max_images: int | None = None,
-        num_workers: int | None = None,
-        label_transforms: Sequence[str] | None = None,
-    ) -> None:
-        if not math.isfinite(tau):
-            raise ValueError(f'tau must be a finite number, got {tau}')
-        check_counting(max_images, num_workers)
-        self.tau = tau
-        self.handle = None
-        self.cache_dir = cache_dir
-        self.max_images = max_images
-        self.num_workers = num_workers
-        self.label_transforms = label_transforms
-
-    def before_test(self, runner) -> None:
-        head = classifying_head(runner.model, 'LogitAdjustmentHook')
-        for name, loss in runner.model.named_modules():
-            if isinstance(loss, WeightedLoss) and loss.logit_adjustment > 0:
-                runner.logger.warning(
-                    f'{name} was trained with logit_adjustment={loss.logit_adjustment} already; '
-                    f'tau={self.tau} at test time comes on top of it'
-                )
-        frequency = training_frequency(
-            runner.cfg,  # a runner that tests has no data set of training
-            heads=decode_heads(runner.model),
-            max_images=self.max_images,
-            num_workers=self.num_workers,
-            cache_dir=self.cache_dir,
-            label_transforms=self.label_transforms,
-        )
-        if frequency.unmet.any():
-            unmet = [name for name, found in zip(frequency.classes, frequency.unmet, strict=True) if found]
-            runner.logger.warning(
-                f'classes that were not met in {frequency.num_images} of {frequency.dataset_images} images '
-                f'are taken for as rare as the rarest that was: {", ".join(unmet)}. A larger max_images '
-                'tells more.'
-            )
-        shift = self.tau * torch.from_numpy(log_prior(frequency.pixels)).float()
-        if len(shift) != head.num_classes:
-            raise ValueError(
-                f'the training data have {len(shift)} classes, {list(frequency.classes)}, but '
-                f'{type(head).__name__} predicts {head.num_classes}'
-            )
-        if head.out_channels == 1:  # the logit of class 1 against class 0
-            shift = shift[1:] - shift[:1]
-        self._remove()  # of a test that ended in an error
-        self.calls = 0
-
-        def subtract(module, args, logits):
-            self.calls += 1
-            return logits - shift.to(logits)[:, None, None]
-
-        self.handle = head.conv_seg.register_forward_hook(subtract)
-        runner.logger.info(f'LogitAdjustmentHook: {self.tau} * ln f_c is subtracted from the logits')
-
-    def _remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
-
-    def after_test(self, runner) -> None:
-        self._remove()
-        if not self.calls:
-            raise RuntimeError(
-                'LogitAdjustmentHook changed nothing: the last decode head does not call its conv_seg'
-            )
 
 
 @HOOKS.register_module()

@@ -64,7 +64,7 @@ def classifying_head(model: nn.Module, wanted_by: str) -> nn.Module:
     """The last decode head of a model, whose ``conv_seg`` makes the logits that are tested.
 
     Args:
-        wanted_by: who changes these logits, for the error.
+        wanted_by: who needs these logits, for the error.
 
     Raises:
         TypeError: it has no ``conv_seg``.
@@ -75,7 +75,7 @@ def classifying_head(model: nn.Module, wanted_by: str) -> nn.Module:
     head = head[-1] if isinstance(head, nn.ModuleList) else head
     if not isinstance(getattr(head, 'conv_seg', None), nn.Module):
         raise TypeError(
-            f'{wanted_by} shifts the logits of a conv_seg, which {type(head).__name__} of '
+            f'{wanted_by} needs the logits of a conv_seg, which {type(head).__name__} of '
             f'{type(model).__name__} does not have; it works with heads derived from BaseDecodeHead'
         )
     return head

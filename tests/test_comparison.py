@@ -295,15 +295,15 @@ def test_what_was_resumed_adds_up_and_what_was_begun_anew_does_not(tmp_path):
 
 
 def test_a_test_that_adds_to_the_model_is_another_config(tmp_path):
-    wrapper = "model = dict(type='SmallRegionRemover', area=50, module=model)\n"
-    plain, cleaned = write_run(tmp_path / 'a'), write_run(tmp_path / 'b', seed=1, extra=wrapper)
+    hook = "custom_hooks = [dict(type='DecisionHook', rule='rankseg-iou', remove_small=50)]\n"
+    plain, cleaned = write_run(tmp_path / 'a'), write_run(tmp_path / 'b', seed=1, extra=hook)
     slide = write_run(tmp_path / 'c', seed=2, extra="model['test_cfg'] = dict(mode='slide')\n")
     groups = compare([plain, cleaned, slide]).groups
     assert [len(group.runs) for group in groups] == [1, 1, 1]
     sources = [group.runs[0].source for group in groups]
-    assert sources[1] == 'test of iter_20.pth, SmallRegionRemover 50'
+    assert sources[1] == 'test of iter_20.pth, rankseg-iou, small regions 50'
     assert sources[2] == 'test of iter_20.pth, sliding window'
-    assert 'area=50' in groups[1].name
+    assert 'remove_small=50' in groups[1].name
 
 
 def test_a_pretrained_run_is_another_config(tmp_path):

@@ -2,22 +2,14 @@
 
 from collections import Counter
 
-from mmseg_imbalance.registry import MODELS
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from mmengine.model import BaseModel
-from mmengine.runner.checkpoint import load_state_dict
-from mmengine.structures import PixelData
-from mmseg.models import SegTTAModel
-from mmseg.structures import SegDataSample
 from scipy import ndimage
 
-from mmseg_imbalance.components import SmallRegionRemover, components, remove_small
+from mmseg_imbalance.components import components, remove_small
 
 maps = st.tuples(st.integers(1, 11), st.integers(1, 13), st.sampled_from([np.uint8, np.int64])).flatmap(
     lambda drawn: arrays(drawn[2], drawn[:2], elements=st.sampled_from([0, 3, 7, 200]))
@@ -156,92 +148,3 @@ def test_what_is_no_label_map_is_refused():
     for labels in (np.zeros((1, 4, 5), np.uint8), np.zeros((4, 5)), np.zeros((4, 5), bool)):
         with pytest.raises(ValueError, match=r'\(H, W\) integers.*got'):
             remove_small(labels, 3)
-    for area in (0, -3, 2.0, '5', None, True):
-        with pytest.raises(ValueError, match=f'at least 1, got {area!r}'):
-            SmallRegionRemover(Painter(), area)
-
-
-class Painter(BaseModel):
-    """A segmentor of one parameter that predicts the maps it was given."""
-
-    out_channels = 3
-
-    def __init__(self, *maps, data_preprocessor=None):
-        super().__init__(data_preprocessor)
-        self.backbone = torch.nn.Linear(1, 1)
-        self.maps = maps
-
-    def forward(self, inputs, data_samples=None, mode='tensor'):
-        raise NotImplementedError
-
-    def test_step(self, data):
-        samples = [SegDataSample(metainfo=dict(img_path=f'{i}.png')) for i in range(len(self.maps))]
-        for sample, labels in zip(samples, self.maps, strict=True):
-            logits = (torch.arange(3)[:, None, None] == labels) * 9.0
-            sample.seg_logits = PixelData(data=logits)
-            sample.pred_sem_seg = PixelData(data=labels)
-            sample.gt_sem_seg = PixelData(data=labels.clone())
-        return samples
-
-
-def random_maps(count, classes=3, dtype=torch.int64):
-    return torch.randint(classes, (count, 1, 13, 17), generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-@pytest.mark.parametrize(
-    ('dtype', 'classes'),
-    [(torch.int64, 3), (torch.uint8, 3), (torch.float32, 2), (torch.float16, 2), (torch.bfloat16, 2)],
-)
-def test_every_prediction_of_a_batch_is_cleaned_and_nothing_else(dtype, classes):
-    maps = random_maps(3, classes, dtype)  # binary heads predict 0 and 1 in the dtype of the logits
-    plain = Painter(*maps.clone()).test_step(None)
-    cleaned = SmallRegionRemover(Painter(*maps), area=6).test_step(None)
-    assert len(cleaned) == 3
-    for before, after in zip(plain, cleaned, strict=True):
-        expected = remove_small(before.pred_sem_seg.data[0].long().numpy(), 6)
-        assert after.pred_sem_seg.data.dtype == dtype
-        assert torch.equal(after.pred_sem_seg.data[0].long(), torch.from_numpy(expected))
-        assert not torch.equal(after.pred_sem_seg.data, before.pred_sem_seg.data)
-        assert torch.equal(after.seg_logits.data, before.seg_logits.data)
-        assert torch.equal(after.gt_sem_seg.data, before.gt_sem_seg.data)
-        assert after.metainfo == before.metainfo
-
-
-def nested(augmented, *maps, **options):
-    MODELS.register_module(module=Painter, force=True)
-    model = dict(type='Painter')
-    if augmented:
-        model = dict(type='mmseg.SegTTAModel', module=model)
-    remover = MODELS.build(dict(type='SmallRegionRemover', module=model, area=6, **options))
-    remover.module.maps = maps
-    return remover
-
-
-@pytest.mark.parametrize('augmented', [False, True])
-def test_the_same_checkpoint_loads_strictly_with_and_without_augmentation(augmented):
-    checkpoint = Painter().state_dict()
-    remover = nested(augmented)
-    load_state_dict(remover, checkpoint, strict=True)
-    assert isinstance(remover.module, Painter)  # what a hook that unwraps models comes to
-    for name, value in remover.module.state_dict().items():
-        assert torch.equal(value, checkpoint[name])
-
-
-def test_merged_predictions_of_augmentation_are_cleaned_after_the_merge():
-    maps = random_maps(2)
-    data = dict(inputs=[None, None])  # two augmentations of two images
-    augmented = SegTTAModel(Painter(*maps)).test_step(data)
-    cleaned = nested(True, *maps).test_step(data)
-    for before, after in zip(augmented, cleaned, strict=True):
-        expected = remove_small(before.pred_sem_seg.data[0].numpy(), 6)
-        assert np.array_equal(after.pred_sem_seg.data[0].numpy(), expected)
-        assert not np.array_equal(expected, before.pred_sem_seg.data[0].numpy())
-
-
-@pytest.mark.parametrize('augmented', [False, True])
-def test_the_runners_data_preprocessor_reaches_a_segmentor_that_has_none(augmented):
-    common = dict(type='mmseg.SegDataPreProcessor', mean=[1.0], std=[1.0])
-    assert nested(augmented, data_preprocessor=common).module.data_preprocessor.mean.item() == 1
-    model = dict(type='Painter', data_preprocessor=dict(common, mean=[2.0]))
-    remover = SmallRegionRemover(model, 6, data_preprocessor=common)
-    assert remover.module.data_preprocessor.mean.item() == 2

@@ -585,7 +585,7 @@ def test_sampler_hooks_metric_and_command_share_one_file_of_counts(
     cfg.val_evaluator = cfg.test_evaluator = dict(type='ImbalanceIoUMetric')
     cfg.custom_hooks = [dict(type='ClassWeightHook'), dict(type='LogitAdjustmentHook')]
     users = []
-    for user in ('samplers', 'hooks', 'metrics'):
+    for user in ('samplers', 'hooks', 'decisions', 'metrics'):
         monkeypatch.setattr(
             f'mmseg_imbalance.{user}.training_frequency',
             lambda *args, user=user, **options: (users.append(user), training_frequency(*args, **options))[1],
@@ -593,7 +593,7 @@ def test_sampler_hooks_metric_and_command_share_one_file_of_counts(
     runner = Runner.from_cfg(cfg)
     runner.train()
     runner.test()
-    assert users == ['samplers', 'hooks', 'metrics', 'hooks', 'metrics']
+    assert users == ['samplers', 'hooks', 'metrics', 'decisions', 'metrics']
     cfg.dump(tmp_path / 'config.py')
     monkeypatch.setattr('sys.argv', ['class_weights.py', str(tmp_path / 'config.py')])
     with suppress(SystemExit):  # with its exit status

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
-from mmseg.registry import DATASETS
 from PIL import Image
 from ranks import on_ranks
 from test_subclass_state import LateHead
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.datasets import CamVidDataset
-from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook, SubclassVisualizationHook
+from mmseg_imbalance.hooks import ClassWeightHook, SubclassVisualizationHook
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
@@ -164,63 +163,6 @@ def test_learnt_log_variances_are_optimized_logged_and_saved(small_config):
     saved = torch.load(Path(cfg.work_dir, 'iter_2.pth'), weights_only=False)['state_dict']
     assert torch.equal(saved['decode_head.loss_decode.log_variance'], after)
     assert 'decode.combined_ce_log_variance: ' in log_of(runner)
-
-
-def probabilities(cfg, **options):
-    """Of the first val image, by a model of seed 0, and the text of the log."""
-    cfg.merge_from_dict(options)
-    runner = Runner.from_cfg(cfg)
-    torch.manual_seed(3)
-    for parameter in runner.model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    seen = []
-    runner.test_loop  # noqa: B018  builds it
-    postprocess = runner.model.postprocess_result
-    runner.model.postprocess_result = lambda z, samples: (seen.append(z), postprocess(z, samples))[1]
-    runner.test()
-    return seen[0], log_of(runner)
-
-
-@pytest.mark.parametrize('name', [BALANCED, TWO_HEADS])
-def test_logit_adjustment_after_training_shifts_the_logits_by_the_log_prior(small_config, name):
-    plain, _ = probabilities(small_config(name))
-    hook = dict(type='LogitAdjustmentHook', tau=0.7)
-    cfg = small_config(name)
-    adjusted, log = probabilities(cfg, custom_hooks=[hook], experiment_name=f'{cfg.experiment_name}-2')
-    prior = log_prior(count_classes(DATASETS.build(cfg.train_dataloader.dataset)).pixels)
-    expected = plain - 0.7 * torch.from_numpy(prior).float()[:, None, None]
-    torch.testing.assert_close(adjusted, expected, rtol=1e-4, atol=1e-4)
-    assert '0.7 * ln f_c is subtracted' in log
-    assert 'on top of it' not in log
-
-
-def test_a_class_that_the_sample_of_logit_adjustment_did_not_meet_is_named(small_config, camvid, tmp_path):
-    root = recoloured(camvid, tmp_path / 'camvid', 10)
-    hook = dict(type='LogitAdjustmentHook', max_images=2)
-    cfg = small_config(BALANCED, custom_hooks=[hook])
-    cfg.train_dataloader.dataset.data_root = root
-    _, log = probabilities(cfg)
-    assert 'not met in 2 of 4 images are taken for as rare as the rarest that was: bicyclist' in log
-    for option in (dict(max_images=0), dict(num_workers=-1)):
-        with pytest.raises(ValueError, match='allowed are integers'):
-            LogitAdjustmentHook(**option)
-
-
-def test_logit_adjustment_twice_is_warned_of_and_a_foreign_head_refused(small_config):
-    cfg = small_config(BALANCED, custom_hooks=[dict(type='LogitAdjustmentHook', tau=1.0)])
-    cfg.model.decode_head.loss_decode.logit_adjustment = 0.5
-    assert 'trained with logit_adjustment=0.5 already' in probabilities(cfg)[1]
-    cfg = small_config(BALANCED, experiment_name=f'{cfg.experiment_name}-2')
-    runner = Runner.from_cfg(cfg)
-    hook = LogitAdjustmentHook()
-    runner.cfg.pop('train_dataloader')
-    with pytest.raises(ValueError, match='no train_dataloader; add one'):
-        hook.before_test(runner)
-    del runner.model.decode_head.conv_seg
-    with pytest.raises(TypeError, match=r'shifts the logits of a conv_seg, which .* does not have'):
-        hook.before_test(runner)
-    with pytest.raises(ValueError, match='tau must be a finite number, got nan'):
-        LogitAdjustmentHook(tau=float('nan'))
 
 
 def test_options_reach_the_scheme(small_config):

@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader
 
 from mmseg_imbalance.commands import class_weights
 from mmseg_imbalance.counting import count_classes, training_frequency, transforms
-from mmseg_imbalance.hooks import ClassWeightHook, LogitAdjustmentHook
+from mmseg_imbalance.decisions import LogitAdjustmentHook
+from mmseg_imbalance.hooks import ClassWeightHook
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.samplers import RareClassSampler
 
@@ -1129,7 +1130,8 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
         val_loop=None,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmseg_imbalance.hooks.training_frequency', count)
+        for user in ('hooks', 'decisions'):
+            patch.setattr(f'mmseg_imbalance.{user}.training_frequency', count)
         for hook, start in ((ClassWeightHook, 'before_train'), (LogitAdjustmentHook, 'before_test')):
             runner.hooks = [hook(label_transforms=['MergeAll'])]
             with pytest.raises(RuntimeError, match='seen'):

@@ -90,9 +90,9 @@ def test_a_run_that_departs_from_its_config_is_no_result_of_it(configs):
 
 def test_a_cleaned_test_and_one_before_the_end_are_no_results(configs, tmp_path):
     folder, _ = configs
-    wrapper = "model = dict(type='SmallRegionRemover', area=50, module=model)\n"
-    cleaned = write_run(tmp_path / 'cleaned', name='net_small-ce_camvid-240x180', extra=wrapper)
-    with pytest.raises(ValueError, match='area=50'):
+    hook = "custom_hooks = [dict(type='DecisionHook', rule='rankseg-iou', remove_small=50)]\n"
+    cleaned = write_run(tmp_path / 'cleaned', name='net_small-ce_camvid-240x180', extra=hook)
+    with pytest.raises(ValueError, match='remove_small=50'):
         write_entries(compare([cleaned]), folder)
     early = write_run(tmp_path / 'early', name='net_small-ce_camvid-240x180')
     text = next(early.glob('test/*/vis_data/config.py'))

@@ -24,13 +24,13 @@ CORE = [
 ]
 PUBLIC = """
 CITYSCAPES_TRAIN SCHEMES CamVidDataset ClassBalanceHook ClassFrequency ClassIoUMetric ClassWeight
-ClassWeightHook CombinedWeightedLoss CrossEntropy EfficientNetLite0 FeatureASPPHead
+ClassWeightHook CombinedWeightedLoss CrossEntropy DecisionHook EfficientNetLite0 FeatureASPPHead
 FeatureDepthwiseSeparableASPPHead FeatureHead FeatureSegformerHead GeneralizedDiceLoss HardnessWeightedLoss
 ImbalanceIoUMetric LogitAdjustmentHook Overlap PredictionHook RareClassCrop RareClassPaste RareClassSampler
-RecallWeightedLoss RunHook SimilaritySubclassifiedLoss SmallRegionRemover SoftStats SubclassClustering
-SubclassTable SubclassVisualizationHook SubclassifiedLoss WeightRecord WeightedCrossEntropyLoss
-WeightedDiceLoss WeightedFocalLoss WeightedJaccardLoss WeightedLoss WeightedTverskyLoss __version__
-class_weights count_classes similarity_weight soft_stats training_frequency
+RecallWeightedLoss RunHook SimilaritySubclassifiedLoss SoftStats SubclassClustering SubclassTable
+SubclassVisualizationHook SubclassifiedLoss WeightRecord WeightedCrossEntropyLoss WeightedDiceLoss
+WeightedFocalLoss WeightedJaccardLoss WeightedLoss WeightedTverskyLoss __version__ class_weights
+count_classes similarity_weight soft_stats training_frequency
 """
 
 
@@ -126,7 +126,7 @@ NEED_IT = [
             'samplers',
             'transforms',
             'datasets',
-            'components',
+            'decisions',
             'subclass',
             'subclass_maps',
             'compat',

@@ -239,9 +239,10 @@ tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transfo
     assert all(a != b for a, b in zip(painted('plain'), painted('cleaned'), strict=True))
     launch = ['-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', free_port()]
     ranks = [sys.executable, *launch]
-    augmented = predict('augmented', '--tta')
+    options = ['--tta', '--decide', 'rankseg-iou']
+    augmented = predict('augmented', *options)
     assert any((augmented[1][name] != labels).any() for name, labels in plain[1].items())
-    options = ['--tta', '--remove-small', 100, '--launcher', 'pytorch']
+    options += ['--remove-small', 100, '--launcher', 'pytorch']
     as_if_removed(augmented, predict('ranks', *options, command=ranks))
 
 

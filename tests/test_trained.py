@@ -237,5 +237,5 @@ def test_fit_bias_says_what_it_cannot_do(trained, capsys, tmp_path):
 def test_a_model_without_a_classifier_layer_is_refused():
     model = nn.Module()
     model.decode_head = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match=r'fit-bias shifts the logits of a conv_seg, which Linear of Module'):
+    with pytest.raises(TypeError, match=r'fit-bias needs the logits of a conv_seg, which Linear of Module'):
         classifying_head(model, 'fit-bias')

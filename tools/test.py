@@ -1,4 +1,4 @@
-"""Test a segmentor on GPUs or CPU, with the options of MMSegmentation's own script and three more.
+"""Test a segmentor on GPUs or CPU, with the options of MMSegmentation's own script and four more.
 
 The metrics are printed, and written as JSON into a folder of the work dir.
 """
@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 
 from launch import build_runner, parser, read_config
+
+from mmseg_imbalance.decisions import RULES
 
 
 def pixels(text):
@@ -31,8 +33,16 @@ def main(argv=None):
         help='subtract TAU * ln(share of the class in the training data) from the logits; counts are cached',
     )
     options.add_argument(
+        '--decide',
+        choices=RULES,
+        default='argmax',
+        help='the most probable class of each pixel, or the pixels of each class with the highest expected '
+        'IoU or Dice in the image (RankSEG); default %(default)s',
+    )
+    options.add_argument(
         '--remove-small',
         type=pixels,
+        default=1,
         metavar='AREA',
         help='give connected components of fewer pixels, of the label size, to the class around them',
     )
@@ -51,19 +61,20 @@ def main(argv=None):
         cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
         if args.show_dir:
             cfg.visualizer.save_dir = args.show_dir
+    hooks = list(cfg.get('custom_hooks') or ())
     if args.logit_adjustment is not None:
-        hook = dict(type='LogitAdjustmentHook', tau=args.logit_adjustment)
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), hook]
+        hooks.append(dict(type='LogitAdjustmentHook', tau=args.logit_adjustment))
+    if args.decide != 'argmax' or args.remove_small > 1:
+        hooks.append(dict(type='DecisionHook', rule=args.decide, remove_small=args.remove_small))
     if args.save_predictions:
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), dict(type='PredictionHook')]
+        hooks.append(dict(type='PredictionHook'))
+    cfg.custom_hooks = hooks
     if args.tta:
         if missing := [name for name in ('tta_model', 'tta_pipeline') if cfg.get(name) is None]:
             options.error(f"--tta needs {' and '.join(missing)} in the config, as MMSegmentation's have them")
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
-    if args.remove_small:
-        cfg.model = dict(type='SmallRegionRemover', module=cfg.model, area=args.remove_small)
     if args.out:
         # MMSegmentation's metric makes it on rank 0 alone, and the other ranks do not wait for that
         Path(args.out).mkdir(parents=True, exist_ok=True)

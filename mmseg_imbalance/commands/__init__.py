@@ -12,7 +12,7 @@ COMMANDS = {
     'class-weights': 'count the classes of a data set, compare weighting schemes, write class weights',
     'cache': 'list the class counts that are kept, and clear them',
     'train': 'train a model of a config, on GPUs or CPU',
-    'test': 'test a trained model; logit adjustment, small regions, test time augmentation',
+    'test': 'test a trained model; logit adjustment, RankSEG, small regions, test time augmentation',
     'fit-bias': 'one number per class that makes a trained model aim at the mean IoU',
     'compare': 'compare trained models class by class and tell differences from noise',
     'suite': 'run a suite of experiments and collect their results',

@@ -24,6 +24,8 @@ WATCHING = {
     'PredictionHook', 'ProfilerHook', 'ResumeSamplerHook', 'RunHook', 'RuntimeInfoHook',
     'SegVisualizationHook', 'SubclassVisualizationHook',
 }  # fmt: skip
+# hooks that change what a test predicts
+DECIDING = {'DecisionHook', 'LogitAdjustmentHook'}
 # options of a metric that leave the IoU of each class as it is
 MORE_NUMBERS = {
     'beta', 'blocks', 'collect_device', 'collect_dir', 'format_only', 'groups', 'iou_metrics', 'keep_results',
@@ -44,14 +46,14 @@ def settings(config: Config, split: str, tested: Config | None = None) -> dict[s
     """
     tested = config if tested is None else tested
     model, wrappers = tested.get('model') or {}, []
-    while 'module' in model:  # test time augmentation, removal of small regions
+    while 'module' in model:  # test time augmentation
         wrappers.append({key: value for key, value in model.items() if key != 'module'})
         model = model['module']
     evaluators = tested.get(f'{split}_evaluator') or []
     evaluated = dict(
         mode=dict(model.get('test_cfg') or {}),
         wrappers=wrappers,
-        hooks=[hook for hook in _hooks(tested) if _type(hook) == 'LogitAdjustmentHook'],
+        hooks=deciding_hooks(tested),
         dataset=(tested.get(f'{split}_dataloader') or {}).get('dataset'),
         evaluator=[
             {key: value for key, value in metric.items() if key not in MORE_NUMBERS}
@@ -73,6 +75,11 @@ def _hooks(config: Config) -> list:
 def _type(hook: object) -> str:
     """Of a hook or another part of a config, without the scope of a registry."""
     return str(hook.get('type') if isinstance(hook, dict) else type(hook).__name__).rpartition('.')[2]
+
+
+def deciding_hooks(config: Config) -> list:
+    """The hooks that change what a test predicts."""
+    return [hook for hook in _hooks(config) if _type(hook) in DECIDING]
 
 
 def has_hook(config: Config, name: str) -> bool:

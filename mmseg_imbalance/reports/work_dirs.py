@@ -11,6 +11,7 @@ import numpy as np
 from mmengine.config import Config
 
 from mmseg_imbalance.reports.identity import (
+    deciding_hooks,
     evaluated_at,
     has_hook,
     model_names,
@@ -241,12 +242,17 @@ def _source(checkpoint: str, split: str, tested: Config) -> str:
     """What was evaluated, and by what it is more than the model's own prediction."""
     model, more = tested.get('model') or {}, []
     while 'module' in model:
-        more.append(' '.join(str(model[key]) for key in ('type', 'area') if key in model))
+        more.append(str(model['type']))
         model = model['module']
     if (model.get('test_cfg') or {}).get('mode') == 'slide':
         more.append('sliding window')
-    hooks = [hook for hook in tested.get('custom_hooks') or () if hook['type'] == 'LogitAdjustmentHook']
-    more += [f'logit adjustment {hook.get("tau", 1.0)}' for hook in hooks]
+    for hook in deciding_hooks(tested):
+        if 'LogitAdjustment' in hook['type']:
+            more.append(f'logit adjustment {hook.get("tau", 1.0)}')
+        if hook.get('rule', 'argmax') != 'argmax':
+            more.append(hook['rule'])
+        if hook.get('remove_small', 1) > 1:
+            more.append(f'small regions {hook["remove_small"]}')
     what = 'test of' if split == 'test' else 'validation of'
     return ', '.join([f'{what} {Path(checkpoint).name}', *more])
 
