@@ -1,6 +1,6 @@
 """What is done between the logits and the labels of a trained model, when it is tested.
 
-The order is always this one, whatever the order of the hooks in a config:
+The order is always this one, whatever the order of these two hooks in a config:
 
 1. :class:`LogitAdjustmentHook` shifts the logits, in the head.
 2. MMSegmentation joins sliding windows, resizes the logits to the labels and averages the probabilities of
