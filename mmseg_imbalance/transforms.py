@@ -126,7 +126,7 @@ class RareClassPaste(BaseTransform):
         max_share: of the image's pixels, about what an object covers at most, above 0 and at most 1; larger
             ones are made smaller.
         ignore_index: the label that is no class; None: that of the data set.
-        cache_dir, label_transforms: see :class:`~mmseg_imbalance.RareClassSampler`.
+        cache_dir, label_transforms: see :class:`~mmseg_imbalance.samplers.RareClassSampler`.
 
     Raises:
         ValueError: a number out of range, or no image holds any of the classes.
