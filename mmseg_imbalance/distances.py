@@ -45,7 +45,7 @@ def hausdorff_distances(prediction: np.ndarray, label: np.ndarray, num_classes: 
         (C,) float64; inf of a class that one of the two holds, NaN of a class that none holds.
 
     Source: ``compute_hausdorff_distance(percentile=95)`` of MONAI, which gives NaN for some of what is inf
-    here. medpy's ``hd95`` takes one percentile of both directions together, which is never larger.
+    here. medpy's ``hd95`` takes one percentile of both directions together, usually a lower number.
     """
     points = [_points(each, num_classes) for each in (prediction, label)]
     distances = np.full(num_classes, np.nan)
