@@ -80,7 +80,7 @@ def distance_scores(
     least one of the two holds the class.
 
     Args:
-        distances: (N, C) of :func:`hausdorff_distances`.
+        distances: (N, C) of :func:`hausdorff_distances`; the order of the images does not matter.
         held: (C,) whether any label holds the class; means over classes are over these.
         classes: (C,) names.
         groups: indices of classes, by the name of the group.

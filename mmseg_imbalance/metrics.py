@@ -113,14 +113,16 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         classes = self.dataset_meta['classes']
         done = len(self.results)
         super().process(data_batch, data_samples)
-        # (name, (C, 4) or with the objects (C, 10), (P, 3) int64, (C,) or (0,) distances): all that is kept
+        # (name, (C, 4) or with the objects (C, 10), (P, 3) int64): all that is kept of an image, and on
+        # request (C,) distances
         for at, sample in zip(range(done, len(self.results)), data_samples, strict=False):
             rows = torch.stack(self.results[at], 1)
             if self.object_areas is not None:
                 rows = torch.cat([rows, torch.from_numpy(self._objects(sample, len(classes)))], 1)
             pairs = class_pairs(*_maps(sample), len(classes), self.ignore_index)
-            distances = self._distances(sample, len(classes)) if 'mHD95' in self.asked else np.empty(0)
-            self.results[at] = (str(sample.get('img_path') or ''), rows, pairs, distances)
+            self.results[at] = (str(sample.get('img_path') or ''), rows, pairs)
+            if 'mHD95' in self.asked:
+                self.results[at] += (self._distances(sample, len(classes)),)
 
     def _distances(self, sample: dict, classes: int) -> np.ndarray:
         """(C,) float64; ignored pixels are of no class."""
@@ -151,12 +153,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         width = len(AREAS) if self.object_areas is None else len(AREAS) + 2 * len(SIZES)
         groups = self._class_indices(np.zeros(classes)) if self.groups == 'thirds' else self._class_indices()
         nothing = np.zeros((1, classes, width), np.int64)
-        none = np.full((1, classes), np.nan)
-        return [
-            *super().expected_keys(),
-            *self._scores(nothing, groups),
-            *self._borders(nothing, none, groups),
-        ]
+        borders = self._borders([np.full(classes, np.nan)], nothing, groups) if 'mHD95' in self.asked else ()
+        return [*super().expected_keys(), *self._scores(nothing, groups), *borders]
 
     def expect(self, *keys: str) -> None:
         super().expect(*keys)
@@ -219,9 +217,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         blocks = self._block_names([name for name, _ in named])
         scores = self._scores(rows, groups, blocks)
         metrics |= {key: per_cent(value) for key, value in scores.items()}
-        distances = np.stack([each[-1] for each in results])  # (N, C); present_mean sorts them
-        borders = self._borders(rows, distances, groups)
-        metrics |= {key: round(value, 2) for key, value in borders.items()}
+        if 'mHD95' in self.asked:
+            metrics |= self._borders([distances for *_, distances in results], rows, groups)
 
         sizes = dict(all=rows.shape[1]) | {group: len(members) for group, members in groups.items()}
         if self.object_areas is not None:
@@ -230,7 +227,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         logger = MMLogger.get_current_instance()
         logger.info('\n' + table_text(group_table(metrics, sizes)))
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
-        confusion = confusion_matrix([pairs for _, _, pairs, _ in results], rows.shape[1])
+        confusion = confusion_matrix([pairs for _, _, pairs, *_ in results], rows.shape[1])
         self._save(logger, [name for name, _ in named], blocks, areas, groups, confusion)
         total = {key: values.sum(0) for key, values in areas.items()}
         classes = np.array(self.dataset_meta['classes'])
@@ -276,12 +273,11 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         return scores
 
     def _borders(
-        self, rows: np.ndarray, distances: np.ndarray, groups: Mapping[str, np.ndarray]
+        self, distances: Sequence[np.ndarray], rows: np.ndarray, groups: Mapping[str, np.ndarray]
     ) -> dict[str, float]:
-        if 'mHD95' not in self.asked:
-            return {}
         held = rows[..., AREAS.index('label')].any(0)
-        return distance_scores(distances, held, self.dataset_meta['classes'], groups)
+        scores = distance_scores(np.stack(distances), held, self.dataset_meta['classes'], groups)
+        return {key: round(value, 2) for key, value in scores.items()}
 
     def _class_indices(self, pixels: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The classes of each group that has any; of thirds none where (C,) pixels are not known."""
