@@ -16,7 +16,16 @@ from mmengine.logging import MessageHub, print_log
 from mmseg.evaluation import IoUMetric
 
 from mmseg_imbalance.ignored_label import UNSAID, current_config, label_of_evaluation
-from mmseg_imbalance.monitored import KEYS, check_keys, framework_keys, given_in, monitored_in, with_prefix
+from mmseg_imbalance.monitored import (
+    FAR,
+    KEYS,
+    check_keys,
+    framework_keys,
+    given_in,
+    monitored_in,
+    rule_of,
+    with_prefix,
+)
 from mmseg_imbalance.scores import class_areas, ratio
 
 T = TypeVar('T')
@@ -26,9 +35,10 @@ T = TypeVar('T')
 class ClassIoUMetric(IoUMetric):
     """MMSegmentation's IoUMetric, which also returns the IoU of each class, for logs and files.
 
-    Adds ``IoU.NAME`` in per cent for every class. All keys are there at every evaluation. One that has no
-    value, such as that of a class that is in neither labels nor predictions, is NaN; if ``save_best``,
-    EarlyStoppingHook or a schedule watches it, it is 0 and a warning says so. Pixels are counted in integers;
+    Adds ``IoU.NAME`` in per cent for every class; with ``mDice`` in ``iou_metrics`` also ``Dice.NAME``. All
+    keys are there at every evaluation. One that has no value, such as that of a class that is in neither
+    labels nor predictions, is NaN; if ``save_best``, EarlyStoppingHook or a schedule watches it, it is 0, a
+    distance 1000000, and a warning says so. Pixels are counted in integers;
     MMSegmentation counts in float32, which is not exact above 2^24 pixels.
 
     Args:
@@ -39,6 +49,8 @@ class ClassIoUMetric(IoUMetric):
         TypeError: an option that IoUMetric does not have; it would take it and do nothing.
         ValueError: an unknown name in ``iou_metrics``.
     """
+
+    own_metrics: tuple[str, ...] = ()  # names in iou_metrics that MMSegmentation does not have
 
     def __init__(self, ignore_index: int | None = None, *args: object, **kwargs: object) -> None:
         parameters = inspect.signature(IoUMetric.__init__).parameters.values()
@@ -51,8 +63,10 @@ class ClassIoUMetric(IoUMetric):
             )
         super().__init__(ignore_index, *args, **kwargs)
         names = [self.metrics] if isinstance(self.metrics, str) else self.metrics
-        if wrong := [name for name in names if name not in KEYS]:
-            raise ValueError(f'iou_metrics are of {list(KEYS)}, got {wrong}')
+        if wrong := [name for name in names if name not in (*KEYS, *self.own_metrics)]:
+            raise ValueError(f'iou_metrics are of {[*KEYS, *self.own_metrics]}, got {wrong}')
+        self.asked = frozenset(names)
+        self.metrics = [name for name in names if name in KEYS] or ['mIoU']  # MMSegmentation knows no others
         self.watched: set[str] | None = None  # keys, with the prefix; None: nobody has told yet
         self.named: set[str] = set()  # of what a warning has told already
 
@@ -81,7 +95,9 @@ class ClassIoUMetric(IoUMetric):
 
     def expected_keys(self) -> list[str]:
         """The keys of every evaluation, without the prefix."""
-        return [*framework_keys(self.metrics), *(f'IoU.{name}' for name in self.dataset_meta['classes'])]
+        kinds = ['IoU', 'Dice'] if 'mDice' in self.asked else ['IoU']
+        names = [f'{kind}.{name}' for kind in kinds for name in self.dataset_meta['classes']]
+        return [*framework_keys(self.metrics), *names]
 
     def expect(self, *keys: str) -> None:
         """These keys with their prefix are watched: each has a number at every evaluation from now on."""
@@ -99,12 +115,13 @@ class ClassIoUMetric(IoUMetric):
             self.named.update(new)
             print_log(
                 f'{type(self).__name__}: {new} have no value at this evaluation. A hook or schedule that '
-                'watches them gets 0 instead. Labels and predictions hold no pixel to compute them of, or no '
-                'groups are known',
+                f'watches them gets 0 instead, or {FAR:.0f} for a distance. Labels and predictions hold no '
+                'pixel to compute them of, or no groups are known',
                 logger='current',
                 level=logging.WARNING,
             )
-        return metrics | dict.fromkeys(undefined, 0.0)
+        rules = {key: rule_of(key.removeprefix(f'{self.prefix}/')) for key in undefined}
+        return metrics | {key: FAR if rule == 'less' else 0.0 for key, rule in rules.items()}
 
     def _prepare(self) -> None:
         """Before the first evaluation, on all ranks: ask what is watched, where no RunHook has told.
@@ -152,11 +169,16 @@ class ClassIoUMetric(IoUMetric):
             warnings.filterwarnings('ignore', 'Mean of empty slice')
             metrics = super().compute_metrics([total])
         metrics = {key: float(value) for key, value in metrics.items()}
-        iou = ratio(total[0].numpy(), total[1].numpy())
-        if self.nan_to_num is not None:
-            iou = np.nan_to_num(iou, nan=self.nan_to_num)
-        names = [f'IoU.{name}' for name in self.dataset_meta['classes']]
-        return metrics | dict(zip(names, map(per_cent, iou), strict=True))
+        intersect, union, pred, label = (areas.numpy() for areas in total)
+        shares = dict(IoU=ratio(intersect, union))
+        if 'mDice' in self.asked:
+            shares['Dice'] = ratio(2 * intersect, pred + label)
+        for kind, values in shares.items():
+            if self.nan_to_num is not None:
+                values = np.nan_to_num(values, nan=self.nan_to_num)
+            names = [f'{kind}.{name}' for name in self.dataset_meta['classes']]
+            metrics |= zip(names, map(per_cent, values), strict=True)
+        return metrics
 
 
 def per_cent(share: float) -> float:

@@ -19,6 +19,7 @@ from mmengine.logging import MMLogger, print_log
 from mmseg_imbalance.class_iou import ClassIoUMetric, per_cent
 from mmseg_imbalance.components import components
 from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.distances import distance_scores, hausdorff_distances
 from mmseg_imbalance.scores import (
     AREAS,
     GROUPS,
@@ -28,6 +29,7 @@ from mmseg_imbalance.scores import (
     class_groups,
     class_pairs,
     confusion_matrix,
+    dice_scores,
     fine_grained_iou,
     group_scores,
     present_mean,
@@ -45,6 +47,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
     - ``mIoU.low``, ``mIoU.high``, ``mIoU.GROUP.low``, ...: 95 % interval over the tested images or blocks
     - ``mIoU_I``, ``mIoU_C``, ``mIoU_I_q5``, ...: see :func:`~mmseg_imbalance.scores.fine_grained_iou`
     - ``mRecall.SIZE``, ``Recall.SIZE.NAME``: share of the pixels of small, medium, large objects
+    - with ``mDice`` in ``iou_metrics``: see :func:`~mmseg_imbalance.scores.dice_scores`
+    - with ``mHD95``, in pixels: see :func:`~mmseg_imbalance.distances.distance_scores`
 
     A mean of a group is over its classes that the labels hold; a class that is never predicted has no
     precision. If no class has the number, the mean is NaN. ``mIoU`` is MMSegmentation's: a class that is
@@ -66,6 +70,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         TypeError, ValueError: an option out of range; names in ``groups`` that are no classes, as soon as the
             data set is known.
     """
+
+    own_metrics = ('mHD95',)
 
     def __init__(
         self,
@@ -107,22 +113,30 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         classes = self.dataset_meta['classes']
         done = len(self.results)
         super().process(data_batch, data_samples)
-        # (name, (C, 4) or with the objects (C, 10), (P, 3) int64): all that is kept of an image
+        # (name, (C, 4) or with the objects (C, 10), (P, 3) int64): all that is kept of an image, and on
+        # request (C,) distances
         for at, sample in zip(range(done, len(self.results)), data_samples, strict=False):
             rows = torch.stack(self.results[at], 1)
             if self.object_areas is not None:
                 rows = torch.cat([rows, torch.from_numpy(self._objects(sample, len(classes)))], 1)
-            maps = [sample[key]['data'].squeeze() for key in ('pred_sem_seg', 'gt_sem_seg')]
-            pairs = class_pairs(maps[0], maps[1].to(maps[0]), len(classes), self.ignore_index)
+            pairs = class_pairs(*_maps(sample), len(classes), self.ignore_index)
             self.results[at] = (str(sample.get('img_path') or ''), rows, pairs)
+            if 'mHD95' in self.asked:
+                self.results[at] += (self._distances(sample, len(classes)),)
+
+    def _distances(self, sample: dict, classes: int) -> np.ndarray:
+        """(C,) float64; ignored pixels are of no class."""
+        prediction, label = _maps(sample)
+        ignored = label == self.ignore_index
+        valid = [
+            each.int().masked_fill(ignored | (each < 0) | (each >= classes), -1).cpu().numpy()
+            for each in (prediction, label)
+        ]
+        return hausdorff_distances(*valid, classes)
 
     def _objects(self, sample: dict, classes: int) -> np.ndarray:
         """(C, 6) int64 pixels of each class in small, medium and large objects: those right, then all."""
-        prediction, label = (
-            sample[key]['data'].reshape(sample[key]['data'].shape[-2:])
-            for key in ('pred_sem_seg', 'gt_sem_seg')
-        )
-        label = label.to(prediction)
+        prediction, label = _maps(sample)
         outside = (label == self.ignore_index) | (label < 0) | (label >= classes)
         narrow = torch.uint8 if classes < 256 else torch.int32
         right = ((prediction == label) & ~outside).cpu().numpy()
@@ -139,7 +153,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         width = len(AREAS) if self.object_areas is None else len(AREAS) + 2 * len(SIZES)
         groups = self._class_indices(np.zeros(classes)) if self.groups == 'thirds' else self._class_indices()
         nothing = np.zeros((1, classes, width), np.int64)
-        return [*super().expected_keys(), *self._scores(nothing, groups)]
+        borders = self._borders([np.full(classes, np.nan)], nothing, groups) if 'mHD95' in self.asked else ()
+        return [*super().expected_keys(), *self._scores(nothing, groups), *borders]
 
     def expect(self, *keys: str) -> None:
         super().expect(*keys)
@@ -189,12 +204,12 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             level = logging.WARNING
         print_log(message, logger='current', level=level)
 
-    def compute_metrics(self, results: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    def compute_metrics(self, results: Sequence[tuple]) -> dict[str, float]:
         if self.format_only:
             return super().compute_metrics(results)
-        metrics = super().compute_metrics([rows[:, : len(AREAS)].unbind(1) for _, rows, _ in results])
+        metrics = super().compute_metrics([rows[:, : len(AREAS)].unbind(1) for _, rows, *_ in results])
         # a fixed order, so that loaders and ranks don't matter; the main rank gets them in the data set's
-        named = [(name or f'{at:06}', rows.numpy()) for at, (name, rows, _) in enumerate(results)]
+        named = [(name or f'{at:06}', rows.numpy()) for at, (name, rows, *_) in enumerate(results)]
         named.sort(key=lambda pair: (pair[0], pair[1].tolist()))
         rows = np.stack([rows for _, rows in named])  # (N, C, 4) or (N, C, 10)
         known = self.train_pixels is not None and len(self.train_pixels)
@@ -202,6 +217,8 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         blocks = self._block_names([name for name, _ in named])
         scores = self._scores(rows, groups, blocks)
         metrics |= {key: per_cent(value) for key, value in scores.items()}
+        if 'mHD95' in self.asked:
+            metrics |= self._borders([distances for *_, distances in results], rows, groups)
 
         sizes = dict(all=rows.shape[1]) | {group: len(members) for group, members in groups.items()}
         if self.object_areas is not None:
@@ -210,7 +227,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         logger = MMLogger.get_current_instance()
         logger.info('\n' + table_text(group_table(metrics, sizes)))
         areas = dict(zip(AREAS, np.moveaxis(rows[..., : len(AREAS)], 2, 0), strict=True))  # (N, C) each
-        confusion = confusion_matrix([pairs for *_, pairs in results], rows.shape[1])
+        confusion = confusion_matrix([pairs for _, _, pairs, *_ in results], rows.shape[1])
         self._save(logger, [name for name, _ in named], blocks, areas, groups, confusion)
         total = {key: values.sum(0) for key, values in areas.items()}
         classes = np.array(self.dataset_meta['classes'])
@@ -251,7 +268,16 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             for size, values in recall.items():
                 names = [f'Recall.{size}.{name}' for name in self.dataset_meta['classes']]
                 scores |= zip(names, values, strict=True)
+        if 'mDice' in self.asked:
+            scores |= dice_scores(areas, self.dataset_meta['classes'], groups, self.quantiles)
         return scores
+
+    def _borders(
+        self, distances: Sequence[np.ndarray], rows: np.ndarray, groups: Mapping[str, np.ndarray]
+    ) -> dict[str, float]:
+        held = rows[..., AREAS.index('label')].any(0)
+        scores = distance_scores(np.stack(distances), held, self.dataset_meta['classes'], groups)
+        return {key: round(value, 2) for key, value in scores.items()}
 
     def _class_indices(self, pixels: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The classes of each group that has any; of thirds none where (C,) pixels are not known."""
@@ -298,3 +324,11 @@ class ImbalanceIoUMetric(ClassIoUMetric):
             )
         except OSError as error:
             logger.warning(f'the scores of the images are not saved, {file} cannot be written: {error}')
+
+
+def _maps(sample: dict) -> list[torch.Tensor]:
+    """(H, W) class indices that are predicted, and those of the label on the same device."""
+    prediction, label = (
+        sample[key]['data'].reshape(sample[key]['data'].shape[-2:]) for key in ('pred_sem_seg', 'gt_sem_seg')
+    )
+    return [prediction, label.to(prediction)]

@@ -25,6 +25,8 @@ KEYS = dict(
     mDice=('aAcc', 'mDice', 'mAcc'),
     mFscore=('aAcc', 'mFscore', 'mPrecision', 'mRecall'),
 )
+DISTANCES = ('HD95.', 'mHD95')  # how keys begin, without the prefix, of which the lower value is the better
+FAR = 1e6  # pixels; of a watched distance that has no value
 
 
 class Monitored(NamedTuple):
@@ -39,6 +41,11 @@ def framework_keys(iou_metrics: str | Sequence[str]) -> list[str]:
     """The keys of MMSegmentation's IoUMetric in their order."""
     kinds = [iou_metrics] if isinstance(iou_metrics, str) else iou_metrics
     return list(dict.fromkeys(key for kind in kinds for key in KEYS.get(kind, ())))
+
+
+def rule_of(key: str) -> str:
+    """Whether a number of this package should be 'greater' or 'less'; the key is without the prefix."""
+    return 'less' if key.startswith(DISTANCES) else 'greater'
 
 
 def with_prefix(prefix: str | None, keys: Iterable[str]) -> list[str]:
@@ -68,11 +75,11 @@ def check_monitored_keys(runner: Any) -> None:
             metric.expect(*(each.key for each in monitored if each.key in (keys or ())))
 
 
-def check_keys(monitored: Sequence[Monitored], given: Sequence[Sequence[str] | None]) -> None:
+def check_keys(monitored: Sequence[Monitored], given: Sequence[Mapping[str, str] | None]) -> None:
     """Hold the keys that are watched against those that each metric gives, see :func:`given_keys`.
 
     Raises:
-        ValueError: no metric of the validation gives such a key, two give the same ones, or the lower value
+        ValueError: no metric of the validation gives such a key, two give the same ones, or the worse value
             is taken for the better.
     """
     names = [name for keys in given for name in keys or ()]
@@ -81,9 +88,15 @@ def check_keys(monitored: Sequence[Monitored], given: Sequence[Sequence[str] | N
             f'two metrics in val_evaluator give the same keys, such as {twice[0]!r}. Give them prefixes: '
             "dict(type='ImbalanceIoUMetric', prefix='NAME')"
         )
+    rules = {key: rule for keys in given if keys for key, rule in keys.items()}
     for key, rule, watcher in monitored:
         if key in names:
-            if rule == 'less':
+            if rule == 'greater' and rules[key] == 'less':
+                raise ValueError(
+                    f'{watcher} takes a higher {key!r} for the better one, but it is a distance or counts '
+                    "errors; give it rule='less'"
+                )
+            if rule == 'less' and rules[key] == 'greater':
                 raise ValueError(
                     f"{watcher} takes a lower {key!r} for the better one (rule='less', which MMEngine "
                     "takes for names that hold 'loss'); give it rule='greater'"
@@ -139,12 +152,12 @@ def monitored_in(config: Mapping[str, Any]) -> list[Monitored]:
     return [*_monitored_by(made, []), *by_value]
 
 
-def given_in(config: Mapping[str, Any], dataset_meta: dict | None) -> list[list[str] | None]:
+def given_in(config: Mapping[str, Any], dataset_meta: dict | None) -> list[dict[str, str] | None]:
     """The keys that each metric in the val_evaluator of a config gives, see :func:`given_keys`."""
     metrics = config.get('val_evaluator') or []
     if isinstance(metrics, dict):
         metrics = metrics.get('metrics', [metrics])
-    given: list[list[str] | None] = []
+    given: list[dict[str, str] | None] = []
     for entry in metrics:
         known = _computed_by(_kind(entry, METRICS))  # others might do anything when they are made
         metric = None if known is None else METRICS.build(entry)
@@ -168,10 +181,10 @@ def _computed_by(kind: type) -> type | None:
     return found if found is IoUMetric or 'expected_keys' in vars(found or object) else None
 
 
-def given_keys(metric: Any) -> list[str] | None:
-    """All keys that the metric gives, with its prefix; None: it may give any."""
+def given_keys(metric: Any) -> dict[str, str] | None:
+    """The rule of each key that the metric gives, by the key with its prefix; None: it may give any."""
     computed_by = _computed_by(type(metric))
     if computed_by is None or metric.format_only or not (metric.dataset_meta or {}).get('classes'):
         return None
     keys = framework_keys(metric.metrics) if computed_by is IoUMetric else metric.expected_keys()
-    return with_prefix(metric.prefix, keys)
+    return dict(zip(with_prefix(metric.prefix, keys), map(rule_of, keys), strict=True))

@@ -165,7 +165,11 @@ def _mean_interval(known: Jackknife, mean: float, held: np.ndarray, number: int)
 
 
 def fine_grained_iou(
-    intersect: np.ndarray, union: np.ndarray, label: np.ndarray, quantiles: Sequence[float] = ()
+    intersect: np.ndarray,
+    union: np.ndarray,
+    label: np.ndarray,
+    quantiles: Sequence[float] = (),
+    index: str = 'IoU',
 ) -> dict[str, float]:
     """IoU of single images, averaged over the classes of an image first or over the images of a class first.
 
@@ -178,6 +182,7 @@ def fine_grained_iou(
     Args:
         intersect, union, label: (N, C) pixels of each class in each image.
         quantiles: in per cent.
+        index: name of intersect / union in the keys.
 
     Source: Wang et al., NeurIPS 2023, https://arxiv.org/abs/2310.19252, mIoU^I, mIoU^C and their worst cases,
     with the choices of its public code for more than two classes; it treats two as foreground and background.
@@ -185,8 +190,36 @@ def fine_grained_iou(
     iou = ratio(intersect, np.where(label > 0, union, 0))  # (N, C)
     scores = {}
     for suffix, percent in (('', 100), *((f'_q{q:g}', q) for q in quantiles)):
-        scores[f'mIoU_I{suffix}'] = present_mean(present_mean(iou.T), percent)
-        scores[f'mIoU_C{suffix}'] = present_mean(present_mean(iou, percent))
+        scores[f'm{index}_I{suffix}'] = present_mean(present_mean(iou.T), percent)
+        scores[f'm{index}_C{suffix}'] = present_mean(present_mean(iou, percent))
+    return scores
+
+
+def dice_scores(
+    areas: Mapping[str, np.ndarray],
+    classes: Sequence[str],
+    groups: Mapping[str, np.ndarray],
+    quantiles: Sequence[float] = (),
+) -> dict[str, float]:
+    """Dice, 2 intersect / (pred + label), over the classes of each group, and of single images.
+
+    Images and classes count as for the IoU, see :func:`group_scores` and :func:`fine_grained_iou`.
+
+    Args:
+        areas, groups: as of :func:`group_scores`.
+        classes: (C,) names.
+        quantiles: in per cent.
+
+    Returns:
+        'mDice.GROUP'; 'mDice_I', 'mDice_C', 'mDice_I_q5', ...; 'Dice_C.NAME', the mean over the images whose
+        label holds the class; NaN where there is no such number.
+    """
+    twice, both = 2 * areas['intersect'], areas['pred'] + areas['label']  # (N, C)
+    held = np.where(areas['label'] > 0, both, 0)
+    dice = ratio(twice.sum(0), np.where(held.any(0), both.sum(0), 0))  # (C,)
+    scores = {f'mDice.{name}': present_mean(dice[members]) for name, members in groups.items()}
+    scores |= fine_grained_iou(twice, both, areas['label'], quantiles, 'Dice')
+    scores |= zip((f'Dice_C.{name}' for name in classes), present_mean(ratio(twice, held)), strict=True)
     return scores
 
 

@@ -126,13 +126,14 @@ def group_table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table
 
     table = Table()
     table.add_column('')
-    for column in ('classes', 'mIoU', '95 % interval', 'mPrecision', 'mRecall'):
+    kinds = ['mPrecision', 'mRecall', *(kind for kind in ('mDice', 'mHD95') if kind in metrics)]
+    for column in ('classes', 'mIoU', '95 % interval', *kinds):
         table.add_column(column, justify='right')
     for name, number in sizes.items():
         suffix = '' if name == 'all' else f'.{name}'
         interval = '-'
         if shown(f'mIoU{suffix}.low') != '-':
             interval = ' to '.join(shown(f'mIoU{suffix}.{end}') for end in ('low', 'high'))
-        numbers = [shown(f'{key}{suffix}') for key in ('mIoU', 'mPrecision', 'mRecall')]
-        table.add_row(name, str(number), numbers[0], interval, *numbers[1:])
+        numbers = [shown(f'{kind}{suffix}') for kind in kinds]
+        table.add_row(name, str(number), shown(f'mIoU{suffix}'), interval, *numbers)
     return table

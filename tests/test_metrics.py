@@ -13,7 +13,7 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 from scipy import ndimage
 from scripted import config, run, write_images
-from sklearn.metrics import confusion_matrix, jaccard_score, precision_score, recall_score
+from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 from test_hooks import recoloured
 
 from mmseg_imbalance.counting import count_classes
@@ -105,6 +105,41 @@ def test_group_means_are_those_of_sklearn():
         for key, score in dict(mIoU=jaccard_score, mPrecision=precision_score, mRecall=recall_score).items():
             expected = 100 * score(truth, found, labels=members, average=None).mean()
             assert metrics[f'{key}.{group}'] == pytest.approx(expected, abs=0.006)
+
+
+def test_dice_is_sklearns_over_the_images_together_and_one_by_one():
+    labels, predictions = scenes_of(6)
+    metrics = imbalance(labels, predictions, iou_metrics=['mIoU', 'mDice'], quantiles=[50])
+    valid = labels != 255
+    dice = f1_score(labels[valid], predictions[valid], labels=range(4), average=None)
+    of_images = np.full((6, 4), np.nan)
+    for values, label, prediction, known in zip(of_images, labels, predictions, valid, strict=True):
+        truth = label[known]
+        held = np.unique(truth)
+        values[held] = f1_score(truth, prediction[known], labels=held, average=None)
+    for c, name in enumerate(CLASSES[:4]):
+        assert metrics[f'Dice.{name}'] == pytest.approx(100 * dice[c], abs=0.006)
+        assert metrics[f'Dice_C.{name}'] == pytest.approx(100 * np.nanmean(of_images[:, c]), abs=0.006)
+    assert np.isnan([metrics['Dice.never'], metrics['Dice_C.never']]).all()
+    assert metrics['mDice'] == pytest.approx(100 * dice.mean(), abs=0.006)
+    assert metrics['mDice.tail'] == pytest.approx(100 * dice[2:].mean(), abs=0.006)
+    assert metrics['mDice_C'] == pytest.approx(100 * np.nanmean(of_images, 0).mean(), abs=0.006)
+    assert metrics['mDice_I'] == pytest.approx(100 * np.nanmean(of_images, 1).mean(), abs=0.006)
+    worst = np.sort(np.nanmean(of_images, 1))[:3]
+    assert metrics['mDice_I_q50'] == pytest.approx(100 * worst.mean(), abs=0.006)
+
+
+def test_a_class_only_predicted_has_a_dice_of_0_and_counts_in_no_group():
+    labels = np.zeros((1, 4, 5), int)
+    predictions = labels.copy()
+    predictions[0, 0] = 1
+    groups = dict(tail=['road', 'car', 'pole'])
+    metrics = imbalance(labels, predictions, groups, iou_metrics=['mDice'])
+    road = 100 * 2 * 15 / 35
+    assert metrics['Dice.car'] == 0
+    assert metrics['mDice'] == pytest.approx(road / 2, abs=0.006)  # as in MMSegmentation
+    assert metrics['mDice.tail'] == metrics['mDice_C'] == pytest.approx(road, abs=0.006)
+    assert np.isnan(metrics['Dice_C.car'])
 
 
 def test_a_class_only_predicted_has_an_iou_of_0_and_counts_in_no_group():

@@ -256,6 +256,59 @@ def test_a_lower_value_is_never_the_better_one(data, tmp_path):
         run(config(data, classes=names, **with_best('IoU.forest loss', None)), tmp_path.name).train()
 
 
+def with_distances(key, rule='less'):
+    return {'val_evaluator': dict(type='ImbalanceIoUMetric', iou_metrics=['mIoU', 'mHD95'])} | with_best(
+        key, rule
+    )
+
+
+@pytest.mark.parametrize('prefix', [None, 'a/HD95.'])
+def test_the_best_checkpoint_is_that_of_the_smallest_distance(tmp_path, prefix):
+    labels = np.zeros((2, 6, 8), int)
+    labels[:, :, 0] = POLE
+    labels[:, 5:] = SKY
+    data = write_images(tmp_path / 'data', labels)
+    here = [np.where(labels == POLE, ROAD, labels) for _ in range(4)]
+    for prediction, column in zip(here, (None, 5, 2, 3), strict=True):
+        if column is not None:
+            prediction[:, :5, column] = POLE
+    script = [prediction.tolist() for prediction in here]
+    key = 'HD95.pole' if prefix is None else f'{prefix}/HD95.pole'
+    options = with_distances(key)
+    if prefix is not None:
+        options['val_evaluator']['prefix'] = prefix
+    stop = dict(type='EarlyStoppingHook', monitor=key, rule='less', patience=4)
+    hooks = [*config(data).custom_hooks, stop]
+    runner = watched(data, tmp_path.name, script, custom_hooks=hooks, **options)
+    assert runner.iter == 4
+    best = [str(path.relative_to(runner.work_dir)) for path in Path(runner.work_dir).rglob('best_*.pth')]
+    assert [name.endswith('HD95.pole_iter_3.pth') for name in best] == [True]
+    assert runner.message_hub.get_info('best_score') == 2
+    # no pole was found at first: no distance, which must not be taken for the best one
+    assert log_of(runner).count(f"['{key}'] have no value at this") == 1
+    records = [
+        json.loads(x) for x in Path(runner._log_dir, 'vis_data', 'scalars.json').read_text().splitlines()
+    ]
+    assert [record[key] for record in records if key in record] == [1e6, 5, 2, 3]
+
+
+@pytest.mark.parametrize('key', ['HD95.top', 'HD95.infinite.top', 'mHD95', 'mHD95.tail.infinite'])
+@pytest.mark.parametrize('hooks', [{}, dict(custom_hooks=[])])
+def test_a_higher_distance_is_never_the_better_one(data, tmp_path, key, hooks):
+    # MMEngine finds 'top' in the name
+    options = with_distances(key, None if 'top' in key else 'greater')
+    options['val_evaluator']['groups'] = dict(tail=['road'])
+    runner = run(config(data, classes=('road', 'pole', 'top'), **options, **hooks), tmp_path.name)
+    with pytest.raises(ValueError, match=f"takes a higher '{key}' for the better.*rule='less'"):
+        runner.train()
+
+
+def test_distances_are_there_only_if_they_are_asked_for(data, tmp_path):
+    runner = run(config(data, **with_best('HD95.pole', 'less')), tmp_path.name)
+    with pytest.raises(ValueError, match=r"'HD95\.pole', which no evaluation"):
+        runner.train()
+
+
 @pytest.mark.parametrize(
     'name', ['forest loss', 'maritime', 'wall/fence', 'traffic light', '道路', 'a.b', 'tail', 'mIoU']
 )
