@@ -8,7 +8,7 @@ from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
 from mmseg_imbalance.clustering import SubclassClustering, SubclassTable
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
 from mmseg_imbalance.ops import SoftStats, similarity_weight, soft_stats
-from mmseg_imbalance.terms import CrossEntropy, Overlap
+from mmseg_imbalance.terms import CrossEntropy, Overlap, SkeletonRecall
 from mmseg_imbalance.version import __version__
 from mmseg_imbalance.weighting import SCHEMES, class_weights
 
@@ -52,6 +52,7 @@ else:
     from mmseg_imbalance.recall import RecallWeightedLoss
     from mmseg_imbalance.run_hook import RunHook
     from mmseg_imbalance.samplers import RareClassSampler
+    from mmseg_imbalance.skeleton import SkeletonRecallLoss, SkeletonTubes
     from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
     from mmseg_imbalance.transforms import RareClassCrop, RareClassPaste
 
@@ -84,6 +85,9 @@ __all__ = [
     'RecallWeightedLoss',
     'RunHook',
     'SimilaritySubclassifiedLoss',
+    'SkeletonRecall',
+    'SkeletonRecallLoss',
+    'SkeletonTubes',
     'SoftStats',
     'SubclassClustering',
     'SubclassTable',

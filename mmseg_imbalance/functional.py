@@ -157,6 +157,23 @@ def _generalized_dice_errors(
     return weight * (areas - 2 * i) / union.where(union > 0, torch.inf)
 
 
+def marked_recall_parts(stats: SoftStats, class_weight: Tensor | None = None, smooth: float = 1.0) -> Tensor:
+    """What each class adds to the part of the marked pixels that is missed, (C,).
+
+    Of the mean over images of sum_c w_c (1 - (I_c + s) / (T_c + s)) / sum_c w_c, with the intersection I and
+    the truth T of the marked pixels alone, over the classes with a marked pixel.
+
+    Raises:
+        ValueError: ``stats`` has no sums of marked pixels.
+    """
+    hit, truth = stats.marked_intersection, stats.marked_truth
+    if hit is None or truth is None:
+        raise ValueError('the sums of marked pixels are missing; call soft_stats with marked=')
+    area = truth + smooth
+    error = (truth - hit) / area.where(area > 0, torch.inf)
+    return region_parts(error, truth, class_weight, absent_classes='ignore')
+
+
 def region_loss(
     index: Tensor,
     truth: Tensor,

@@ -28,7 +28,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmseg_imbalance.ignored_label import pass_on_ignored_label
-from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.losses import WeightedLoss, needs_tubes
 from mmseg_imbalance.ops import soft_stats, valid_pixels
 
 
@@ -54,7 +54,7 @@ def check_heads(model: nn.Module) -> None:
 
     Raises:
         TypeError: a loss beside it that the head cannot call.
-        ValueError: an OHEM sampler on the softmax of one output channel.
+        ValueError: an OHEM sampler on the softmax of one output channel; a loss that needs tubes.
     """
     for name, head in model.named_modules():
         if not isinstance(head, BaseDecodeHead) or isinstance(head, LowResolutionLogitHead):
@@ -62,6 +62,9 @@ def check_heads(model: nn.Module) -> None:
         losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
         if not any(isinstance(loss, WeightedLoss) for loss in losses):
             continue
+        for loss in losses:
+            if getattr(loss, 'needs_marked', False):
+                raise ValueError(f'{name}: {needs_tubes(loss)}')
         if head.out_channels == 1 and getattr(head.sampler, 'thresh', None) is not None:
             raise ValueError(
                 f'{name}: the sampler of {type(head).__name__} takes the softmax of the logits, which needs '
@@ -72,6 +75,27 @@ def check_heads(model: nn.Module) -> None:
             for loss in losses:
                 if not can_be_called(loss):
                     raise TypeError(f'{name}: {cannot_be_called(loss, head)}')
+
+
+def tubes_of(samples: list[SegDataSample], label: Tensor) -> Tensor:
+    """Which pixels of a batch SkeletonTubes has marked, (B, H, W) bool.
+
+    Raises:
+        ValueError: it has not, or not at the size of the labels, (B, H, W).
+    """
+    if not all('gt_edge_map' in sample for sample in samples):
+        raise ValueError(
+            "the samples have no gt_edge_map. Add dict(type='SkeletonTubes') to the training pipeline, right "
+            'before PackSegInputs'
+        )
+    sizes = {tuple(sample.gt_edge_map.shape) for sample in samples}
+    if sizes != {tuple(label.shape[1:])}:
+        raise ValueError(
+            f'labels are of size {tuple(label.shape[1:])}, their gt_edge_map of {sorted(sizes)}. '
+            'SkeletonTubes belongs behind all transforms that change the size, right before PackSegInputs'
+        )
+    # padding may be 255
+    return torch.cat([sample.gt_edge_map.data for sample in samples]).to(label.device) == 1
 
 
 class LowResolutionLogitHead(BaseDecodeHead):
@@ -102,6 +126,8 @@ class LowResolutionLogitHead(BaseDecodeHead):
             if isinstance(module, WeightedLoss):
                 logits = seg_logits
                 arguments.update(align_corners=self.align_corners, features=self._features_for(module))
+                if module.needs_marked:
+                    arguments['marked'] = tubes_of(batch_data_samples, label)
             elif not can_be_called(module):
                 raise TypeError(cannot_be_called(module, self))
             value = module(logits, label, **arguments)

@@ -104,6 +104,7 @@ class WeightedLoss(nn.Module):
         }
         check_at_least_0(**{f'the factor of {name!r}': factor for name, factor in self.factors.items()})
         self.pass_options = pass_options(self.terms)
+        self.needs_marked = any(getattr(term, 'needs_marked', False) for term in self.terms.values())
         self.balance = balance
         check_choice('balance', balance, ('fixed', 'uncertainty'))
         if balance == 'uncertainty':
@@ -145,6 +146,7 @@ class WeightedLoss(nn.Module):
         ignore_index: int | None = 255,
         align_corners: bool = False,
         features: Tensor | None = None,
+        marked: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch, a scalar.
 
@@ -157,10 +159,13 @@ class WeightedLoss(nn.Module):
             ignore_index: None: no label is ignored.
             align_corners: of the resize where (h, w) != (H, W).
             features: (B, D, h', w') what entered the head's classifier, where the loss ``needs_features``.
+            marked: (B, H, W) bool or uint8, where a term looks at marked pixels, as ``needs_marked`` says.
         """
         logits, target, weight = _as_images(pred, target, weight)
         check_arguments(logits, target, weight)
         refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
+        if self.needs_marked and marked is None:
+            raise RuntimeError(needs_tubes(self))
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
         watchers = self.watchers if self.training else []
@@ -171,6 +176,7 @@ class WeightedLoss(nn.Module):
             align_corners=align_corners,
             logit_bias=self.class_weight.logit_bias(logits, self.logit_adjustment),
             backend=self.backend,
+            marked=marked if self.needs_marked else None,
             **dict(with_recall=bool(watchers)) | self.pass_options,
             **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
         )
@@ -233,6 +239,14 @@ class WeightedLoss(nn.Module):
         """Scalars as the log names them: 'combined_ce' is the term 'ce' of the loss 'loss_combined'."""
         stem = self.loss_name.replace('loss', '').strip('_.')
         return {f'{stem}_{name}'.lstrip('_'): value for name, value in scalars.items()}
+
+
+def needs_tubes(loss: WeightedLoss) -> str:
+    return (
+        f'{type(loss).__name__} needs the tubes around skeletons, which this head does not hand over. These '
+        'do: FeatureASPPHead, FeatureDepthwiseSeparableASPPHead, FeatureSegformerHead, and '
+        "dict(type='FeatureHead', base='UPerHead') for most others"
+    )
 
 
 def _as_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -164,6 +164,47 @@ class Overlap:
         return functional.region_parts(error, stats.truth, class_weight, **options)
 
 
+@dataclass(frozen=True)
+class SkeletonRecall:
+    """A term: sum_c w_c (1 - (I_c + s) / (T_c + s)) / sum_c w_c, I and T those of the marked pixels alone.
+
+    The sums are over the classes with a marked pixel; the loss is handed the marks, see
+    :class:`~mmseg_imbalance.skeleton.SkeletonRecallLoss`.
+
+    Args:
+        smooth: s >= 0, in pixels.
+        reduction: 'image' (loss of each image, then the mean) or 'batch' (sums over the batch first).
+        sync: with 'batch', the sums are those of all ranks. The loss adds them up before it calls any term.
+
+    Raises:
+        ValueError: an argument out of its range; in use, sums without those of marked pixels.
+    """
+
+    OPTIONS: ClassVar = dict(smooth='smooth', region_reduction='reduction', sync_region='sync')
+    needs_marked: ClassVar = True
+
+    smooth: float = 1.0
+    reduction: str = 'image'
+    sync: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least_0(smooth=self.smooth)
+        check_choice('region_reduction', self.reduction, ('image', 'batch'))
+        if self.sync and self.reduction != 'batch':
+            raise ValueError(
+                "sync_region=True sums over the batches of all ranks, so it needs region_reduction='batch', "
+                f'got {self.reduction!r}'
+            )
+
+    def needs(self) -> dict[str, Any]:
+        return {}
+
+    def parts(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
+        if self.reduction == 'batch':
+            stats = stats.sum_images()
+        return functional.marked_recall_parts(stats, class_weight, self.smooth)
+
+
 def pass_options(terms: Mapping[str, Term]) -> dict[str, Any]:
     """The options of ``soft_stats`` that the terms of one loss rely on.
 

@@ -74,9 +74,13 @@ def compile_for(classes, logit_size, label_size, dtype, **options):
         group=None,
         num_groups=0,
         align_corners=False,
+        marked=None,
     )
     stats = triton.soft_stats(logits, target, Options(**defaults | options))
-    (stats.nll + stats.intersection + stats.prediction).sum().backward()
+    total = stats.nll + stats.intersection + stats.prediction
+    if stats.marked_intersection is not None:
+        total = total + stats.marked_intersection
+    total.sum().backward()
 
 
 if __name__ == '__main__':
@@ -93,6 +97,7 @@ if __name__ == '__main__':
         group=label,
         num_groups=100,
         align_corners=True,
+        marked=label.bool(),
     )
     if sys.argv[2] == 'all options':
         compile_for(19, (8, 16), (64, 128), torch.float16, **all_options)

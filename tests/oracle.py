@@ -46,12 +46,14 @@ def soft_stats(
     square_prediction=False,
     group=None,
     num_groups=0,
+    marked=None,
     align_corners=False,
 ):
     """Dict of every field of SoftStats as float64 arrays, from arrays (B, C, h, w) and (B, H, W)."""
     batch, channels = logits.shape[:2]
     height, width = target.shape[1:]
     names = ('nll', 'intersection', 'prediction', 'truth', 'log_prob', 'class_correct', 'class_count')
+    names += ('marked_intersection', 'marked_truth')
     sums = {name: np.zeros((batch, channels)) for name in names}
     sums['correct'] = np.zeros(batch)
     sums['group_nll'], sums['group_count'] = np.zeros(num_groups), np.zeros(num_groups)
@@ -68,6 +70,9 @@ def soft_stats(
                 sums['nll'][b, y] += -m * (1 - p[y]) ** focal_gamma * log_p[y]
                 sums['intersection'][b, y] += m * p[y]
                 sums['truth'][b, y] += m
+                if marked is not None and marked[b, i, j]:
+                    sums['marked_intersection'][b, y] += m * p[y]
+                    sums['marked_truth'][b, y] += m
                 right = pixel.index(max(pixel)) == y
                 sums['correct'][b] += right
                 sums['class_correct'][b, y] += right

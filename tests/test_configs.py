@@ -124,6 +124,22 @@ def test_rare_class_sampling_changes_the_sampler_its_hook_and_the_crop_alone(nam
     assert ours == base
 
 
+def test_skeleton_recall_changes_the_loss_its_hook_and_one_transform_alone():
+    (name,) = (name for name in CONFIGS if '-skeleton_' in name)
+    ours, base = (
+        without_scope(Config.fromfile(REPOSITORY / 'configs' / f'{n}.py').to_dict())
+        for n in (name, name.replace('-skeleton', '-combined'))
+    )
+    pipeline = ours['train_dataloader']['dataset'].pop('pipeline')
+    assert pipeline == ours.pop('train_pipeline')
+    assert pipeline.pop(-2)['type'] == 'SkeletonTubes'
+    assert pipeline == base['train_dataloader']['dataset'].pop('pipeline') == base.pop('train_pipeline')
+    loss = ours['model']['decode_head'].pop('loss_decode')
+    assert loss == base['model']['decode_head'].pop('loss_decode') | dict(type='SkeletonRecallLoss')
+    ours.pop('tubes')
+    assert ours == base
+
+
 @pytest.mark.parametrize('name', [name for name in BALANCED + PLAIN + SUBCLASSIFIED if '_cityscapes' in name])
 def test_published_settings_keep_the_pretrained_weights(name):
     cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')

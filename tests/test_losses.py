@@ -30,6 +30,7 @@ from mmseg_imbalance.losses import (
 )
 from mmseg_imbalance.ops import soft_stats
 from mmseg_imbalance.recall import RecallWeightedLoss
+from mmseg_imbalance.skeleton import SkeletonRecallLoss
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
 
@@ -641,6 +642,8 @@ EVERY_LOSS = {
     'smoothed': functools.partial(CombinedWeightedLoss, label_smoothing=0.1, focal_gamma=0.5),
     'adjusted': functools.partial(WeightedFocalLoss, logit_adjustment=1.0, logit_variation=2.0),
     'HardnessWeightedLoss': hardness,
+    'SkeletonRecallLoss': SkeletonRecallLoss,
+    'tubes, smooth 0': functools.partial(SkeletonRecallLoss, smooth=0.0, region_reduction='batch'),
     'running recall': functools.partial(RecallWeightedLoss, momentum=0.1),
     'SubclassifiedLoss': subclassified,
     'SimilaritySubclassifiedLoss': SimilaritySubclassifiedLoss,
@@ -692,8 +695,10 @@ def test_value_and_gradient_are_finite_whatever_the_batch_holds(make_batch, name
         leaf = logits.requires_grad_()
         features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).to(logits.dtype)
         weight = None if weigh is None else torch.full(target.shape, weigh)
+        marked = torch.ones_like(target, dtype=torch.bool)
+        marked[:, ::2] = False
         with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'autocast'):
-            value = loss(leaf, target, weight=weight, features=features)
+            value = loss(leaf, target, weight=weight, features=features, marked=marked)
         value.backward()
         assert value.isfinite(), (pixels, weigh)
         assert value.dtype == torch.float32
@@ -737,7 +742,7 @@ def test_outside_of_the_one_pass_a_loss_makes_no_double_tensor(make_batch, name,
     monkeypatch.setattr(loss, 'weigh_pixels', outside(weigh))
     monkeypatch.setattr(loss, 'learn', outside(learn))
     with NoDoubles():
-        value = loss(leaf, target, features=features)
+        value = loss(leaf, target, features=features, marked=target == 1)
     value.backward()
     assert leaf.grad.isfinite().all()
 

@@ -23,7 +23,7 @@ LOSSES = sorted(
     and issubclass(kind, WeightedLoss)
     and kind.__module__ in (losses.__name__, recall.__name__, subclass.__name__)
 )
-DIFFERENTIABLE = ('nll', 'intersection', 'prediction', 'log_prob')
+DIFFERENTIABLE = ('nll', 'intersection', 'prediction', 'log_prob', 'marked_intersection')
 # of values, which are summed in single precision at least, and of gradients, whose type is that of the logits
 VALUES = {torch.float64: dict(rtol=1e-9, atol=1e-9)}
 GRADIENTS = VALUES | {
@@ -114,6 +114,9 @@ def calls(draw, spoilt=True, **options):
         most = min(number, torch.iinfo(kind).max + 1)
         group = torch.randint(0, most, target.shape, generator=generator).to(kind)
         chosen |= dict(group=with_other_strides(group, draw(st.booleans())), num_groups=number)
+    if draw(st.booleans()):
+        marked = torch.rand(target.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+        chosen['marked'] = with_other_strides(marked, draw(st.booleans()))
     return logits, target, chosen
 
 

@@ -22,7 +22,7 @@ ALL = ('eager', 'strips', 'triton')
 BACKENDS = ('eager', 'strips', pytest.param('triton', marks=TRITON))
 TOLERANCE = {torch.float64: dict(rtol=1e-10, atol=1e-10), torch.float32: dict(rtol=1e-5, atol=2e-5)}
 SUMS = ('nll', 'intersection', 'prediction', 'truth', 'correct')
-DIFFERENTIABLE = ('nll', 'intersection', 'prediction', 'log_prob')
+DIFFERENTIABLE = ('nll', 'intersection', 'prediction', 'log_prob', 'marked_intersection')
 
 
 def needs_triton(test):
@@ -93,6 +93,7 @@ OPTIONS = {
     'log_prob': dict(with_log_prob=True),
     'recall': dict(with_recall=True),
     'group': dict(group=True, num_groups=7),
+    'marked': dict(marked=True),
     'all': dict(
         focal_gamma=2.0,
         square_prediction=True,
@@ -102,6 +103,7 @@ OPTIONS = {
         with_recall=True,
         group=True,
         num_groups=7,
+        marked=True,
     ),
 }
 
@@ -126,19 +128,22 @@ def options_for(name, target):
         options['pixel_weight'] = torch.rand(target.shape, generator=generator) * 3
     if 'group' in options:
         options['group'] = torch.randint(0, 7, target.shape, generator=generator)
+    if 'marked' in options:
+        options['marked'] = torch.rand(target.shape, generator=generator) < 0.4
     return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
 def gradients(logits, target, backend, seed=1, fields=DIFFERENTIABLE, **options):
-    """Gradient by the logits under random upstream vectors of differentiable fields."""
+    """Gradient by the logits under random upstream vectors of those differentiable fields that exist."""
     leaf = logits.detach().clone().requires_grad_()
     stats = soft_stats(leaf, target, backend=backend, with_log_prob=True, **options)
     generator = torch.Generator().manual_seed(seed)
     total = 0
     for name in fields:
         value = getattr(stats, name)
-        upstream = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        total = total + (value * upstream.to(value)).sum()
+        if value is not None:
+            upstream = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            total = total + (value * upstream.to(value)).sum()
     return torch.autograd.grad(total, leaf)[0]
 
 
@@ -162,6 +167,7 @@ def test_equals_the_loops_of_the_definition(
         *(['log_prob'] if with_log_prob else []),
         *(['class_correct', 'class_count'] if with_recall else []),
         *(['group_nll', 'group_count'] if 'group' in options else []),
+        *(['marked_intersection', 'marked_truth'] if 'marked' in options else []),
     )
     for name in names:
         torch.testing.assert_close(
@@ -183,7 +189,6 @@ def test_has_the_gradients_of_eager(make_batch, backend, option, logit_size, lab
     )
 
 
-@needs_triton
 def weight_gradients(logits, target, weight, backend, seed=1, **options):
     """Gradients by pixel weights and by logits under random upstream vectors, which come third."""
     leaves = weight.detach().clone().requires_grad_(), logits.detach().clone().requires_grad_()
@@ -192,8 +197,10 @@ def weight_gradients(logits, target, weight, backend, seed=1, **options):
     )
     generator = torch.Generator().manual_seed(seed)
     upstream, total = {}, 0
-    for name in (*DIFFERENTIABLE, 'truth'):
+    for name in (*DIFFERENTIABLE, 'truth', 'marked_truth'):
         value = getattr(stats, name)
+        if value is None:
+            continue
         upstream[name] = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         total = total + (value * upstream[name]).sum()
     return *torch.autograd.grad(total, leaves), upstream
@@ -227,17 +234,20 @@ def gradients_of(logits, target, upstream, backend, **options):
     leaf = logits.detach().clone().requires_grad_()
     stats = soft_stats(leaf, target, backend=backend, with_log_prob=True, **options)
     assert not stats.truth.requires_grad
-    total = sum((getattr(stats, name) * upstream[name]).sum() for name in DIFFERENTIABLE)
+    assert stats.marked_truth is None or not stats.marked_truth.requires_grad
+    fields = [name for name in DIFFERENTIABLE if name in upstream]
+    total = sum((getattr(stats, name) * upstream[name]).sum() for name in fields)
     return torch.autograd.grad(total, leaf)[0]
 
 
 @pytest.mark.parametrize(('backend', 'logit_size', 'label_size'), each(ALL, SAME_OR_TWICE, FEW_SAME_OR_TWICE))
-@pytest.mark.parametrize('option', ['plain', 'focal', 'square'])
+@pytest.mark.parametrize('option', ['plain', 'focal', 'square', 'marked'])
 def test_every_pixel_weight_has_the_gradient_of_eager(make_batch, backend, option, logit_size, label_size):
     logits, target = make_batch(logit_size, label_size, **batch_of(backend))
     weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)).to(logits) * 3
-    found, *_ = weight_gradients(logits, target, weight, backend, **OPTIONS[option])
-    expected, *_ = weight_gradients(logits.double(), target, weight.double(), 'eager', **OPTIONS[option])
+    options = options_for(option, target)
+    found, *_ = weight_gradients(logits, target, weight, backend, **options)
+    expected, *_ = weight_gradients(logits.double(), target, weight.double(), 'eager', **options)
     torch.testing.assert_close(found.double(), expected, **TOLERANCE[logits.dtype])
 
 
@@ -266,10 +276,11 @@ def test_what_is_not_finite_under_ignored_pixels_gives_their_weight_no_gradient(
     assert (spoilt[:, 1] == 0).all()
 
 
+@needs_triton
 @pytest.mark.parametrize(('field', 'gamma'), [('nll', 0.0), *((field, 1.3) for field in DIFFERENTIABLE)])
 def test_triton_has_the_gradient_of_each_field_alone(make_batch, field, gamma):
     logits, target = make_batch((2, 3), (4, 5), dtype=torch.float32)
-    options = dict(fields=[field], focal_gamma=gamma)
+    options = dict(fields=[field], focal_gamma=gamma) | options_for('marked', target)
     expected = gradients(logits.double(), target, 'eager', **options)
     torch.testing.assert_close(
         gradients(logits, target, 'triton', **options).double(), expected, **TOLERANCE[torch.float32]
@@ -284,7 +295,8 @@ def test_each_field_alone_passes_gradcheck(make_batch, backend, field):
     logits = (logits / 4).requires_grad_()
 
     def function(z):
-        stats = soft_stats(z, target, backend=backend, focal_gamma=1.3, with_log_prob=True)
+        options = options_for('marked', target)
+        stats = soft_stats(z, target, backend=backend, focal_gamma=1.3, with_log_prob=True, **options)
         return getattr(stats, field)
 
     assert torch.autograd.gradcheck(function, logits)
@@ -299,20 +311,21 @@ def test_low_precision_error_is_at_most_twice_that_of_eager(
     make_batch, backend, logit_size, label_size, dtype
 ):
     logits, target = make_batch(logit_size, label_size, dtype=dtype)
+    marked = options_for('marked', target)
 
     def distance(values, truth):
         return max(float((v.double() - t.double()).abs().max()) for v, t in zip(values, truth, strict=True))
 
     def fields(z, backend):
-        stats = soft_stats(z, target, backend=backend, with_log_prob=True)
-        assert stats.nll.dtype == torch.promote_types(z.dtype, torch.float32)
+        stats = soft_stats(z, target, backend=backend, with_log_prob=True, **marked)
+        assert stats.nll.dtype == stats.marked_truth.dtype == torch.promote_types(z.dtype, torch.float32)
         return [getattr(stats, n) for n in DIFFERENTIABLE]
 
     truth = fields(logits.double(), 'eager')
     slack = 1e-6 * float(max(t.abs().max() for t in truth))
     assert distance(fields(logits, backend), truth) <= 2 * distance(fields(logits, 'eager'), truth) + slack
-    truth = [gradients(logits.double(), target, 'eager')]
-    mine, plain = ([gradients(logits, target, b)] for b in (backend, 'eager'))
+    truth = [gradients(logits.double(), target, 'eager', **marked)]
+    mine, plain = ([gradients(logits, target, b, **marked)] for b in (backend, 'eager'))
     assert mine[0].dtype == dtype
     # half a unit in the last place is rounding's error; the interpreter cuts off, which errs by a whole one
     cut_off = backend == 'triton' and DEVICE.type == 'cpu' and dtype == torch.bfloat16
@@ -347,17 +360,19 @@ def test_ties_are_the_same_for_inputs_that_are_not_contiguous(backend, logit_siz
     target, group = torch.randint(0, 5, (2, batch, *label_size), generator=generator).to(DEVICE)
     target[:, 1] = 255
     weight = torch.rand(target.shape, generator=generator).to(DEVICE)
+    marked = weight < 0.4
     options = dict(backend=backend, num_groups=5, with_recall=True)
-    expected = soft_stats(logits, target, pixel_weight=weight, group=group, **options)
+    expected = soft_stats(logits, target, pixel_weight=weight, group=group, marked=marked, **options)
     if inputs in ('logits', 'all'):
         logits = logits.to(memory_format=torch.channels_last)
     if inputs in ('target', 'all'):
         target = transposed(target)
     if inputs in ('others', 'all'):
-        weight, group = transposed(weight), transposed(group)
-    found = soft_stats(logits, target, pixel_weight=weight, group=group, **options)
-    for name in (*SUMS, 'group_nll', 'group_count', 'class_correct', 'class_count'):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
+        weight, group, marked = transposed(weight), transposed(group), transposed(marked)
+    found = soft_stats(logits, target, pixel_weight=weight, group=group, marked=marked, **options)
+    for name in SoftStats.__dataclass_fields__:
+        if name != 'log_prob':
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
     # of a definition that writes nothing
     resized = F.interpolate(logits, label_size, mode='bilinear') if logit_size != label_size else logits
     assert found.correct.sum() == (resized.argmax(1) == target).sum()
@@ -416,14 +431,34 @@ def test_a_negative_narrow_label_is_refused_with_many_classes_too(dtype):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+def test_marked_pixels_are_those_that_are_not_0_and_valid(make_batch, backend):
+    logits, target = make_batch((3, 5), (6, 10), **batch_of(backend))
+    marked = options_for('marked', target)['marked']
+    numbers = marked.to(torch.uint8) * torch.arange(1, 11, dtype=torch.uint8, device=DEVICE)
+    found, expected = (soft_stats(logits, target, marked=m, backend=backend) for m in (numbers, marked))
+    # of a definition that writes nothing: the other pixels are ignored
+    alone = soft_stats(logits, target.masked_fill(~marked, 255), backend=backend)
+    for name in ('intersection', 'truth'):
+        assert torch.equal(getattr(found, f'marked_{name}'), getattr(expected, f'marked_{name}'))
+        torch.testing.assert_close(getattr(found, f'marked_{name}'), getattr(alone, name))
+    ignored = soft_stats(logits, target, marked=marked & (target != 255), backend=backend)
+    assert torch.equal(ignored.marked_truth, found.marked_truth)
+    none = soft_stats(logits, target, marked=torch.zeros_like(marked), backend=backend)
+    assert none.marked_truth.sum() == none.marked_intersection.sum() == 0
+    for name in SUMS:  # marks change nothing else
+        assert torch.equal(getattr(found, name), getattr(soft_stats(logits, target, backend=backend), name))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_top_half_plus_bottom_half_is_the_whole(make_batch, backend):
     logits, target = make_batch(**batch_of(backend))
+    marked = options_for('marked', target)['marked']
     halves = [
-        soft_stats(logits[:, :, rows], target[:, rows], backend=backend)
+        soft_stats(logits[:, :, rows], target[:, rows], marked=marked[:, rows], backend=backend)
         for rows in (slice(0, 6), slice(6, None))
     ]
-    whole = soft_stats(logits, target, backend=backend)
-    for name in SUMS:
+    whole = soft_stats(logits, target, marked=marked, backend=backend)
+    for name in (*SUMS, 'marked_intersection', 'marked_truth'):
         torch.testing.assert_close(sum(getattr(h, name) for h in halves), getattr(whole, name))
 
 
@@ -739,12 +774,15 @@ def test_a_first_call_in_inference_mode_is_no_hindrance_to_training(make_batch, 
 
 def test_sum_images_is_a_batch_of_one(make_batch):
     logits, target = make_batch()
-    stats = soft_stats(logits, target, with_log_prob=True, with_recall=True)
+    marked = options_for('marked', target)
+    stats = soft_stats(logits.requires_grad_(), target, with_log_prob=True, with_recall=True, **marked)
     whole = stats.sum_images()
     assert isinstance(whole, SoftStats)
-    for name in ('log_prob', *SUMS, 'class_correct', 'class_count'):
+    for name in ('log_prob', *SUMS, 'class_correct', 'class_count', 'marked_intersection', 'marked_truth'):
         torch.testing.assert_close(getattr(whole, name), getattr(stats, name).sum(0, keepdim=True))
+    assert whole.marked_intersection.requires_grad
     assert not whole.truth.requires_grad
+    assert not whole.marked_truth.requires_grad
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -757,6 +795,7 @@ def test_nothing_but_the_differentiable_fields_requires_grad(make_batch, backend
         with_recall=True,
         group=torch.zeros_like(target),
         num_groups=1,
+        marked=target == 1,
         backend=backend,
     )
     for name in SoftStats.__dataclass_fields__:
@@ -813,6 +852,14 @@ def test_plain_sums_are_those_of_torch(make_batch):
         (dict(group=torch.zeros(2, 13, 17), num_groups=2), TypeError, 'group must hold integer ids.*float32'),
         (dict(group=torch.zeros(2, 13, 17, dtype=torch.long)), ValueError, 'go together'),
         (dict(num_groups=2), ValueError, 'go together'),
+        (dict(marked=torch.ones(2, 13, 17)), TypeError, 'marked must be bool or uint8.*got torch.float32'),
+        (dict(marked=torch.ones(2, 13, 17).long()), TypeError, 'marked must be bool or uint8.*int64'),
+        (dict(marked=torch.ones(2, 13).bool()), ValueError, r'marked must be of the shape.*\(2, 13\)'),
+        (
+            dict(marked=torch.ones(2, 13, 17, device='meta').bool()),
+            ValueError,
+            'marked must be on cpu.*meta',
+        ),
         (dict(group=torch.full((2, 13, 17), 2), num_groups=2), ValueError, r'group holds \[2\]'),
         (dict(backend='cuda'), ValueError, "'auto' or one of"),
         (
@@ -832,7 +879,8 @@ def test_bad_input_gets_one_clear_error(make_batch, change, error, message):
 def both(make_batch, *args, **options):
     """Fields and gradient of triton, and those of eager in double."""
     logits, target = make_batch(*args, dtype=torch.float32)
-    names = (*DIFFERENTIABLE, 'truth', 'correct', 'class_correct', 'class_count')
+    options |= options_for('marked', target)
+    names = (*DIFFERENTIABLE, 'truth', 'marked_truth', 'correct', 'class_correct', 'class_count')
     for z, backend in ((logits, 'triton'), (logits.double(), 'eager')):
         stats = soft_stats(z, target, backend=backend, with_log_prob=True, with_recall=True, **options)
         yield [getattr(stats, n).double() for n in names] + [
@@ -897,9 +945,9 @@ def test_triton_takes_other_types(make_batch, weight, label):
 def test_triton_gives_the_same_bits_again(make_batch, small):
     label = (512, 1024) if DEVICE.type == 'cuda' else (3, 130)
     logits, target = make_batch((2, 9) if small else label, label, **batch_of('triton'))
-    options = dict(backend='triton', group=target % 5, num_groups=5)
+    options = dict(backend='triton', group=target % 5, num_groups=5) | options_for('marked', target)
     first, second = (soft_stats(logits, target, **options) for _ in range(2))
-    for name in (*SUMS, 'group_nll', 'group_count'):
+    for name in (*SUMS, 'group_nll', 'group_count', 'marked_intersection', 'marked_truth'):
         assert torch.equal(getattr(first, name), getattr(second, name))
     first, second = (gradients(logits, target, **options) for _ in range(2))
     assert torch.equal(first, second)
@@ -931,7 +979,7 @@ def test_triton_asserts_what_is_not_checked_before(make_batch, label, group):
     logits, target = make_batch((3, 7), (3, 7), dtype=torch.float32)
     group = torch.full_like(target, group)
     target[0, 1, 2] = label
-    options = Options(None, 255, None, 0.0, False, False, False, group, 7, False)
+    options = Options(None, 255, None, 0.0, False, False, False, group, 7, False, None)
     with pytest.raises(RuntimeError, match='target or group'):
         triton.soft_stats(logits, target, options)
 

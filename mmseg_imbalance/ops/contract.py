@@ -16,9 +16,9 @@ NOTHING_IGNORED = torch.iinfo(torch.int64).min  # a number that no label has
 class SoftStats:
     """Sums over the valid pixels of each image, by class; see :func:`soft_stats`.
 
-    ``nll``, ``intersection``, ``prediction`` and ``log_prob`` are differentiable, and ``truth`` by pixel
-    weights that require grad. ``group_nll`` and ``group_count`` are sums over the whole batch. A field that
-    was not asked for is None.
+    ``nll``, ``intersection``, ``prediction``, ``log_prob`` and ``marked_intersection`` are differentiable,
+    and ``truth`` and ``marked_truth`` by pixel weights that require grad. ``group_nll`` and ``group_count``
+    are sums over the whole batch. A field that was not asked for is None.
     """
 
     nll: Tensor  # (B, C)
@@ -27,6 +27,8 @@ class SoftStats:
     truth: Tensor  # (B, C)
     correct: Tensor  # (B,) int64
     log_prob: Tensor | None = None  # (B, C)
+    marked_intersection: Tensor | None = None  # (B, C)
+    marked_truth: Tensor | None = None  # (B, C)
     group_nll: Tensor | None = None  # (S,)
     group_count: Tensor | None = None  # (S,) int64
     class_correct: Tensor | None = None  # (B, C) int64
@@ -38,14 +40,14 @@ class SoftStats:
         With ``across_ranks`` the weighted (B, C) fields are also summed over all ranks, in one all-reduce.
         The numbers of pixels and the group fields stay those of this rank.
         """
-        names = [f.name for f in fields(self)[:6] if f.name != 'correct']
+        names = [f.name for f in fields(self)[:8] if f.name != 'correct']
         rows = {n: v.sum(0) for n in names if (v := getattr(self, n)) is not None}
         total = torch.stack(list(rows.values()))
         if across_ranks:
             total = sum_over_ranks(total)
         summed = dict(zip(rows, total[:, None].unbind(), strict=True))
         if not self.truth.requires_grad:
-            summed['truth'] = summed['truth'].detach()
+            summed.update({n: summed[n].detach() for n in ('truth', 'marked_truth') if n in summed})
         recall = (self.class_correct, self.class_count)
         class_correct, class_count = (None if n is None else n.sum(0, keepdim=True) for n in recall)
         return SoftStats(
@@ -72,6 +74,7 @@ class Options:
     group: Tensor | None
     num_groups: int
     align_corners: bool
+    marked: Tensor | None
 
 
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor:

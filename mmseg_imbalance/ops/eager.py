@@ -41,6 +41,10 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
         group_count = torch.bincount(ids, minlength=o.num_groups)
         group_nll = nll.new_zeros(o.num_groups, dtype=sum_dtype(nll))
         group_nll = group_nll.index_add(0, ids, nll.detach()[:, 0][valid].to(group_nll)).to(dtype)
+    marked_intersection = marked_truth = None
+    if o.marked is not None:
+        marked_member = member * (o.marked != 0)[:, None]
+        marked_intersection, marked_truth = (marked_member * p).sum((2, 3)), marked_member.sum((2, 3))
     correct = (z.argmax(1) == y) & valid
     class_correct = class_count = None
     if o.with_recall:
@@ -52,6 +56,8 @@ def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
         truth=member.sum((2, 3)),
         correct=correct.sum((1, 2)),
         log_prob=(log_p * m[:, None]).sum((2, 3)) if o.with_log_prob else None,
+        marked_intersection=marked_intersection,
+        marked_truth=marked_truth,
         group_nll=group_nll,
         group_count=group_count,
         class_correct=class_correct,

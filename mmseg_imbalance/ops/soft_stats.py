@@ -30,6 +30,7 @@ def soft_stats(
     with_recall: bool = False,
     group: Tensor | None = None,
     num_groups: int = 0,
+    marked: Tensor | None = None,
     align_corners: bool = False,
     backend: str = 'auto',
 ) -> SoftStats:
@@ -42,7 +43,8 @@ def soft_stats(
     ``log_prob[c]`` = sum m log p_c, ``correct`` = number of pixels with argmax p = y, and for group
     ids g: ``group_nll[s]`` = sum_{g=s} -log p_y, ``group_count[s]`` = number of pixels with g = s.
     ``with_recall``: ``class_count[c]`` = number of pixels with y = c, ``class_correct[c]`` = of these,
-    number with argmax p = c.
+    number with argmax p = c. With ``marked``: ``marked_intersection`` and ``marked_truth``, the sums of
+    ``intersection`` and ``truth`` over the marked pixels alone.
 
     Args:
         logits: (B, C, h, w), floating point, C >= 2. Half precision is summed in float32.
@@ -53,6 +55,7 @@ def soft_stats(
         logit_bias: (C,), added to the logits of every pixel. Not differentiated.
         focal_gamma: >= 0; 0 is the plain negative log-likelihood.
         group: (B, H, W), integers in [0, num_groups) on valid pixels; gives the ``group`` sums.
+        marked: (B, H, W), bool or uint8, other than 0 on marked pixels; gives the ``marked`` sums.
         align_corners: as in ``F.interpolate``; matters where (h, w) != (H, W).
         backend: 'eager' (the definition), 'strips' (bounded memory, any device), 'triton' (CUDA kernels)
             or 'auto': triton for CUDA tensors where it can run, else strips.
@@ -66,7 +69,7 @@ def soft_stats(
             torch's own losses.
         RuntimeError: the named backend cannot run here, or not with these arguments.
     """
-    check_arguments(logits, target, pixel_weight, group, logit_bias)
+    check_arguments(logits, target, pixel_weight, group, logit_bias, marked)
     also = '' if ignore_index is None else f' or ignore_index={ignore_index}'
     if ignore_index is None:
         ignore_index = NOTHING_IGNORED
@@ -100,6 +103,7 @@ def soft_stats(
         group,
         num_groups,
         align_corners,
+        marked,
     )
     module = _backend(backend, logits, num_groups)
     # the sums are float32 or better under autocast too
@@ -133,6 +137,7 @@ def check_arguments(
     pixel_weight: Tensor | None = None,
     group: Tensor | None = None,
     logit_bias: Tensor | None = None,
+    marked: Tensor | None = None,
 ) -> None:
     """Raise the TypeError or ValueError of :func:`soft_stats` for types, shapes and devices."""
     if logits.ndim != 4 or logits.dtype not in FLOATS or logits.shape[1] < 2:
@@ -151,7 +156,7 @@ def check_arguments(
         )
     if logits.numel() == 0 or target.numel() == 0:
         raise ValueError(f'there are no pixels: logits {tuple(logits.shape)}, target {tuple(target.shape)}')
-    for name, value in (('pixel_weight', pixel_weight), ('group', group)):
+    for name, value in (('pixel_weight', pixel_weight), ('group', group), ('marked', marked)):
         if value is not None and value.shape != target.shape:
             raise ValueError(
                 f'{name} must be of the shape of target {tuple(target.shape)}, got {tuple(value.shape)}'
@@ -163,11 +168,16 @@ def check_arguments(
         )
     if group is not None and group.dtype not in INTEGERS:
         raise TypeError(f'group must hold integer ids (uint8 or a signed type), got {group.dtype}')
+    if marked is not None and marked.dtype not in (torch.bool, torch.uint8):
+        raise TypeError(
+            f'marked must be bool or uint8, 0 where a pixel is not marked, got {marked.dtype}; marked != 0 is'
+        )
     others = (
         ('target', target),
         ('pixel_weight', pixel_weight),
         ('group', group),
         ('logit_bias', logit_bias),
+        ('marked', marked),
     )
     for name, value in others:
         if value is not None and value.is_complex():

@@ -15,6 +15,8 @@ pixel of label y and weight m:
     q_k  = gP_k                               2 gP_k p_k where the prediction is squared
     dz_k = q_k (m p_k) - (sum_j q_j p_j + a + sum_j gL_j) (m p_k) + m gL_k + [k = y] m a
 
+Where a pixel is marked, gI_y is the sum of the gradients of intersection and of marked_intersection.
+
 Each term is m p_k, in place, times a number of the class or of the pixel; as the transposed resize is linear,
 those of the class wait until after it, and one (C, r, W) buffer is enough.
 
@@ -87,6 +89,10 @@ class _Part:
         if self.o.pixel_weight is not None:
             m = torch.where(valid, self.o.pixel_weight[self.image, self.rows].to(m).contiguous(), 0)
         return valid, torch.where(valid, self.target, 0).long(), m
+
+    def marked(self) -> Tensor | None:
+        """Which pixels are marked, (R, W)."""
+        return None if self.o.marked is None else self.o.marked[self.image, self.rows] != 0
 
     def below_top(self, valid: Tensor) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
         """z - max z over the classes, (C, r, W), strip by strip, and what calculates the same once more.
@@ -200,7 +206,7 @@ def _is_first(e: Tensor, below: Tensor, total: Tensor, y: Tensor, exactly: Calla
 
 
 class _Sums(NamedTuple):
-    by_label: Tensor  # (3, C): nll, intersection, truth
+    by_label: Tensor  # (3 or 5, C): nll, intersection, truth, and the last two of the marked pixels
     prediction: Tensor  # (C,)
     correct: Tensor  # scalar
     log_prob: Tensor | None  # (C,)
@@ -267,7 +273,10 @@ def _sums(part: _Part) -> _Sums:
     nll = -log_p
     loss = _focal(-nll, o.focal_gamma)[0] if o.focal_gamma > 0 else nll
     correct, recall = hit & valid, None
-    by_label = _sum_by(y, classes, part.sum_dtype, m * loss, m * log_p.exp(), m)
+    numbers = [m * loss, m * log_p.exp(), m]
+    if (marked := part.marked()) is not None:
+        numbers += [torch.where(marked, values, 0) for values in numbers[1:]]
+    by_label = _sum_by(y, classes, part.sum_dtype, *numbers)
     if o.with_recall:
         right = _sum_by(y, classes, part.sum_dtype, correct)[0]
         count = by_label[2] if o.pixel_weight is None else _sum_by(y, classes, part.sum_dtype, valid)[0]
@@ -289,6 +298,21 @@ class _Upstream(NamedTuple):
     prediction: Tensor | None
     log_prob: Tensor | None
     truth: Tensor | None
+    marked_intersection: Tensor | None
+    marked_truth: Tensor | None
+
+
+def _of_labels(rows: Tensor | None, y: Tensor) -> Tensor | None:
+    """The number of each pixel's class, (R, W), from (C,) numbers."""
+    return None if rows is None else rows.index_select(0, y.flatten()).view_as(y)
+
+
+def _add_marked(values: Tensor | None, marked_values: Tensor | None, marked: Tensor | None) -> Tensor | None:
+    """``values`` and, where a pixel is marked, ``marked_values``, (R, W) each."""
+    if marked_values is None or marked is None:
+        return values
+    marked_values = torch.where(marked, marked_values, 0)
+    return marked_values if values is None else values + marked_values
 
 
 def _by_weight(part: _Part, below: Tensor, y: Tensor, by_label: list[Tensor | None], g: _Upstream) -> Tensor:
@@ -364,9 +388,11 @@ def _gradient(part: _Part, g: _Upstream, grad: Tensor, weight_grad: Tensor | Non
     """
     g = _Upstream(*(None if rows is None else rows[part.image].to(part.dtype) for rows in g))
     valid, y, m = part.labels()
+    marked = part.marked()
     by_label = [
-        None if values is None else values.index_select(0, y.flatten()).view_as(m)
-        for values in (g.nll, g.intersection, g.truth)
+        _of_labels(g.nll, y),
+        _add_marked(_of_labels(g.intersection, y), _of_labels(g.marked_intersection, y), marked),
+        _add_marked(_of_labels(g.truth, y), _of_labels(g.marked_truth, y), marked),
     ]
     columns = None
     if part.axes is not None:
@@ -409,7 +435,8 @@ class _SoftStats(torch.autograd.Function):
         ctx.options, ctx.masked = o, any(part.masked for part in parts)
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        nll, intersection, truth = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
+        nll, intersection, truth, *of_marked = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
+        marked_intersection, marked_truth = of_marked or (None, None)
         log_prob = None if log_prob is None else log_prob.to(dtype)
         if group_nll is not None and group_count is not None:
             group_nll, group_count = group_nll.sum(0).to(dtype), group_count.sum(0)
@@ -418,15 +445,16 @@ class _SoftStats(torch.autograd.Function):
             class_correct, class_count = (numbers.clone() for numbers in recall.unbind(1))
         fixed = (correct, group_nll, group_count, class_correct, class_count)
         if not ctx.needs_input_grad[2]:
-            fixed = (truth, *fixed)
+            fixed = (truth, marked_truth, *fixed)
         ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
-        return nll, intersection, prediction.to(dtype), truth, correct, log_prob, *fixed[-4:]
+        sums = (nll, intersection, prediction.to(dtype), truth, correct, log_prob)
+        return *sums, marked_intersection, marked_truth, *fixed[-4:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):  # type: ignore[no-untyped-def]
         logits, target = ctx.saved_tensors
-        upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob, g_truth)
+        upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
         weight, weight_grad = ctx.options.pixel_weight, None
         if ctx.needs_input_grad[2]:
             weight_grad = logits.new_zeros(

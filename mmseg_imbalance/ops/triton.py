@@ -23,6 +23,8 @@ and by a weight that requires grad, gT being the gradient of truth:
 
     dm   = gT_y + gI_y p_y + gN_y l + sum_j gP_j p_j + sum_j gL_j log p_j      p_j^2 where it is squared
 
+Where a pixel is marked, the gradients of marked_intersection and marked_truth are added to gI and gT.
+
 To small logits this is a gather, as bilinear weights are hats, max(0, 1 - |x - n|) of a pixel's source
 coordinate x and a cell n: a program owns some cells of two source rows, walks the pixels under their hats,
 adds up the rows of each column by their weights, and multiplies by the columns' weights, (P, cells).
@@ -183,6 +185,12 @@ def _load_labels(target, weight, pixel, inside, C: tl.constexpr, IGNORE: tl.cons
 
 
 @triton.jit
+def _is_marked(marked, pixel, y):
+    """Whether a pixel that counts is marked."""
+    return (y >= 0) & (tl.load(marked + pixel, mask=y >= 0, other=0) != 0)
+
+
+@triton.jit
 def _exp(x):
     # without the detour of tl.exp for denormal results
     return tl.exp2(x * 1.4426950408889634)
@@ -233,7 +241,7 @@ def _store_sums(at, values, c, C: tl.constexpr, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    logits, target, bias, weight, group, sums, group_sums, intact,
+    logits, target, bias, weight, group, marked, sums, group_sums, intact,
     stride_image, stride_class, stride_row, stride_column, h, w, height, width,
     row_scale, row_inverse, column_scale, gamma, bands, bands_each, num_groups,
     C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, LOG_PROB: tl.constexpr,
@@ -261,6 +269,8 @@ def _forward_kernel(
     correct = tl.zeros((P,), tl.float32)
     class_correct = tl.zeros((BLOCK_C, P), tl.float32)
     class_count = tl.zeros((BLOCK_C, P), tl.float32)
+    marked_intersection = tl.zeros((BLOCK_C, P), tl.float32)
+    marked_truth = tl.zeros((BLOCK_C, P), tl.float32)
     wrong = tl.zeros((P,), tl.int32)
 
     band = tl.program_id(1) * bands_each
@@ -295,6 +305,10 @@ def _forward_kernel(
             nll += share * loss[None, :]
             intersection += share * (_exp(below) / total)[None, :]
             truth += share
+            if marked is not None:
+                marked_share = tl.where(_is_marked(marked, pixel, y)[None, :], share, 0.0)
+                marked_intersection += marked_share * (_exp(below) / total)[None, :]
+                marked_truth += marked_share
             if SQUARE:
                 prediction += e * e * (m / total / total)[None, :]
             else:
@@ -330,7 +344,8 @@ def _forward_kernel(
 
     blocks = tl.num_programs(0) * tl.num_programs(1)
     program = image * blocks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    fields: tl.constexpr = 5 + (1 if LOG_PROB else 0) + (2 if RECALL else 0)
+    before_marked: tl.constexpr = 5 + (1 if LOG_PROB else 0)
+    fields: tl.constexpr = before_marked + (2 if marked is not None else 0) + (2 if RECALL else 0)
     sums += program * (fields * C)
     tl.store(sums + c, tl.where(c == 0, tl.sum(correct, 0), 0.0), mask=c < C)
     _store_sums(sums + C, nll, c, C, P)
@@ -339,6 +354,9 @@ def _forward_kernel(
     _store_sums(sums + 4 * C, truth, c, C, P)
     if LOG_PROB:
         _store_sums(sums + 5 * C, log_prob, c, C, P)
+    if marked is not None:
+        _store_sums(sums + before_marked * C, marked_intersection, c, C, P)
+        _store_sums(sums + (before_marked + 1) * C, marked_truth, c, C, P)
     if RECALL:
         _store_sums(sums + (fields - 2) * C, class_correct, c, C, P)
         if weight is None:
@@ -354,7 +372,8 @@ def _forward_kernel(
 
 @triton.jit
 def _gradient(
-    z, c, y, m, image, g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma,
+    z, c, y, m, image, marked, pixel,
+    g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
     C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the logits of P pixels, (BLOCK_C, P); the formula heads this file."""
@@ -366,6 +385,9 @@ def _gradient(
     a = tl.zeros_like(m)
     if g_intersection is not None:
         a += p_y * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
+    if g_marked_intersection is not None:
+        here = _is_marked(marked, pixel, y)
+        a += p_y * tl.load(g_marked_intersection + image * C + y, mask=here, other=0.0)
     if g_nll is not None:
         slope = tl.zeros_like(m) - 1
         if FOCAL:
@@ -389,8 +411,9 @@ def _gradient(
 
 @triton.jit
 def _store_weight_gradient(
-    weight_grad, pixel, inside, z, c, y, image,
-    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, q, r, gamma,
+    weight_grad, pixel, inside, z, c, y, image, marked,
+    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection, g_marked_truth,
+    q, r, gamma,
     C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient by the weights of P pixels; programs that share a pixel store the same number."""
@@ -402,6 +425,12 @@ def _store_weight_gradient(
         dm += tl.load(g_truth + image * C + y, mask=y >= 0, other=0.0)
     if g_intersection is not None:
         dm += _exp(below) / total * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
+    if g_marked_truth is not None:
+        here = _is_marked(marked, pixel, y)
+        dm += tl.load(g_marked_truth + image * C + y, mask=here, other=0.0)
+    if g_marked_intersection is not None:
+        here = _is_marked(marked, pixel, y)
+        dm += _exp(below) / total * tl.load(g_marked_intersection + image * C + y, mask=here, other=0.0)
     if g_nll is not None:
         if FOCAL:
             nll *= _power(miss, gamma)[0]
@@ -419,8 +448,9 @@ def _store_weight_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    logits, target, bias, weight, g_nll, g_intersection, g_prediction, g_log_prob, g_truth, weight_grad,
-    grad, grad_stride_image, grad_stride_class, grad_stride_row, grad_stride_column,
+    logits, target, bias, weight, marked,
+    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection, g_marked_truth,
+    weight_grad, grad, grad_stride_image, grad_stride_class, grad_stride_row, grad_stride_column,
     stride_image, stride_class, stride_row, stride_column, h, w, height, width,
     row_scale, row_inverse, column_scale, column_inverse, gamma, bands, bands_each, cells_each,
     C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, RESIZE: tl.constexpr,
@@ -470,14 +500,15 @@ def _backward_kernel(
                     y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
                     z = upper + row_part * change
                     dz = _gradient(
-                        z, c, y, m, image,
-                        g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma, C, FOCAL, SQUARE,
+                        z, c, y, m, image, marked, pixel,
+                        g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
+                        C, FOCAL, SQUARE,
                     )  # fmt: skip
                     if weight_grad is not None:
                         _store_weight_gradient(
-                            weight_grad, pixel, inside, z, c, y, image,
-                            g_nll, g_intersection, g_prediction, g_log_prob, g_truth, q, r,
-                            gamma, C, FOCAL, SQUARE,
+                            weight_grad, pixel, inside, z, c, y, image, marked,
+                            g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
+                            g_marked_intersection, g_marked_truth, q, r, gamma, C, FOCAL, SQUARE,
                         )  # fmt: skip
                     distance = band + row_part - top_cell
                     top_sum += tl.maximum(0.0, 1 - tl.abs(distance)) * dz
@@ -509,14 +540,15 @@ def _backward_kernel(
             pixel = (image * height + row) * width + column
             y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
             dz = _gradient(
-                z, c, y, m, image,
-                g_nll, g_intersection, g_prediction, g_log_prob, q, r, gamma, C, FOCAL, SQUARE,
+                z, c, y, m, image, marked, pixel,
+                g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
+                C, FOCAL, SQUARE,
             )  # fmt: skip
             if weight_grad is not None:
                 _store_weight_gradient(
-                    weight_grad, pixel, inside, z, c, y, image,
-                    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, q, r,
-                    gamma, C, FOCAL, SQUARE,
+                    weight_grad, pixel, inside, z, c, y, image, marked,
+                    g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
+                    g_marked_intersection, g_marked_truth, q, r, gamma, C, FOCAL, SQUARE,
                 )  # fmt: skip
             at = tl.max_contiguous(grad + row.to(tl.int64) * grad_stride_row, [1, 2])
             tl.store(at, dz, mask=known & inside[None, :])
@@ -579,13 +611,15 @@ class _Launch:
 class _SoftStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, pixel_weight, o):
-        target, bias, weight, group = (
-            None if t is None else t.contiguous() for t in (target, o.logit_bias, pixel_weight, o.group)
+        marked = None if o.marked is None else o.marked.view(torch.uint8)
+        target, bias, weight, group, marked = (
+            None if t is None else t.contiguous()
+            for t in (target, o.logit_bias, pixel_weight, o.group, marked)
         )
         launch = _Launch(logits, target, o)
         batch, classes = logits.shape[:2]
         programs = launch.grid[0] * launch.grid[1]
-        fields = 5 + o.with_log_prob + 2 * o.with_recall
+        fields = 5 + o.with_log_prob + 2 * (marked is not None) + 2 * o.with_recall
         sums = logits.new_empty(batch, programs, fields, classes, dtype=torch.float32)
         # a product takes 16 rows and columns at least
         digits = max(16, triton.next_power_of_2(math.ceil(math.sqrt(o.num_groups))))
@@ -593,7 +627,7 @@ class _SoftStats(torch.autograd.Function):
         intact = torch.ones((), dtype=torch.int32, device=logits.device)
         with torch.cuda.device_of(logits):
             _forward_kernel[launch.grid](
-                logits, target, bias, weight, group, sums, group_sums, intact,
+                logits, target, bias, weight, group, marked, sums, group_sums, intact,
                 num_groups=o.num_groups, LOG_PROB=o.with_log_prob, RECALL=o.with_recall, S=digits,
                 **launch.arguments,
             )  # fmt: skip
@@ -605,33 +639,38 @@ class _SoftStats(torch.autograd.Function):
         class_correct, class_count = (t.long() for t in totals[-2:]) if o.with_recall else (None, None)
         nll, intersection, prediction, truth = (t.float() for t in totals[:4])
         log_prob = totals[4].float() if o.with_log_prob else None
+        marked_intersection = marked_truth = None
+        if marked is not None:
+            first = 4 + o.with_log_prob
+            marked_intersection, marked_truth = (t.float() for t in totals[first : first + 2])
         group_nll = group_count = None
         if group_sums is not None:
             group_nll, group_count = group_sums.sum(0, dtype=torch.float64)[:, : o.num_groups]
             group_nll, group_count = group_nll.float(), group_count.long()
-        ctx.save_for_backward(logits, target, bias, weight)
+        ctx.save_for_backward(logits, target, bias, weight, marked)
         ctx.launch = launch
         ctx.set_materialize_grads(False)
         fixed = (correct, group_nll, group_count, class_correct, class_count)
         if not ctx.needs_input_grad[2]:
-            fixed = (truth, *fixed)
+            fixed = (truth, marked_truth, *fixed)
         ctx.mark_non_differentiable(*(t for t in fixed if t is not None))
-        return nll, intersection, prediction, truth, correct, log_prob, *fixed[-4:]
+        sums = (nll, intersection, prediction, truth, correct, log_prob)
+        return *sums, marked_intersection, marked_truth, *fixed[-4:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *_):
-        logits, target, bias, weight = ctx.saved_tensors
+    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):
+        logits, target, bias, weight, marked = ctx.saved_tensors
         launch, weight_grad = ctx.launch, None
         if ctx.needs_input_grad[2]:
             weight_grad = logits.new_empty(target.shape, dtype=torch.float32)
-        upstream = (g_nll, g_intersection, g_prediction, g_log_prob, g_truth)
+        upstream = (g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
         upstream = (None if g is None else g.contiguous() for g in upstream)
         grad = torch.empty_like(logits)
         grid, cells, block = launch.gather() if launch.resize else (launch.grid, 1, 16)
         with torch.cuda.device_of(logits):
             _backward_kernel[grid](
-                logits, target, bias, weight, *upstream, weight_grad, grad, *grad.stride(),
+                logits, target, bias, weight, marked, *upstream, weight_grad, grad, *grad.stride(),
                 column_inverse=launch.column_inverse, cells_each=cells, BLOCK_N=block, **launch.arguments,
             )  # fmt: skip
         return grad, None, None if weight_grad is None else weight_grad.to(weight.dtype), None
