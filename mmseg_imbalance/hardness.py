@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from mmseg_imbalance.class_weight import ClassWeightSpec
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import valid_pixels
-from mmseg_imbalance.options import check_at_least_0, take
+from mmseg_imbalance.options import check_at_least_0, not_handed_over, take
 from mmseg_imbalance.terms import CrossEntropy
 
 WIDTH = 64  # channels of the weight head
@@ -24,13 +24,13 @@ class _Reversed(torch.autograd.Function):
     """x, whose gradient is multiplied by -rate: what is before it climbs where what is behind it descends."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rate: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, rate: float) -> Tensor:
         ctx.rate = rate
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return -ctx.rate * grad, None
 
 
@@ -92,12 +92,13 @@ class HardnessWeightedLoss(WeightedLoss):
         features: Tensor | None,
     ) -> dict[str, Any]:
         """The learnt weights times those of a sampler, (B, H, W)."""
-        if features is None or self.weight_head is None:
+        if features is None:
+            needs = 'HardnessWeightedLoss learns from the features that enter the classifier'
+            raise RuntimeError(not_handed_over(needs))
+        if self.weight_head is None:
             raise RuntimeError(
-                'HardnessWeightedLoss learns from the features that enter the classifier, which this head '
-                'does not hand over, or it has no conv_seg when it is built. These do and have: '
-                'FeatureASPPHead, FeatureDepthwiseSeparableASPPHead, FeatureSegformerHead, and '
-                "dict(type='FeatureHead', base='UPerHead') for most others"
+                'HardnessWeightedLoss has no weight head: it is made when the decode head is built, and this '
+                'one has no conv_seg when it is built'
             )
         h = self.weight_head(features.detach().to(self.weight_head[0].weight.dtype))
         h = h.to(torch.promote_types(h.dtype, torch.float32))

@@ -28,8 +28,9 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmseg_imbalance.ignored_label import pass_on_ignored_label
-from mmseg_imbalance.losses import WeightedLoss, needs_tubes
+from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import soft_stats, valid_pixels
+from mmseg_imbalance.options import not_handed_over
 
 
 def can_be_called(loss: nn.Module) -> bool:
@@ -64,7 +65,8 @@ def check_heads(model: nn.Module) -> None:
             continue
         for loss in losses:
             if getattr(loss, 'needs_marked', False):
-                raise ValueError(f'{name}: {needs_tubes(loss)}')
+                needs = f'{name}: {type(loss).__name__} needs the tubes around skeletons'
+                raise ValueError(not_handed_over(needs))
         if head.out_channels == 1 and getattr(head.sampler, 'thresh', None) is not None:
             raise ValueError(
                 f'{name}: the sampler of {type(head).__name__} takes the softmax of the logits, which needs '

@@ -1,4 +1,8 @@
-"""The losses: MMSegmentation's calling convention written once, then one short class per formula."""
+"""The losses: MMSegmentation's calling convention written once, then one short class per formula.
+
+Losses that do more than a formula on the sums have modules of their own: :mod:`~mmseg_imbalance.hardness`,
+:mod:`~mmseg_imbalance.recall`, :mod:`~mmseg_imbalance.skeleton` and :mod:`~mmseg_imbalance.subclass`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from mmseg_imbalance.ops import SoftStats, check_arguments, soft_stats
 from mmseg_imbalance.options import (
     check_at_least_0,
     check_choice,
+    not_handed_over,
     refuse_other_reductions,
     take,
     unknown_options,
@@ -165,7 +170,7 @@ class WeightedLoss(nn.Module):
         check_arguments(logits, target, weight)
         refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
         if self.needs_marked and marked is None:
-            raise RuntimeError(needs_tubes(self))
+            raise RuntimeError(not_handed_over(f'{type(self).__name__} needs the tubes around skeletons'))
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
         watchers = self.watchers if self.training else []
@@ -239,14 +244,6 @@ class WeightedLoss(nn.Module):
         """Scalars as the log names them: 'combined_ce' is the term 'ce' of the loss 'loss_combined'."""
         stem = self.loss_name.replace('loss', '').strip('_.')
         return {f'{stem}_{name}'.lstrip('_'): value for name, value in scalars.items()}
-
-
-def needs_tubes(loss: WeightedLoss) -> str:
-    return (
-        f'{type(loss).__name__} needs the tubes around skeletons, which this head does not hand over. These '
-        'do: FeatureASPPHead, FeatureDepthwiseSeparableASPPHead, FeatureSegformerHead, and '
-        "dict(type='FeatureHead', base='UPerHead') for most others"
-    )
 
 
 def _as_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -38,6 +38,15 @@ def check_at_least_0(**values: object) -> None:
             raise ValueError(f'{name} must be a finite number, at least 0, got {value!r}')
 
 
+def not_handed_over(needs: str) -> str:
+    """The message of a loss that is in another head than a Feature head; it begins with the loss's name."""
+    return (
+        f'{needs}, which this head does not hand over. These do: FeatureASPPHead, '
+        "FeatureDepthwiseSeparableASPPHead, FeatureSegformerHead, and dict(type='FeatureHead', "
+        "base='UPerHead') for most others"
+    )
+
+
 def unknown_options(unknown: Mapping[str, object], loss: Any, base: type) -> str:
     """The message about options that a loss does not have; ``base`` has those of all losses."""
     signatures = [inspect.signature(kind).parameters.values() for kind in (loss, base)]

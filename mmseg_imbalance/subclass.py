@@ -20,7 +20,7 @@ from mmseg_imbalance.class_weight import ClassWeightSpec
 from mmseg_imbalance.clustering import SubclassClustering
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats, similarity_weight, valid_pixels
-from mmseg_imbalance.options import take
+from mmseg_imbalance.options import not_handed_over, take
 from mmseg_imbalance.terms import CrossEntropy
 
 CLUSTERING_OPTIONS = tuple(inspect.signature(SubclassClustering).parameters)
@@ -73,12 +73,8 @@ class SubclassifiedLoss(WeightedLoss):
     ) -> dict[str, Any]:
         """The weights of the subclasses, (B, H, W), and the subclasses c K + k as groups of the pixels."""
         if features is None:
-            raise RuntimeError(
-                'SubclassifiedLoss clusters the features that enter the classifier, which this head does '
-                'not hand over. These do: FeatureASPPHead, FeatureDepthwiseSeparableASPPHead, '
-                "FeatureSegformerHead, and dict(type='FeatureHead', base='UPerHead') for any other. "
-                'SimilaritySubclassifiedLoss needs the logits alone'
-            )
+            message = not_handed_over('SubclassifiedLoss clusters the features that enter the classifier')
+            raise RuntimeError(f'{message}. SimilaritySubclassifiedLoss needs the logits alone')
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             valid = valid_pixels(target, ignore_index)
             own_weight, group, num_groups = self.weighting(logits.detach(), target, valid, features)

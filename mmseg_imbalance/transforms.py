@@ -179,9 +179,9 @@ class RareClassPaste(BaseTransform):
         """
         if self.draws is None and self.prob > 0:
             self.draws = self._draws_of(dataset)
-        if self.draws is None or np.random.random() >= self.prob:  # noqa: NPY002  seeded by MMEngine
+        if self.draws is None or np.random.random() >= self.prob:
             return []
-        return self.draws.take(np.random.random((1, 2)))  # noqa: NPY002
+        return self.draws.take(np.random.random((1, 2)))
 
     def _draws_of(self, dataset: Any) -> Draws:
         heads = [] if self.ignore_index is None else [dict(ignore_index=self.ignore_index)]
@@ -234,7 +234,7 @@ class RareClassPaste(BaseTransform):
         large = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= self.min_pixels) + 1
         if not len(large):
             return None
-        chosen = large[np.random.randint(len(large))]  # noqa: NPY002
+        chosen = large[np.random.randint(len(large))]
         left, top, width, height = stats[chosen, :4]
         box = slice(top, top + height), slice(left, left + width)
         return donor['img'][box], ids[box] == chosen
@@ -247,12 +247,12 @@ class RareClassPaste(BaseTransform):
             width / mask.shape[1],
             (self.max_share * labels.size / np.count_nonzero(mask)) ** 0.5,
         )
-        factor = min(np.random.uniform(*self.scale), *largest)  # noqa: NPY002
+        factor = min(np.random.uniform(*self.scale), *largest)
         pixels, mask = _resized(pixels, mask, factor)
-        if np.random.random() < 0.5:  # noqa: NPY002
+        if np.random.random() < 0.5:
             pixels, mask = pixels[:, ::-1], mask[:, ::-1]
-        top = np.random.randint(height - mask.shape[0] + 1)  # noqa: NPY002
-        left = np.random.randint(width - mask.shape[1] + 1)  # noqa: NPY002
+        top = np.random.randint(height - mask.shape[0] + 1)
+        left = np.random.randint(width - mask.shape[1] + 1)
         box = slice(top, top + mask.shape[0]), slice(left, left + mask.shape[1])
         mask = mask & (labels[box] != self.ignored)
         if np.issubdtype(image.dtype, np.integer):

@@ -64,3 +64,14 @@ def lesions(folder, images, holding, pixels=20, size=(60, 64)):
 
 class LesionDataset(StreetDataset):
     METAINFO = {'classes': ('background', 'lesion'), 'palette': [[0, 0, 0], [1, 1, 1]]}
+
+
+def log_of(module, monkeypatch):
+    """What a module logs from now on, by level."""
+    messages = {}
+
+    def print_log(message, logger, level=20):
+        messages.setdefault(level, []).append(message)
+
+    monkeypatch.setattr(module, 'print_log', print_log)
+    return messages

@@ -78,7 +78,7 @@ def probabilities(cfg, **options):
     for parameter in runner.model.parameters():
         nn.init.normal_(parameter, std=0.1)
     seen = []
-    runner.test_loop  # noqa: B018  builds it
+    assert runner.test_loop  # is built now
     postprocess = runner.model.postprocess_result
     runner.model.postprocess_result = lambda z, samples: (seen.append(z), postprocess(z, samples))[1]
     runner.test()

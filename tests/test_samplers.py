@@ -22,7 +22,7 @@ from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from PIL import Image
 from ranks import on_ranks
 from scipy.stats import binomtest, chisquare
-from streets import CLASSES, SIZE, AddImage, DropImage, LesionDataset, lesions, make, write_streets
+from streets import CLASSES, SIZE, AddImage, DropImage, LesionDataset, lesions, log_of, make, write_streets
 from torch.utils.data import DataLoader
 
 from mmseg_imbalance import samplers as module
@@ -63,14 +63,7 @@ def formula(pixels, temperature, min_pixels):
 
 @pytest.fixture
 def logged(monkeypatch):
-    """What is logged at each level."""
-    messages = {}
-
-    def print_log(message, logger, level=20):
-        messages.setdefault(level, []).append(message)
-
-    monkeypatch.setattr(module, 'print_log', print_log)
-    return messages
+    return log_of(module, monkeypatch)
 
 
 # Draws

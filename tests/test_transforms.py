@@ -21,7 +21,7 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image
 from ranks import on_ranks
 from scipy.stats import binomtest, chisquare
-from streets import CLASSES, AddImage, DropImage, make, write_streets
+from streets import CLASSES, AddImage, DropImage, log_of, make, write_streets
 from torch.utils.data import DataLoader
 
 from mmseg_imbalance import transforms as module
@@ -38,14 +38,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def logged(monkeypatch):
-    """What is logged at each level."""
-    messages = {}
-
-    def print_log(message, logger, level=20):
-        messages.setdefault(level, []).append(message)
-
-    monkeypatch.setattr(module, 'print_log', print_log)
-    return messages
+    return log_of(module, monkeypatch)
 
 
 @pytest.mark.parametrize('value', [0, -3, 2.5, '9'])
