@@ -23,7 +23,7 @@ CHECKPOINT = 'iter_200.pth'
 READING = """\
 Tail: the third of the classes with the fewest pixels in training, here 6 of 19, each with less than 0.4 %.
 IoU is of 40 images that were not trained on. One seed and short training: in a long one, cross-entropy learns
-rare classes too. What is left of the difference then is in docs/losses.md."""
+rare classes too. What is left of the difference then is in docs/what-helps.md."""
 
 
 class Demo:
