@@ -14,11 +14,11 @@ from mmseg_imbalance.registry import MODELS
 import torch
 from torch import Tensor, nn
 
+from mmseg_imbalance.balance import make_balance
 from mmseg_imbalance.class_weight import ClassWeight, ClassWeightSpec
 from mmseg_imbalance.ops import SoftStats, check_arguments, soft_stats
 from mmseg_imbalance.options import (
     check_at_least_0,
-    check_choice,
     not_handed_over,
     refuse_other_reductions,
     take,
@@ -39,9 +39,9 @@ class WeightedLoss(nn.Module):
         class_weight: one number >= 0 per class: None (all 1); a list; a dict by class name (classes that it
             leaves out weigh 1); the path of a file that ``mmseg-imbalance class-weights CONFIG --out FILE``
             wrote; or 'auto', which :class:`~mmseg_imbalance.hooks.ClassWeightHook` fills before training.
-        balance: 'fixed', or 'uncertainty' where there are several terms: sum_t exp(-s_t) term_t + s_t / 2
-            with learnt log-variances s, parameters of the head, which start where exp(-s) is the factor
-            (Kendall et al. 2018, https://arxiv.org/abs/1705.07115, equation 10).
+        balance: 'fixed', or where there are several terms 'uncertainty' or 'gradnorm', which start from the
+            factors and change them while training: see :mod:`mmseg_imbalance.balance`. Its options go into a
+            dict, dict(type='gradnorm', asymmetry=0.5).
         logit_adjustment: tau >= 0; tau ln f_c is added to the logits, f_c the class's share of the training
             pixels, 0.3 to 1 as a rule (Menon et al. 2021, https://arxiv.org/abs/2007.07314, equation 10).
         logit_variation: sigma >= 0; in training |clamp(e, -1, 1)| rho_c is added to every logit as the head
@@ -67,7 +67,7 @@ class WeightedLoss(nn.Module):
         /,
         class_weight: ClassWeightSpec = None,
         *,
-        balance: str = 'fixed',
+        balance: str | Mapping[str, Any] = 'fixed',
         logit_adjustment: float = 0.0,
         logit_variation: float = 0.0,
         loss_weight: float = 1.0,
@@ -110,15 +110,7 @@ class WeightedLoss(nn.Module):
         check_at_least_0(**{f'the factor of {name!r}': factor for name, factor in self.factors.items()})
         self.pass_options = pass_options(self.terms)
         self.needs_marked = any(getattr(term, 'needs_marked', False) for term in self.terms.values())
-        self.balance = balance
-        check_choice('balance', balance, ('fixed', 'uncertainty'))
-        if balance == 'uncertainty':
-            if len(terms) < 2 or min(self.factors.values()) == 0:
-                raise ValueError(
-                    "balance='uncertainty' starts from the factors of two terms or more, which must be above "
-                    f'0, got {self.factors}'
-                )
-            self.log_variance = nn.Parameter(-torch.tensor([*self.factors.values()]).log())
+        self.balance = make_balance(balance, self.factors)
         # (B,) right pixels of the last batch, None if the logits were changed; heads log the accuracy from it
         self.correct: Tensor | None = None
         # scalars for the log beside the loss, without 'loss' in their names, so that none is added to it
@@ -186,7 +178,7 @@ class WeightedLoss(nn.Module):
             **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
         )
         self.correct = None if self.changes_logits else stats.correct
-        parts, value = self.combine(stats)
+        parts, value = self.combine(stats, logits)
         self.learn(stats)
         for watcher in watchers:
             watcher(pred, target, stats, parts.detach())
@@ -204,7 +196,7 @@ class WeightedLoss(nn.Module):
         """``pixel_weight``, and ``group`` and ``num_groups`` where a loss has them, of ``soft_stats``."""
         return dict(pixel_weight=weight)
 
-    def combine(self, stats: SoftStats) -> tuple[Tensor, Tensor]:
+    def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What each class adds to the loss, (C,), and the scalar; leaves the terms in ``logged``."""
         if any(getattr(term, 'sync', False) for term in self.terms.values()):
             stats = stats.sum_images(across_ranks=True)  # once, for all terms
@@ -212,15 +204,16 @@ class WeightedLoss(nn.Module):
             term.parts(stats, self.class_weight_of[name].for_logits(stats.nll))
             for name, term in self.terms.items()
         ]
+        sums = [part.sum() for part in parts]
         factors, offset = self.factors.values(), 0.0
         if len(parts) > 1:  # of a single term the log has the loss itself
-            sums = (part.detach().sum() for part in parts)
-            self.logged = self._named(dict(zip(self.terms, sums, strict=True)))
-        if self.balance == 'uncertainty':
-            s = self.log_variance.to(parts[0])
-            factors, offset = torch.exp(-s).unbind(), s.sum() / 2  # the offset belongs to no class
-            names = [f'{name}_log_variance' for name in self.terms]
-            self.logged |= self._named(dict(zip(names, s.detach(), strict=True)))
+            self.logged = self._named({name: x.detach() for name, x in zip(self.terms, sums, strict=True)})
+        if self.balance is not None:
+            balanced = self.balance(sums, logits)
+            factors, offset = balanced.factors.unbind(), balanced.offset  # the offset belongs to no class
+            for word, values in balanced.logged.items():
+                names = [f'{name}_{word}' for name in self.terms]
+                self.logged |= self._named(dict(zip(names, values, strict=True)))
         weighed = sum(factor * part for factor, part in zip(factors, parts, strict=True))
         return weighed, weighed.sum() + offset
 

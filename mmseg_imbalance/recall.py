@@ -67,14 +67,14 @@ class RecallWeightedLoss(WeightedLoss):
         if momentum < 1:
             self.register_buffer('running_shares', torch.zeros(2, MOST_CLASSES))
 
-    def combine(self, stats: SoftStats) -> tuple[Tensor, Tensor]:
+    def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.stack([stats.class_correct.sum(0), stats.class_count.sum(0)])  # (2, C)
         if self.training:
             counts = sum_over_ranks(counts)
         if self.momentum < 1:
             counts = self._running(counts)
         correct, count = counts[:, None]  # (1, C), as of one image
-        return super().combine(replace(stats, class_correct=correct, class_count=count))
+        return super().combine(replace(stats, class_correct=correct, class_count=count), logits)
 
     def _running(self, counts: Tensor) -> Tensor:
         """The running shares, (2, C), this batch included; a batch without a valid pixel changes no ratio."""

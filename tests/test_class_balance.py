@@ -180,7 +180,7 @@ def test_shares_of_the_loss_are_those_of_plain_loops_and_add_up_to_it(make_batch
     np.testing.assert_allclose(watched.last('loss_share'), share(expected), rtol=1e-7)
     for kind in ('loss_share', 'pixel_share'):
         assert np.nansum(watched.last(kind)) == pytest.approx(1)
-    constant = 0.5 * loss.log_variance.sum().item() if case == 'uncertainty' else 0
+    constant = 0.5 * loss.balance.log_variance.sum().item() if case == 'uncertainty' else 0
     assert values[0] == pytest.approx(0.5 * (expected.sum() + constant), rel=1e-6)
 
 

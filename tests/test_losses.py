@@ -234,34 +234,6 @@ def test_any_region_index_goes_with_any_pixel_term(make_batch, region, focal_gam
     assert (loss.loss_name, [*loss.logged]) == ('loss_combined', ['combined_ce', f'combined_{region}'])
 
 
-def test_uncertainty_learns_log_variances_that_start_at_the_fixed_weights(make_batch):
-    batch = make_batch()
-    options = dict(ce_weight=0.6, dice_weight=0.4, class_weight=WEIGHT)
-    loss = CombinedWeightedLoss(balance='uncertainty', **options)
-    ce, dice = WeightedCrossEntropyLoss(WEIGHT)(*batch), WeightedDiceLoss(WEIGHT)(*batch)
-    s = [-math.log(0.6), -math.log(0.4)]
-    value = loss(*batch)
-    assert value.item() == pytest.approx(0.6 * ce + 0.4 * dice + sum(s) / 2)
-    value.backward()
-    expected = torch.tensor([0.5 - 0.6 * ce.item(), 0.5 - 0.4 * dice.item()])
-    torch.testing.assert_close(loss.log_variance.grad, expected)
-    assert loss.logged['combined_ce_log_variance'].item() == pytest.approx(s[0])
-    assert loss.logged['combined_dice_log_variance'].item() == pytest.approx(s[1])
-    # at the optimum exp(s) = 2 L each
-    optimizer = torch.optim.LBFGS([loss.log_variance], max_iter=50)
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss(*batch)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    torch.testing.assert_close(
-        loss.log_variance.detach().exp(), 2 * torch.stack([ce, dice]).float(), rtol=1e-3, atol=1e-3
-    )
-
-
 # the class frequency in the logits
 
 
@@ -439,7 +411,7 @@ def test_weights_stay_out_of_checkpoints_and_out_of_the_order_of_buffers():
         (dict(smooth='x'), "smooth must be a finite number, at least 0, got 'x'"),
         (dict(gamma=0.0), 'gamma must be a finite number above 0, got 0.0'),
         (dict(region='tversky', square_denominator=True), 'can leave'),
-        (dict(balance='learnt'), r"balance must be one of \('fixed', 'uncertainty'\), got 'learnt'"),
+        (dict(balance='learnt'), r"balance must be one of \('fixed', 'uncertainty', 'gradnorm'\), got 'lea"),
         (dict(balance='uncertainty', ce_weight=0.0), r'must be above 0, got .*0\.0.*0\.4'),
         (dict(logit_adjustment=-1.0), 'logit_adjustment must be'),
         (dict(logit_variation=math.inf), 'logit_variation must be'),

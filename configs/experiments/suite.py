@@ -41,6 +41,8 @@ methods = {
     'combined, auto, no background in Dice': loss(**AUTO, region_class_weight=dict(background=0.0)),
     'combined, auto, present': loss(**AUTO, absent_classes='ignore'),
     'combined, auto, batch': loss(**AUTO, region_reduction='batch'),
+    'combined, auto, uncertainty': loss(**AUTO, balance='uncertainty'),
+    'combined, auto, gradnorm': loss(**AUTO, balance='gradnorm'),
     'combined, power 0.5': loss(**AUTO, hook=dict(power=0.5)),
     'combined, fading': loss(**AUTO, hook=dict(power_schedule=[(0.25, 1.0), (0.75, 0.0)])),
     'combined, deferred': loss(**AUTO, hook=dict(power_schedule=[(0.8, 0.0), (0.8, 1.0)])),
