@@ -7,8 +7,9 @@ A suite file is an MMEngine config that sets four names:
     methods = {'NAME': dict(lines that differ from the baseline)}
     runs = [dict(dataset=NAME, schedule=NAME, seeds=5, methods=[NAME, ...])]   # without methods: all
 
-``methods = {'NAME': dict(fit_bias='OTHER')}`` is not trained: it is the model of the method OTHER after
-``mmseg-imbalance fit-bias``.
+Two lines of a method are not of a config. ``augment=[TRANSFORM, ...]`` puts transforms before the last one of
+the training pipeline, which packs; those that mix images, as RareClassPaste does, get a MultiImageMixDataset.
+``fit_bias='OTHER'`` trains nothing: it is the model of the method OTHER after ``mmseg-imbalance fit-bias``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from mmseg_imbalance.registry import TRANSFORMS
 
 from mmengine.config import Config, ConfigDict
 
@@ -190,8 +193,24 @@ class Suite:
                 'env_cfg.cudnn_benchmark': False,
             }
         )
-        cfg.merge_from_dict(self.methods[self.trained_as(run.method)].to_dict())
+        lines = self.methods[self.trained_as(run.method)].to_dict()
+        augment = lines.pop('augment', ())
+        cfg.merge_from_dict(lines)
+        if augment:
+            add_transforms(cfg.train_dataloader, augment)
         return cfg
+
+
+def add_transforms(loader: ConfigDict, transforms: list[dict]) -> None:
+    """Put transforms before the last one of a loader's data set."""
+    dataset = loader.dataset
+    *before, pack = dataset.pipeline
+    if any(hasattr(TRANSFORMS.get(transform['type']), 'get_indices') for transform in transforms):
+        dataset.pipeline = before
+        outer = [*transforms, pack]
+        loader.dataset = dict(type='MultiImageMixDataset', dataset=dataset, pipeline=outer)
+    else:
+        dataset.pipeline = [*before, *transforms, pack]
 
 
 def fingerprint(cfg: Config) -> str:
@@ -217,7 +236,7 @@ def on_this_machine(cfg: Config, data: Path, workers: int, float32: bool, fused:
             cfg.optim_wrapper.pop(name, None)
     for split in SPLITS:
         loader = cfg[f'{split}_dataloader']
-        loader.dataset.data_root = str(data)
+        loader.dataset.get('dataset', loader.dataset).data_root = str(data)
         loader.num_workers = workers
         loader.persistent_workers = workers > 0
 

@@ -91,6 +91,26 @@ def test_the_config_of_a_run_is_the_baseline_with_schedule_seed_and_the_lines_of
     assert combined.to_dict() == plain.to_dict()
 
 
+def test_a_method_adds_transforms_and_those_that_mix_images_get_the_data_set_that_they_need(write):
+    tubes, paste = dict(type='SkeletonTubes'), dict(type='RareClassPaste', prob=0.5)
+    text = SUITE.replace(
+        "'cross-entropy': dict(),",
+        f"""'cross-entropy': dict(), 'tubes': dict(augment=[{tubes}]),
+    'both': dict(augment=[{tubes}, {paste}], train_dataloader=dict(batch_size=3)),""",
+    )
+    suite = Suite(write(text))
+    plain, tubed, both = (suite.config(run) for run in suite.runs([0])[:3])
+    *before, pack = plain.train_dataloader.dataset.pipeline
+    assert tubed.train_dataloader.dataset.pipeline == [*before, tubes, pack]
+    outer = both.train_dataloader.dataset
+    assert (outer.type, outer.pipeline) == ('MultiImageMixDataset', [tubes, paste, pack])
+    assert outer.dataset == {**plain.train_dataloader.dataset, 'pipeline': before}
+    assert both.train_dataloader.batch_size == 3
+    on_this_machine(both, Path('/somewhere'), workers=0, float32=False, fused=False)
+    assert both.train_dataloader.dataset.dataset.data_root == '/somewhere'
+    assert 'data_root' not in both.train_dataloader.dataset
+
+
 def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_after_it(write):
     text = SUITE.replace(
         "'cross-entropy': dict(),", "'cross-entropy': dict(), 'CE + bias': dict(fit_bias='cross-entropy'),"
