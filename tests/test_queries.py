@@ -218,7 +218,7 @@ def test_their_loss_with_auto_ends_before_training(small_config):
 
 
 def small(head, channels):
-    """A shipped head made small: one layer each, 16 channels, 20 queries."""
+    """A shipped head made small: two layers, 16 channels, 20 queries."""
     head.update(in_channels=channels, feat_channels=16, out_channels=16, num_queries=20, num_classes=CLASSES)
     head.positional_encoding.num_feats = 8
     parts = [head.transformer_decoder]
