@@ -49,6 +49,7 @@ else:
     )
     from mmseg_imbalance.metrics import ClassIoUMetric, ImbalanceIoUMetric
     from mmseg_imbalance.predictions import PredictionHook
+    from mmseg_imbalance.queries import QueryClassLoss
     from mmseg_imbalance.recall import RecallWeightedLoss
     from mmseg_imbalance.run_hook import RunHook
     from mmseg_imbalance.samplers import RareClassSampler
@@ -79,6 +80,7 @@ __all__ = [
     'LogitAdjustmentHook',
     'Overlap',
     'PredictionHook',
+    'QueryClassLoss',
     'RareClassCrop',
     'RareClassPaste',
     'RareClassSampler',

@@ -23,6 +23,7 @@ from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
+from mmseg_imbalance.queries import QueryClassLoss
 from mmseg_imbalance.run_hook import RunHook
 from mmseg_imbalance.subclass_maps import find_subclassified, sharding_of, subclass_maps, subclasses
 from mmseg_imbalance.tables import class_table, names_and_colours, source_table, subclass_table, table_text
@@ -34,16 +35,19 @@ from mmseg_imbalance.weighting import (
     scheduled_weights,
 )
 
+FILLED = (WeightedLoss, QueryClassLoss)
+
 
 @HOOKS.register_module()
 class ClassWeightHook(RunHook):
     """Before training, fill every loss with ``class_weight='auto'`` from the training annotations.
 
-    Losses with ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are
-    counted once and the counts cached, so another scheme or run costs nothing. Logs a table and writes
-    ``class_weights.json`` and ``class_weights.png`` into the work_dir. A resumed run takes the weights from
-    its checkpoint, unless the options below or the counts have changed. In the first iterations it holds the
-    labels that arrive against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. It does what
+    Of :class:`~mmseg_imbalance.queries.QueryClassLoss` it fills ``object_weight``. Losses with
+    ``logit_adjustment`` or ``logit_variation`` get the class frequency. The annotations are counted once and
+    the counts cached, so another scheme or run costs nothing. Logs a table and writes ``class_weights.json``
+    and ``class_weights.png`` into the work_dir. A resumed run takes the weights from its checkpoint, unless
+    the options below or the counts have changed. In the first iterations it holds the labels that arrive
+    against the counts, see :class:`~mmseg_imbalance.label_check.LabelCheck`. It does what
     :class:`~mmseg_imbalance.run_hook.RunHook` does.
 
     Args:
@@ -58,7 +62,7 @@ class ClassWeightHook(RunHook):
         **options: of the scheme: beta, unit, k, power, max_ratio.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option out of its range; before training, 'auto' in a loss of another package.
         TypeError: an unknown option.
     """
 
@@ -98,9 +102,9 @@ class ClassWeightHook(RunHook):
         self.scheduled: list[ClassWeight] = []  # that change while training
         model = unwrapped(runner.model)
         ours = [
-            (name if weight is loss.class_weight else f'{weight.name} of {name}', weight)
+            (name if weight.name == 'class_weight' else f'{weight.name} of {name}', weight)
             for name, loss in model.named_modules()
-            if isinstance(loss, WeightedLoss)
+            if isinstance(loss, FILLED)
             for weight in loss.class_weights
         ]
         auto = {name: weight for name, weight in ours if weight.waiting}
@@ -229,13 +233,19 @@ class ClassWeightHook(RunHook):
 
     def _name_losses_left_alone(self, runner, model: nn.Module) -> None:
         for name, module in model.named_modules():
-            weighted = 'loss' in name and getattr(module, 'class_weight', None) is not None
-            if weighted and not isinstance(module, WeightedLoss):
-                runner.logger.warning(
-                    f'ClassWeightHook leaves {name} alone: the class_weight of {type(module).__name__} can '
-                    "fail on ignored pixels; dict(type='WeightedCrossEntropyLoss', class_weight='auto') "
-                    'takes both'
-                )
+            weight = getattr(module, 'class_weight', None)
+            if 'loss' not in name or weight is None or isinstance(module, FILLED):
+                continue
+            kind = type(module).__name__
+            if name.endswith('loss_cls'):  # of queries, which are never ignored
+                ours = "dict(type='QueryClassLoss', object_weight='auto')"
+                reason = f'the class_weight of {kind} stays as it is; {ours} is filled'
+            else:
+                ours = "dict(type='WeightedCrossEntropyLoss', class_weight='auto')"
+                reason = f'the class_weight of {kind} can fail on ignored pixels; {ours} takes both'
+            if isinstance(weight, str) and weight == 'auto':
+                raise ValueError(f"{name}: {kind} does not know class_weight='auto'; {ours} does")
+            runner.logger.warning(f'ClassWeightHook leaves {name} alone: {reason}')
 
 
 @HOOKS.register_module()
