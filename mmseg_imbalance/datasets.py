@@ -1,4 +1,4 @@
-"""Data sets that MMSegmentation lacks."""
+"""Data sets that MMSegmentation lacks: CamVid, and any whose labels are merged into fewer classes."""
 
 from collections.abc import Sequence
 

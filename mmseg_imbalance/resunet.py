@@ -57,12 +57,14 @@ class ResUNet(BaseModule):
     """Deep residual U-Net, with the outputs of MMSegmentation's UNet.
 
     Of images (B, in_channels, H, W), S = num_stages features (B, C_i, ceil(H / s_i), ceil(W / s_i)), from
-    the coarsest, s_0 = 2^(S - 1), to the finest, s_(S - 1) = 1, with C_i = base_channels * s_i channels. The
+    the coarsest to the finest: s_i = stem_stride * 2^k and C_i = base_channels * 2^k, k = S - 1 - i. The
     first is the bottleneck, the others are the decoder's. Images may have any size.
 
     Args:
         base_channels: of the finest level; each coarser one has twice as many.
         num_stages: levels, the bottleneck included, at least 2.
+        stem_stride: 1 or more; with 2 the finest level has half of the image's height and width, which takes
+            about a quarter of the time.
         norm_cfg: ``dict(type='BN')`` is the default; ``dict(type='GN', num_groups=8)`` does not depend on the
             batch, for batches of a few images.
         upsample_cfg: ``dict(type='InterpConv')``, the default, is bilinear and a 1x1 convolution;
@@ -81,6 +83,7 @@ class ResUNet(BaseModule):
         in_channels: int = 3,
         base_channels: int = 64,
         num_stages: int = 5,
+        stem_stride: int = 1,
         norm_cfg: dict | None = None,
         act_cfg: dict | None = None,
         upsample_cfg: dict | None = None,
@@ -90,6 +93,7 @@ class ResUNet(BaseModule):
             ('in_channels', in_channels, 1),
             ('base_channels', base_channels, 1),
             ('num_stages', num_stages, 2),
+            ('stem_stride', stem_stride, 1),
         ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f'{name}={value!r}, allowed are whole numbers of at least {least}')
@@ -115,7 +119,9 @@ class ResUNet(BaseModule):
         )
         options = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
         widths = [base_channels * 2**stage for stage in range(num_stages)]
-        self.encoder = nn.ModuleList([ResidualUnit(in_channels, base_channels, first=True, **options)])
+        self.encoder = nn.ModuleList(
+            [ResidualUnit(in_channels, base_channels, stem_stride, first=True, **options)]
+        )
         self.upsample, self.decoder = nn.ModuleList(), nn.ModuleList()
         for fine, coarse in pairwise(widths):
             self.encoder.append(ResidualUnit(fine, coarse, stride=2, **options))

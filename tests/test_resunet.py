@@ -43,6 +43,11 @@ def test_sides_that_no_stride_divides_are_rounded_up(size, upsample):
         assert level.shape[2:] == tuple(-(-side // stride) for side in size)
 
 
+def test_a_stem_stride_makes_every_level_coarser():
+    levels = network(stem_stride=2)(torch.randn(2, 3, 37, 53))
+    assert [tuple(level.shape[1:]) for level in levels] == [(32, 3, 4), (16, 5, 7), (8, 10, 14), (4, 19, 27)]
+
+
 @pytest.mark.parametrize('norm', [BATCH, GROUP])
 @pytest.mark.parametrize('upsample', [BILINEAR, LEARNT])
 def test_the_finest_output_has_a_gradient_for_every_parameter(norm, upsample):
@@ -117,6 +122,7 @@ def test_it_is_built_from_a_config_with_and_without_a_scope():
         (dict(num_stages=2.0), r'num_stages=2\.0'),
         (dict(base_channels=0), 'base_channels=0.*at least 1'),
         (dict(in_channels='3'), "in_channels='3'"),
+        (dict(stem_stride=0), 'stem_stride=0.*at least 1'),
         (
             dict(base_channels=12, norm_cfg=dict(type='GN', num_groups=8)),
             'num_groups=8 does not divide base_channels=12. Take num_groups=4',
