@@ -27,7 +27,7 @@ else:
     from mmseg_imbalance.backbones import EfficientNetLite0
     from mmseg_imbalance.class_balance import ClassBalanceHook
     from mmseg_imbalance.counting import count_classes, training_frequency
-    from mmseg_imbalance.datasets import CamVidDataset
+    from mmseg_imbalance.datasets import CamVidDataset, MergedClassDataset
     from mmseg_imbalance.decisions import DecisionHook, LogitAdjustmentHook
     from mmseg_imbalance.hardness import HardnessWeightedLoss
     from mmseg_imbalance.heads import (
@@ -51,6 +51,7 @@ else:
     from mmseg_imbalance.predictions import PredictionHook
     from mmseg_imbalance.queries import QueryClassLoss
     from mmseg_imbalance.recall import RecallWeightedLoss
+    from mmseg_imbalance.resunet import ResUNet
     from mmseg_imbalance.run_hook import RunHook
     from mmseg_imbalance.samplers import RareClassSampler
     from mmseg_imbalance.skeleton import SkeletonRecallLoss, SkeletonTubes
@@ -78,6 +79,7 @@ __all__ = [
     'HardnessWeightedLoss',
     'ImbalanceIoUMetric',
     'LogitAdjustmentHook',
+    'MergedClassDataset',
     'Overlap',
     'PredictionHook',
     'QueryClassLoss',
@@ -85,6 +87,7 @@ __all__ = [
     'RareClassPaste',
     'RareClassSampler',
     'RecallWeightedLoss',
+    'ResUNet',
     'RunHook',
     'SimilaritySubclassifiedLoss',
     'SkeletonRecall',

@@ -185,8 +185,14 @@ def four_classes(tmp_path_factory):
     return noise(tmp_path_factory.mktemp('data') / 'four_classes', 4)
 
 
+@pytest.fixture(scope='session')
+def two_classes(tmp_path_factory):
+    """The same of an object against the background."""
+    return noise(tmp_path_factory.mktemp('data') / 'two_classes', 2)
+
+
 @pytest.fixture
-def small_config(scenes, camvid, four_classes, tmp_path):
+def small_config(scenes, camvid, four_classes, two_classes, tmp_path):
     """Factory of a config of this repository made small: two iterations on 64x64 crops, no weights loaded."""
     from mmengine.config import Config
 
@@ -201,12 +207,18 @@ def small_config(scenes, camvid, four_classes, tmp_path):
 
     def make(name, **options):
         cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
-        data = scenes if 'cityscapes' in name else camvid if 'camvid' in name else four_classes
+        named = dict(cityscapes=scenes, camvid=camvid, chase=two_classes)
+        data = next((folder for part, folder in named.items() if part in name), four_classes)
         for split in ('train', 'val', 'test'):
             loader = cfg[f'{split}_dataloader']
             loader.update(num_workers=0, persistent_workers=False)
-            loader.dataset.data_root = str(data)
-            shrink(loader.dataset.pipeline)
+            dataset = loader.dataset.get('dataset', loader.dataset)  # the one that is repeated
+            dataset.data_root = str(data)
+            if data != scenes:
+                folder = 'train' if split == 'train' else 'val'
+                dataset.data_prefix = dict(img_path=f'images/{folder}', seg_map_path=f'annotations/{folder}')
+                dataset.update(img_suffix='.jpg', seg_map_suffix='.png')
+            shrink(dataset.pipeline)
         cfg.train_dataloader.batch_size = 2
         if 'min_pixels' in cfg.train_dataloader.sampler:
             cfg.train_dataloader.sampler.min_pixels = 1

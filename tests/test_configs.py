@@ -170,6 +170,43 @@ def test_a_sliding_window_differs_in_the_test_alone(name):
     assert ours == base
 
 
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'resunet' in name and 'tversky' in name])
+def test_a_binary_resunet_has_the_same_head_on_every_level_of_the_decoder(name):
+    model = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py').model
+    width = model.backbone.base_channels
+    heads = [model.decode_head, *model.auxiliary_head]
+    assert [(head.in_index, head.in_channels) for head in heads] == [(4 - k, width * 2**k) for k in range(4)]
+    weights = [head.loss_decode.pop('loss_weight') for head in heads]
+    assert weights == sorted(weights, reverse=True)
+    for head in heads:
+        assert (head.num_classes, head.out_channels, head.threshold) == (2, 1, 0.5)
+        assert head.norm_cfg == model.backbone.norm_cfg == dict(type='GN', num_groups=8)
+        tversky = dict(alpha=0.3, beta=0.7, gamma=0.75, class_weight='auto')
+        assert head.loss_decode == dict(type='WeightedTverskyLoss', **tversky)
+
+
+@pytest.mark.slow
+def test_aerial_images_are_tested_in_windows_and_lose_small_regions(small_config, monkeypatch):
+    (name,) = (name for name in CONFIGS if 'loveda' in name)
+    cfg = Config.fromfile(REPOSITORY / 'configs' / f'{name}.py')
+    window = cfg.model.test_cfg
+    assert (window.mode, window.crop_size) == ('slide', cfg.crop_size)
+    cfg = small_config(name)
+    cfg.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(43, 43))
+    cfg.model.backbone.base_channels = 4
+    cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels = 4, 8
+    areas = []
+
+    def recorded(labels, area):
+        areas.append((labels.shape, area))
+        return labels
+
+    monkeypatch.setattr('mmseg_imbalance.decisions.remove_small', recorded)
+    adapt_to_cpu(cfg)
+    Runner.from_cfg(cfg).test()
+    assert areas == [((72, 96), 100)] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SLIDING)
 def test_a_sliding_window_covers_the_image_in_windows_of_the_training_size(camvid, monkeypatch, name):

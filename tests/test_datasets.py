@@ -11,7 +11,8 @@ from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from mmseg_imbalance.datasets import CamVidDataset
+from mmseg_imbalance import count_classes
+from mmseg_imbalance.datasets import CamVidDataset, MergedClassDataset
 
 CAMVID = Path(__file__).parents[2] / 'shared' / 'camvid'
 # Published counts of the 367 train images, classes 0..10, then unlabelled.
@@ -98,6 +99,66 @@ def test_default_metric_ignores_unlabelled(root):
     metric.dataset_meta = dataset.metainfo
     metric.process({}, [sample.to_dict()])
     assert metric.evaluate(size=1)['mIoU'] == 100
+
+
+def merged(root, classes_of_labels, **options):
+    prefix = dict(img_path='images/train', seg_map_path='annotations/train')
+    return MergedClassDataset(
+        classes_of_labels, data_root=str(root), data_prefix=prefix, pipeline=[LoadAnnotations()], **options
+    )
+
+
+def test_merged_classes_are_loaded_and_counted_as_one(root):
+    dataset = merged(root, ['background', *['defect'] * 11])
+    assert dataset.metainfo['classes'] == ('background', 'defect')
+    assert dataset[0]['gt_seg_map'][:, 0].tolist() == [0] + [1] * 11
+    frequency = count_classes(dataset)
+    assert frequency.classes == ('background', 'defect')
+    assert frequency.pixels.tolist() == [5, 55]
+
+
+def test_classes_of_metainfo_set_the_order_and_others_are_ignored(root):
+    names = ['sky', *['thing'] * 5, *['stuff'] * 6]
+    dataset = merged(root, names, metainfo=dict(classes=('stuff', 'sky')))
+    assert dataset[0]['gt_seg_map'][:, 0].tolist() == [1, *[255] * 5, *[0] * 6]
+    assert count_classes(dataset).pixels.tolist() == [30, 5]
+
+
+def test_a_label_without_a_class_is_an_error_of_counting(root):
+    with pytest.raises(ValueError, match='labels out of range'):
+        count_classes(merged(root, ['background', *['defect'] * 10]))
+
+
+def test_255_stays_ignored(root):
+    path = root / 'annotations/train/a.png'
+    label = np.array(Image.open(path))
+    label[:2] = 255
+    Image.fromarray(label).save(path)
+    dataset = merged(root, ['background', *['defect'] * 11])
+    assert dataset[0]['gt_seg_map'][:, 0].tolist() == [255] * 2 + [1] * 10
+
+
+@pytest.mark.parametrize('scope', ['', 'mmseg_imbalance.'])
+def test_merging_is_built_from_a_config(root, scope):
+    names = ['background', *['defect'] * 11]
+    prefix = dict(img_path='images/train', seg_map_path='annotations/train')
+    options = dict(classes_of_labels=names, data_root=str(root), data_prefix=prefix)
+    dataset = DATASETS.build(dict(type=f'{scope}MergedClassDataset', **options))
+    assert dataset.get_data_info(0)['label_map'] == {0: 0} | dict.fromkeys(range(1, 12), 1)
+
+
+@pytest.mark.parametrize(
+    ('names', 'metainfo', 'message'),
+    [
+        ('background', None, "classes_of_labels='background'"),
+        ([], None, r'classes_of_labels=\[\]'),
+        (['sky', 3], None, r"classes_of_labels=\['sky', 3\]"),
+        (['sky', 'road'], dict(classes=('sky', 'lorry')), r"no label is of \['lorry'\]"),
+    ],
+)
+def test_merging_that_names_no_classes_is_refused(root, names, metainfo, message):
+    with pytest.raises(ValueError, match=message):
+        merged(root, names, metainfo=metainfo)
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f'real CamVid is not at {CAMVID}')
