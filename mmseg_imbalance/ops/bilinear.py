@@ -12,6 +12,27 @@ from torch import Tensor
 COLUMN_BLOCK = 128
 
 
+class Taps(NamedTuple):
+    """The two cells of a small axis that each output of a large one lies between, (large,) each."""
+
+    low: np.ndarray  # int64, the first one
+    high: np.ndarray  # int64, the other one
+    distance: np.ndarray  # float64, from the first
+
+
+def taps(small: int, large: int, align_corners: bool) -> Taps:
+    """Of an axis, as ``F.interpolate`` has them."""
+    i = np.arange(large, dtype=np.float64)
+    if align_corners:
+        x = i * ((small - 1) / max(large - 1, 1))
+    else:
+        x = np.maximum((i + 0.5) * (small / large) - 0.5, 0)
+    low = np.minimum(x.astype(np.int64), small - 1)
+    # where nothing is resized an output is its cell, as in torch, whatever lies beside it
+    high = low if small == large else np.minimum(low + 1, small - 1)
+    return Taps(low, high, x - low)
+
+
 class Axis(NamedTuple):
     """Where each of the large axis's outputs lies among the cells of the small one."""
 
@@ -23,21 +44,14 @@ class Axis(NamedTuple):
     @classmethod
     def make(cls, small: int, large: int, align_corners: bool, like: Tensor) -> Axis:
         """Of an axis of ``like``, as ``F.interpolate`` has it; numbers are single precision or better."""
-        i = np.arange(large, dtype=np.float64)
-        if align_corners:
-            x = i * ((small - 1) / max(large - 1, 1))
-        else:
-            x = np.maximum((i + 0.5) * (small / large) - 0.5, 0)
-        low = np.minimum(x.astype(np.int64), small - 1)
-        # where nothing is resized an output is its cell, as in torch, whatever lies beside it
-        high = low if small == large else np.minimum(low + 1, small - 1)
+        low, high, distance = taps(small, large, align_corners)
         matrix = np.zeros((large, small))
         every = np.arange(large)
-        matrix[every, low] += 1 - (x - low)
-        matrix[every, high] += x - low
+        matrix[every, low] += 1 - distance
+        matrix[every, high] += distance
         # rounded here: not every device has double precision
         numbers = np.float64 if like.dtype == torch.float64 else np.float32
-        part, banded = (torch.from_numpy(t.astype(numbers)).to(like.device) for t in (x - low, matrix))
+        part, banded = (torch.from_numpy(t.astype(numbers)).to(like.device) for t in (distance, matrix))
         return cls(low, high, part, banded)
 
     def band(self, outputs: slice) -> slice:

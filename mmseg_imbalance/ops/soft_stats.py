@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmseg_imbalance.ops.contract import NOTHING_IGNORED, Options, SoftStats, valid_pixels
 
-BACKENDS = ('eager', 'strips', 'triton')
+BACKENDS = ('eager', 'strips', 'cpu', 'triton')
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -112,23 +112,27 @@ def soft_stats(
 
 
 def _backend(name: str, logits: Tensor, num_groups: int) -> ModuleType:
-    if name == 'triton' or (name == 'auto' and logits.is_cuda):
-        module = _triton()
+    fast = 'triton' if logits.is_cuda else 'cpu'
+    for compiled in (fast,) if name == 'auto' else (name,):
+        if compiled not in ('cpu', 'triton'):
+            continue
+        module = _compiled_backend(compiled)
         reason = module if isinstance(module, str) else module.why_not(logits, num_groups)
         if isinstance(module, ModuleType) and reason is None:
             return module
-        if name == 'triton':
-            raise RuntimeError(f"backend='triton' cannot run: {reason}; backend='auto' takes what can")
+        if name != 'auto':
+            raise RuntimeError(f"backend={name!r} cannot run: {reason}; backend='auto' takes what can")
     return import_module(f'mmseg_imbalance.ops.{"strips" if name == "auto" else name}')
 
 
-@lru_cache(maxsize=1)
-def _triton() -> ModuleType | str:
-    """The Triton backend, or why it cannot be imported."""
+@lru_cache
+def _compiled_backend(name: str) -> ModuleType | str:
+    """The backend that Triton or Numba compiles, or why it cannot be imported."""
     try:
-        return import_module('mmseg_imbalance.ops.triton')
+        return import_module(f'mmseg_imbalance.ops.{name}')
     except ImportError as error:
-        return f'Triton cannot be imported ({error})'
+        compiler = dict(cpu='Numba', triton='Triton')[name]
+        return f'{compiler} cannot be imported ({error})'
 
 
 def check_arguments(
