@@ -4,7 +4,7 @@ import torch
 from mmseg_imbalance.ops import similarity_weight, soft_stats, valid_pixels
 from mmseg_imbalance.ops.contract import sum_dtype
 
-BACKENDS = ['eager', 'strips']
+BACKENDS = ['eager', 'strips', 'auto']
 
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.uint8])

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from mmseg_imbalance import losses, recall, subclass
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats, soft_stats, strips
-from mmseg_imbalance.ops.soft_stats import FLOATS, INTEGERS
+from mmseg_imbalance.ops.soft_stats import FLOATS, INTEGERS, _compiled_backend
+
+cpu = _compiled_backend('cpu')
+needs_numba = pytest.mark.skipif(isinstance(cpu, str), reason=str(cpu))
 
 LOSSES = sorted(
     name
@@ -48,6 +51,9 @@ def settled(examples):
 @pytest.fixture(autouse=True)
 def several_strips(monkeypatch):
     monkeypatch.setattr(strips, 'STRIP_NUMBERS', 60)
+    if not isinstance(cpu, str):
+        monkeypatch.setattr(cpu, 'PART_NUMBERS', 60)
+        monkeypatch.setattr(cpu, 'PIECE_NUMBERS', 20)
 
 
 def with_other_strides(x, swap):
@@ -175,6 +181,20 @@ def test_strips_are_the_definition_with_many_classes(call):
     check_backend(call, 'strips')
 
 
+@needs_numba
+@settled(150)
+@given(calls(dtypes=FLOATS[:3]))
+def test_the_cpu_kernels_are_the_definition(call):
+    check_backend(call, 'cpu')
+
+
+@needs_numba
+@settled(15)
+@given(calls(dtypes=FLOATS[:3], classes=st.sampled_from([127, 128, 255, 256, 257, 300]), most=3))
+def test_the_cpu_kernels_are_the_definition_with_many_classes(call):
+    check_backend(call, 'cpu')
+
+
 @settled(60)
 @given(calls())
 def test_the_definition_in_each_type_is_that_in_double(call):
@@ -182,7 +202,7 @@ def test_the_definition_in_each_type_is_that_in_double(call):
 
 
 @settled(60)
-@given(calls(spoilt=False), st.sampled_from(['eager', 'strips']))
+@given(calls(spoilt=False), st.sampled_from(['eager', 'strips', 'auto']))
 def test_correct_counts_what_argmax_finds(call, backend):
     logits, target, options = call
     logits = logits.float().round()  # with ties

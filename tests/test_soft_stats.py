@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -14,12 +15,14 @@ from mmseg_imbalance.ops import SoftStats, soft_stats, strips
 from mmseg_imbalance.ops.contract import Options
 
 contract = import_module('mmseg_imbalance.ops.soft_stats')  # whose name is also the function's
-triton = contract._triton()
+cpu, triton = (contract._compiled_backend(name) for name in ('cpu', 'triton'))
+CPU = pytest.mark.skipif(isinstance(cpu, str), reason=str(cpu))
 TRITON = (pytest.mark.skipif(isinstance(triton, str), reason=str(triton)), pytest.mark.slow)
 # without a device, Triton's interpreter runs the kernels; conftest.py asks for it
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-ALL = ('eager', 'strips', 'triton')
-BACKENDS = ('eager', 'strips', pytest.param('triton', marks=TRITON))
+MARKS = dict(cpu=CPU, triton=TRITON)
+ALL = ('eager', 'strips', 'cpu', 'triton') if DEVICE.type == 'cpu' else ('eager', 'strips', 'triton')
+BACKENDS = [pytest.param(name, marks=MARKS.get(name, ())) for name in ALL]
 TOLERANCE = {torch.float64: dict(rtol=1e-10, atol=1e-10), torch.float32: dict(rtol=1e-5, atol=2e-5)}
 SUMS = ('nll', 'intersection', 'prediction', 'truth', 'correct')
 DIFFERENTIABLE = ('nll', 'intersection', 'prediction', 'log_prob', 'marked_intersection')
@@ -38,6 +41,9 @@ pytestmark = pytest.mark.usefixtures('uninitialised_is_nan', 'several_parts')
 def several_parts(monkeypatch):
     """Several strips an image, threads, and rows a program, the last ones shorter, also at a test's size."""
     monkeypatch.setattr(strips, 'STRIP_NUMBERS', 500)
+    if not isinstance(cpu, str):
+        monkeypatch.setattr(cpu, 'PART_NUMBERS', 500)
+        monkeypatch.setattr(cpu, 'PIECE_NUMBERS', 30)
     if not isinstance(triton, str):
         monkeypatch.setattr(triton, 'PROGRAMS', 4)
     threads = torch.get_num_threads()
@@ -68,7 +74,9 @@ FEW_SAME_OR_TWICE = [((3, 5), (3, 5)), ((3, 5), (6, 10))]
 
 
 def batch_of(backend):
-    """Triton takes single precision; its interpreter, which takes long for a row of pixels, one image."""
+    """Kernels take single precision; Triton's interpreter, which is slow, takes one image."""
+    if backend == 'cpu':
+        return dict(dtype=torch.float32)
     if backend != 'triton':
         return dict(dtype=torch.float64)
     return dict(dtype=torch.float32, batch=1 if DEVICE.type == 'cpu' else 2)
@@ -77,7 +85,7 @@ def batch_of(backend):
 def each(backends, cases, few_cases):
     """Backends and their cases, which are few for Triton's interpreter."""
     return [
-        pytest.param(name, *case, marks=TRITON if name == 'triton' else ())
+        pytest.param(name, *case, marks=MARKS.get(name, ()))
         for name in backends
         for case in (few_cases if name == 'triton' and DEVICE.type == 'cpu' else cases)
     ]
@@ -398,7 +406,7 @@ def test_expanded_inputs_are_the_same_numbers(make_batch, backend):
     [
         *each(ALL, [(torch.uint8, 256), (torch.int8, 130)], [(torch.uint8, 256), (torch.int8, 130)]),
         # more than Triton's kernels take
-        *each(('eager', 'strips'), [(torch.uint8, 300), (torch.int16, 32769)], []),
+        *each(ALL[:-1], [(torch.uint8, 300), (torch.int16, 32769)], []),
     ],
 )
 def test_narrow_labels_go_with_more_classes_than_they_can_name(backend, dtype, classes):
@@ -723,7 +731,7 @@ class NoDoubles(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize('option', ['plain', 'all'])
 @pytest.mark.parametrize(('logit_size', 'label_size'), SAME_OR_TWICE)
-@pytest.mark.parametrize('backend', ['auto', 'eager'])
+@pytest.mark.parametrize('backend', ['strips', 'eager'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 def test_without_double_precision_the_sums_are_the_same_but_for_rounding(
     make_batch, backend, logit_size, label_size, option, dtype
@@ -1044,19 +1052,110 @@ def test_triton_takes_the_device_on_which_a_kernel_starts(monkeypatch):
 
 
 def test_a_backend_without_its_package_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'mmseg_imbalance.ops.triton', None)
-    contract._triton.cache_clear()
-    with pytest.raises(RuntimeError, match='Triton cannot be imported'):
-        soft_stats(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), backend='triton')
-    assert contract._backend('auto', SimpleNamespace(is_cuda=True), 0) is strips
-    contract._triton.cache_clear()
+    contract._compiled_backend.cache_clear()
+    logits = torch.zeros(1, 2, 1, 1)
+    for name, compiler in (('triton', 'Triton'), ('cpu', 'Numba')):
+        monkeypatch.setitem(sys.modules, f'mmseg_imbalance.ops.{name}', None)
+        with pytest.raises(RuntimeError, match=f'{compiler} cannot be imported'):
+            soft_stats(logits, torch.zeros(1, 1, 1, dtype=torch.long), backend=name)
+    for is_cuda in (False, True):
+        assert contract._backend('auto', SimpleNamespace(is_cuda=is_cuda), 0) is strips
+    contract._compiled_backend.cache_clear()
+
+
+@CPU
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_auto_takes_the_cpu_kernels_but_not_for_float64(dtype):
+    logits = torch.zeros(1, 2, 1, 1, dtype=dtype)
+    assert contract._backend('auto', logits, 0) is (strips if dtype == torch.float64 else cpu)
+    if dtype == torch.float64:
+        with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run: .*the logits are float64"):
+            contract._backend('cpu', logits, 0)
+
+
+@CPU
+@pytest.mark.skipif(DEVICE.type == 'cpu', reason='needs another device than a CPU')
+def test_the_cpu_kernels_refuse_another_device():
+    with pytest.raises(RuntimeError, match='it runs on a CPU and the logits are on cuda'):
+        contract._backend('cpu', torch.zeros(1, 2, 1, 1, device=DEVICE), 0)
+
+
+@CPU
+def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads(make_batch):
+    logits, target = make_batch((5, 7), (37, 51), dtype=torch.float32)
+    options = options_for('all', target)
+    options.pop('with_log_prob')
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        stats = soft_stats(logits, target, backend='cpu', **options)
+        found.append((stats.nll, stats.prediction, gradients(logits, target, 'cpu', **options)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@CPU
+def test_exp_and_log_of_the_cpu_kernels_are_exact_to_single_precision():
+    x = np.linspace(-87, 0, 100_001, dtype=np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs([cpu.kernels.exp(value) for value in x] / exact - 1).max() < 1.5e-7
+    assert cpu.kernels.exp(np.float32(-87.1)) == cpu.kernels.exp(np.float32(-np.inf)) == 0
+    assert np.isnan([f(np.float32(np.nan)) for f in (cpu.kernels.exp, cpu.kernels.log)]).all()
+    x = np.geomspace(1, 1024, 100_001, dtype=np.float32)
+    assert np.abs([cpu.kernels.log(value) for value in x] - np.log(x.astype(np.float64))).max() < 5e-7
+
+
+@CPU
+@pytest.mark.slow
+@pytest.mark.parametrize('kept', [True, False])
+def test_the_cpu_kernels_are_kept_on_disk_where_there_is_a_place(kept, tmp_path):
+    """A child that forks after the first pass, as a data loader does, makes one too."""
+    package, folder = tmp_path / 'ops', tmp_path / 'cache'
+    package.mkdir()
+    for name in (
+        '__init__',
+        'cpu',
+        'cpu_kernels',
+        'bilinear',
+        'contract',
+        'threads',
+        'soft_stats',
+        'similarity',
+    ):
+        text = Path(strips.__file__).with_name(f'{name}.py').read_text()
+        (package / f'{name}.py').write_text(text.replace('mmseg_imbalance.ops', 'ops'))
+    script = """
+import multiprocessing, sys, time, torch
+import ops.cpu, ops.soft_stats
+def use(_=None):
+    leaf = torch.randn(1, 3, 64, 64).requires_grad_()
+    ops.soft_stats(leaf, torch.ones(1, 64, 64, dtype=torch.long), backend='cpu').nll.sum().backward()
+    return leaf.grad.isfinite().all().item()
+assert not ops.cpu.kernels.sum_rows.signatures, 'compiled at import'
+torch.set_num_threads(2)
+assert use() and all(multiprocessing.get_context('fork').Pool(2).map(use, range(4)))
+print(sum(ops.cpu.kernels.sum_rows.stats.cache_hits.values()))
+"""
+    # a file in the way of each folder in which Numba would keep what it compiles
+    (package / '__pycache__').write_text('')
+    (tmp_path / 'no').write_text('')
+    environment = {**os.environ, 'HOME': str(tmp_path / 'no'), 'XDG_CACHE_HOME': str(tmp_path / 'no')}
+    environment |= dict(NUMBA_CACHE_DIR=str(folder)) if kept else {}
+    hits = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, '-c', script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        hits.append(done.stdout.split()[-1])
+    assert hits == (['0', '1'] if kept else ['0', '0'])
 
 
 @pytest.mark.parametrize(('reason', 'chosen'), [(None, 'kernels'), ('float64', 'strips')])
 def test_auto_takes_triton_on_cuda_where_it_can_run(monkeypatch, reason, chosen):
     kernels = ModuleType('kernels')
     kernels.why_not = lambda logits, num_groups: reason
-    monkeypatch.setattr(contract, '_triton', lambda: kernels)
+    monkeypatch.setattr(contract, '_compiled_backend', lambda name: kernels if name == 'triton' else 'none')
     assert contract._backend('auto', SimpleNamespace(is_cuda=False), 0) is strips
     assert contract._backend('auto', SimpleNamespace(is_cuda=True), 0).__name__.endswith(chosen)
 
