@@ -57,8 +57,8 @@ def soft_stats(
         group: (B, H, W), integers in [0, num_groups) on valid pixels; gives the ``group`` sums.
         marked: (B, H, W), bool or uint8, other than 0 on marked pixels; gives the ``marked`` sums.
         align_corners: as in ``F.interpolate``; matters where (h, w) != (H, W).
-        backend: 'eager' (the definition), 'strips' (bounded memory, any device), 'triton' (CUDA kernels)
-            or 'auto': triton for CUDA tensors where it can run, else strips.
+        backend: 'eager' (the definition), 'strips' (bounded memory, any device), 'cpu' (kernels compiled by
+            Numba), 'triton' (CUDA kernels), or 'auto': the kernels where they can run, else strips.
 
     Whatever lies under ignored pixels, NaN and infinity too, has no effect and gets a gradient of 0. In
     smaller logits a pixel that is resized from a cell of NaN is NaN, as in torch.

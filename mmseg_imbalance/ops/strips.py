@@ -1,12 +1,12 @@
 """The soft statistics strip by strip: bounded memory, softmax recomputed in backward.
 
-Each thread takes some rows of an image and walks them in strips that fit the cache. From small logits, it
-first resizes the columns of the source rows that it needs, (C, k, w) to (C, k, W), block by block of a banded
-matrix; a strip takes its rows from there, and the gradient goes back through the transposed matrices.
+A part of an image is walked in strips. From small logits, the columns of the source rows that a part needs
+are resized first, (C, k, w) to (C, k, W); a strip takes its rows from there, and the gradient goes back
+through transposed banded matrices.
 
-Each CPU thread takes rows of its own. Splitting every operation among the threads would be slower: a strip is
-dozens of short operations, and after each of them all threads would wait for the slowest one. That costs a
-multiple where other processes, such as data loaders, want the same cores.
+Any device can do this. :mod:`~mmseg_imbalance.ops.cpu` and :mod:`~mmseg_imbalance.ops.triton` are faster
+where they can run. On a CPU each thread takes parts of its own: a strip is dozens of short operations, and
+threads that share them would wait for the slowest one after each.
 
 Backward, with p recomputed and the gradients gN, gI, gP, gL of nll, intersection, prediction, log_prob, for a
 pixel of label y and weight m:
@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -65,15 +64,10 @@ class _Part:
         target: Tensor,
         o: Options,
         axes: tuple[Axis, Axis] | None,
-        by_matrix: bool,
         image: int,
         rows: slice,
     ) -> None:
         self.logits, self.o, self.axes, self.image, self.rows = logits.detach()[image], o, axes, image, rows
-        self.by_matrix = by_matrix
-        # logits under ignored pixels count as 0; on CPU where they are seen to do harm, as other devices than
-        # the CPU would have to wait for the answer
-        self.masked = not logits.is_cpu
         self.target = target[image, rows].contiguous()  # (R, W)
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         self.sum_dtype = sum_dtype(logits)
@@ -94,37 +88,23 @@ class _Part:
         """Which pixels are marked, (R, W)."""
         return None if self.o.marked is None else self.o.marked[self.image, self.rows] != 0
 
-    def below_top(self, valid: Tensor) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
-        """z - max z over the classes, (C, r, W), strip by strip, and what calculates the same once more.
+    def below_top(self, valid: Tensor) -> Iterator[Tensor]:
+        """z - max z over the classes, (C, r, W), strip by strip; of ignored pixels 0.
 
-        z: logits at label size with their bias. All strips share one buffer: fresh ones would be paged in
-        again each time.
+        z: logits at label size with their bias.
         """
-        z, width = self.logits, self.target.shape[1]
+        z, bias = self.logits, self.o.logit_bias
         if self.axes is not None:
             z = self._columns(self.axes[1])
-        buffer = torch.empty(len(z) * self.step * width, dtype=self.dtype, device=z.device)
         for rows, counted in zip(self.strips(), valid.split(self.step), strict=True):
-            shape = (len(z), rows.stop - rows.start, width)
-            strip = partial(self._below_top, z, rows, counted)
-            yield strip(buffer[: math.prod(shape)].view(shape)), strip
-
-    def _below_top(self, z: Tensor, rows: slice, valid: Tensor, out: Tensor | None = None) -> Tensor:
-        bias = self.o.logit_bias
-        if self.axes is not None and self.by_matrix:
-            matrix, band = self.resize(rows)
-            here = torch.matmul(matrix, z[:, band], out=out)
-        elif self.axes is not None:
-            here = self.axes[0].between(z, 1, rows, self.band.start)
-        else:
-            here = z[:, rows]
-            if bias is not None:
-                here = torch.add(here, bias.to(self.dtype)[:, None, None], out=out)
-            elif z.dtype != self.dtype:
-                here = here.to(self.dtype)
-        if self.masked:
-            here = here.masked_fill(~valid, 0)
-        return torch.sub(here, here.amax(0), out=out)
+            if self.axes is not None:
+                here = self.axes[0].between(z, 1, rows, self.band.start)
+            else:
+                here = z[:, rows].to(self.dtype)
+                if bias is not None:
+                    here = here + bias.to(self.dtype)[:, None, None]
+            here = here.masked_fill(~counted, 0)
+            yield here.sub_(here.amax(0))
 
     def strips(self) -> Iterator[slice]:
         """Their rows of the image."""
@@ -143,12 +123,7 @@ class _Part:
         small = self.logits[:, self.band].to(self.dtype)
         if self.o.logit_bias is not None:
             small = small + self.o.logit_bias.to(self.dtype)[:, None, None]
-        if not self.by_matrix:
-            return axis.between(small, 2, slice(0, self.target.shape[1]))
-        columns = small.new_empty(*small.shape[:2], self.target.shape[1])
-        for cells, outputs, block in axis.blocks():
-            columns[:, :, outputs] = small[:, :, cells] @ block.T
-        return columns
+        return axis.between(small, 2, slice(0, self.target.shape[1]))
 
     def from_columns(self, grad: Tensor, axis: Axis) -> Tensor:
         """The transposed resize: (C, k, W) to (C, k, w)."""
@@ -163,25 +138,19 @@ def _strip_rows(classes: int, width: int) -> int:
 
 
 def _split(logits: Tensor, target: Tensor, o: Options) -> list[_Part]:
-    """All images, each in parts of a few strips, and in enough of them for the threads."""
+    """All images, each in parts of a few strips."""
     (batch, height, width), (h, w) = target.shape, logits.shape[2:]
-    axes, by_matrix = None, False
+    axes = None
     if (h, w) != (height, width):
         axes = (
             Axis.make(h, height, o.align_corners, logits),
             Axis.make(w, width, o.align_corners, logits),
         )
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        by_matrix = logits.is_cpu and bool(logits.detach().sum(dtype=dtype).isfinite())
     strips = math.ceil(height / _strip_rows(logits.shape[1], width))
     parts = math.ceil(strips / STRIPS_PER_PART)
-    if logits.is_cpu:
-        threads = min(torch.get_num_threads(), 2 * strips, height)
-        # as many for each thread
-        parts = math.ceil(max(parts, threads) / threads) * threads
-    ends = [height * i // parts for i in range(min(parts, height) + 1)]
+    ends = [height * i // parts for i in range(parts + 1)]
     rows = [slice(start, stop) for start, stop in pairwise(ends)]
-    return [_Part(logits, target, o, axes, by_matrix, b, r) for b in range(batch) for r in rows]
+    return [_Part(logits, target, o, axes, b, r) for b in range(batch) for r in rows]
 
 
 def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -190,19 +159,6 @@ def _focal(log_p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     miss = miss.clamp_min(torch.finfo(miss.dtype).tiny)
     power = miss**gamma
     return -power * log_p, gamma * power / miss * p * log_p - power
-
-
-def _is_first(e: Tensor, below: Tensor, total: Tensor, y: Tensor, exactly: Callable[[], Tensor]) -> Tensor:
-    """Whether the largest logit, the first one among equals, is that of y, (r, W)."""
-    hit = (below == 0).flatten()
-    # argmax is slow on CPU, so it is done only where classes share the maximum, which takes a sum of 2 at
-    # least; exp makes 1 of what is close to the maximum too, so z - max z is needed again
-    near = (hit & (total >= 2).flatten()).nonzero()[:, 0]
-    shared = (e.flatten(1).index_select(1, near) == 1).sum(0, dtype=torch.int32) > 1
-    if shared.any():
-        tied = near[shared]
-        hit[tied] = exactly().flatten(1)[:, tied].argmax(0) == y.flatten()[tied]
-    return hit.view_as(below)
 
 
 class _Sums(NamedTuple):
@@ -244,28 +200,19 @@ def _sums(part: _Part) -> _Sums:
     prediction = m.new_zeros(classes, dtype=part.sum_dtype)
     log_prob = torch.zeros_like(prediction) if o.with_log_prob else None
     by_strip = (values.split(part.step) for values in (y, m, below, total, hit))
-    for (e, exactly), (e_y, e_m, e_below, e_total, e_hit) in zip(
+    for e, (e_y, e_m, e_below, e_total, e_hit) in zip(
         part.below_top(valid), zip(*by_strip, strict=True), strict=True
     ):
         torch.gather(e, 0, e_y[None], out=e_below[None])  # exact for logits of any size
         if log_prob is not None:
             log_prob += e.flatten(1) @ e_m.flatten()
-        if not e.is_cpu:
-            e_hit.copy_(e.argmax(0) == e_y)
+        e_hit.copy_(e.argmax(0) == e_y)
         torch.sum(e.exp_(), 0, out=e_total)
-        if e.is_cpu:
-            e_hit.copy_(_is_first(e, e_below, e_total, e_y, exactly))
         factor = e_m / e_total
         if o.square_prediction:
             e, factor = e.square_(), factor.div_(e_total)
         prediction += e.flatten(1) @ factor.flatten()
 
-    if not part.masked:
-        # under ignored pixels anything may lie, and 0 times what is not finite is not 0
-        seen = total.sum() + below.sum()
-        if not (seen if log_prob is None else seen + log_prob.sum()).isfinite():
-            part.masked = True
-            return _sums(part)
     log_total = total.log_()
     if log_prob is not None:
         log_prob -= (m * log_total).sum(dtype=part.sum_dtype)
@@ -397,7 +344,7 @@ def _gradient(part: _Part, g: _Upstream, grad: Tensor, weight_grad: Tensor | Non
     columns = None
     if part.axes is not None:
         columns = grad.new_zeros(len(part.logits), part.band.stop - part.band.start, y.shape[1])  # (C, k, W)
-    for (e, _), rows in zip(part.below_top(valid), part.strips(), strict=True):
+    for e, rows in zip(part.below_top(valid), part.strips(), strict=True):
         here = slice(rows.start - part.rows.start, rows.stop - part.rows.start)
         pixels = y[here], m[here], [None if values is None else values[here] for values in by_label]
         if weight_grad is not None:
@@ -432,7 +379,7 @@ class _SoftStats(torch.autograd.Function):
             None if of[0] is None else torch.stack(of) for of in zip(*images, strict=True)
         )
         ctx.save_for_backward(logits, target)
-        ctx.options, ctx.masked = o, any(part.masked for part in parts)
+        ctx.options = o
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         nll, intersection, truth, *of_marked = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
@@ -462,8 +409,6 @@ class _SoftStats(torch.autograd.Function):
             )
         with torch.autocast(logits.device.type, enabled=False):
             parts = _split(logits, target, ctx.options)
-            for part in parts:
-                part.masked = ctx.masked
             if parts[0].axes is None:
                 grad = logits.new_zeros(logits.shape)
             else:
