@@ -209,6 +209,32 @@ def test_training_steps_of_the_frameworks_heads_and_of_ours(run, small_steps, dt
         assert (record['batch'], record['logits']) == ('2x3x32x32', f'{step} step')
 
 
+@pytest.mark.slow
+def test_training_steps_of_the_methods_of_a_suite(run, tmp_path):
+    config = REPOSITORY / 'configs/experiments/segformer_efficientnet-lite0_1xb8-2k_camvid-240x180.py'
+    suite = tmp_path / 'suite.py'
+    suite.write_text(f"""
+loss = dict(_delete_=True, type='SkeletonRecallLoss', class_weight='auto', logit_adjustment=0.5)
+datasets = dict(camvid={str(config)!r})
+schedules = dict(short=2)
+methods = {{
+    'cross-entropy': dict(),
+    'tubes': dict(model=dict(decode_head=dict(loss_decode=loss)), augment=[dict(type='SkeletonTubes')]),
+    'cross-entropy, bias': dict(fit_bias='cross-entropy'),
+    'paste': dict(augment=[dict(type='RareClassPaste')]),
+}}
+runs = [dict(dataset='camvid', schedule='short', seeds=1)]
+""")
+    options = ['--scale', '--rounds', 1, '--step-size', '64x64', '--suite', suite]
+    status, records = run('--device', 'cpu', *options)
+    assert status == 0
+    # of another loader alone the step is the same, and what is not trained has none
+    assert [record['loss'] for record in records] == ['cross-entropy', 'tubes']
+    for record in records:
+        assert record['ms'] > 0
+        assert (record['batch'], record['logits']) == ('8x3x64x64', 'camvid step')
+
+
 def test_by_default_every_backend_takes_part():
     assert parse([]).backend == list(BACKENDS)
     assert tuple(steps.STEPS) == STEPS

@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -18,6 +19,7 @@ from mmseg_imbalance.benchmark.formulas import ce_and_dice, over_all_pixels
 from mmseg_imbalance.class_balance import ClassWatcher
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.shipped import configs
+from mmseg_imbalance.suite import Suite, SuiteRun, on_this_machine
 
 STEPS = {  # MMSegmentation's config, and ours
     'segformer': (
@@ -47,7 +49,9 @@ class StepTrial:
         self.data, self.watchers = data, []
         for module in list(self.model.modules()):
             if isinstance(module, WeightedLoss):
-                module.class_weight.set_weights(weight)
+                for class_weight in module.class_weights:
+                    class_weight.set_weights(weight)
+                    class_weight.set_pixels(weight.cpu())  # any numbers: what they are takes no time
                 if watched:
                     watcher = ClassWatcher()
                     watcher.with_gradient = True
@@ -98,19 +102,12 @@ def step_case(name, args):
     for head in ('decode_head', 'auxiliary_head'):
         if head in ours.model:
             mixed.model[head].loss_decode = ours.model[head].loss_decode
-    size, batch = args.step_size or theirs.crop_size, theirs.train_dataloader.batch_size
-    torch.manual_seed(0)
-    labels, _ = make_labels((batch, *size), theirs.model.decode_head.num_classes, args.ignored)
-    data = dict(
-        inputs=list(torch.randint(256, (batch, 3, *size), dtype=torch.uint8)),
-        data_samples=[SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels],
-    )
-    weight = torch.linspace(0.2, 3, theirs.model.decode_head.num_classes, device=args.device)
+    data, weight, batch = make_images(theirs, args)
     gpu = args.device == 'cuda'
     amp = dict(type='AmpOptimWrapper', dtype=args.dtype) if gpu else dict(type='CPUAmpOptimWrapper')
     for cfg in (theirs, ours, mixed):
         cfg.model.pretrained = None
-        cfg.model.data_preprocessor.size = tuple(size)
+        cfg.model.data_preprocessor.size = batch[2:]
         cfg.optim_wrapper.update({} if args.dtype == 'float32' else amp)
 
     @lru_cache(maxsize=1)
@@ -127,4 +124,51 @@ def step_case(name, args):
         row('Feature head, our CE + Dice', ours, ce_and_dice),
         row('the same, watched by ClassBalanceHook', ours, ce_and_dice, watched=True),
     ]
-    return Case(by(batch, 3, *size), f'{name} step', rows)
+    return Case(by(*batch), f'{name} step', rows)
+
+
+def suite_case(path, args):
+    """The training step of each method of a suite, of its first data set; what the loader does is not in it.
+
+    Methods whose model and losses are those of an earlier one are left out.
+    """
+    suite = Suite(path)
+    group = suite.groups[0]
+    configs_of = {
+        method: suite.config(SuiteRun(suite.name, group['dataset'], group['schedule'], method, 0))
+        for method in suite.methods
+        if suite.trained_as(method) == method
+    }
+    first = next(iter(configs_of.values()))
+    init_default_scope(first.get('default_scope', 'mmseg'))
+    data, weight, batch = make_images(first, args)
+    rows = []
+    for method, cfg in configs_of.items():
+        cfg.model.data_preprocessor.size = batch[2:]
+        on_this_machine(cfg, '', 0, args.dtype == 'float32', args.device == 'cuda')
+        if cfg.model not in [other.model for _, other in rows]:
+            rows.append((method, cfg))
+    return Case(
+        by(*batch),
+        f'{group["dataset"]} step',
+        # the losses differ, so each is held against itself, made anew
+        [
+            Row(method, trial, lambda trial=trial: trial().result(), ours=method != next(iter(configs_of)))
+            for method, trial in ((m, partial(StepTrial, cfg, data, weight)) for m, cfg in rows)
+        ],
+    )
+
+
+def make_images(cfg, args):
+    """A batch of a config's training, class weights (C,), and the size of the batch."""
+    size, number = args.step_size or cfg.crop_size, cfg.train_dataloader.batch_size
+    classes = cfg.model.decode_head.num_classes
+    torch.manual_seed(0)
+    labels, _ = make_labels((number, *size), classes, args.ignored)
+    tubes = torch.randint(2, labels.shape)
+    samples = [
+        SegDataSample(gt_sem_seg=PixelData(data=label[None]), gt_edge_map=PixelData(data=tube[None]))
+        for label, tube in zip(labels, tubes, strict=True)
+    ]
+    data = dict(inputs=list(torch.randint(256, (number, 3, *size), dtype=torch.uint8)), data_samples=samples)
+    return data, torch.linspace(0.2, 3, classes, device=args.device), (number, 3, *size)

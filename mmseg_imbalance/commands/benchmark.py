@@ -30,7 +30,8 @@ What is not installed is skipped; pip install 'mmseg-imbalance[benchmark]'
 brings the other libraries."""
 EXAMPLE = """\
 --rounds 9 --markdown table.md --plot table.png
---scale --step segformer deeplabv3"""
+--scale --step segformer deeplabv3
+--scale --suite configs/experiments/suite.py"""
 STEPS = ('segformer', 'deeplabv3')
 
 
@@ -66,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs='*',
         default=[8, 4, 1],
         metavar='X',
-        help='label size / logit size; default 8 4 1; nothing after it: only --step',
+        help='label size / logit size; default 8 4 1; nothing after it: only --step and --suite',
     )
     add(
         '--dtype',
@@ -91,6 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add('--subclass', action='store_true', help='the subclassified losses too')
     add('--step', nargs='+', choices=STEPS, default=[], help='whole training steps of these models too')
+    add('--suite', metavar='FILE', help='training steps of the methods of a suite file too')
     add('--step-size', type=_size, metavar='HxW', help='of their images; default: the crops of their configs')
     for form, what in (
         ('json', 'all numbers'),
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     need_mmsegmentation()
     from mmseg_imbalance.benchmark.losses import loss_case
     from mmseg_imbalance.benchmark.measuring import copy_bandwidth, examine, keep_freed_blocks, machine, race
-    from mmseg_imbalance.benchmark.steps import step_case
+    from mmseg_imbalance.benchmark.steps import step_case, suite_case
     from mmseg_imbalance.benchmark.subclasses import similarity_case, subclass_case
     from mmseg_imbalance.benchmark.tables import cells, markdown, plot, record, show
 
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         cases += [partial(subclass_case, *shape) for shape in shapes if shape[2] > 1]
         cases += [partial(similarity_case, *shape) for shape in shapes]
     cases += [partial(step_case, name) for name in args.step]
+    cases += [partial(suite_case, args.suite)] if args.suite else []
     # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
     keep_freed_blocks(False)
     examined = [examine(case(args), args) for case in cases]
