@@ -151,45 +151,67 @@ def from_columns(columns, low, high, part, out):
 
 
 @compiled()
-def _softmax(z, row, above, part, start, label, ignored, piece):
-    """Fill a piece of a row: see :func:`_piece`. What is not finite under ignored pixels counts as 0."""
-    e, total, top, largest, below = piece
+def _softmax(z, row, above, part, start, label, ignored, by_class, square, piece):
+    """Fill a piece of a row: see :func:`_piece`. What is not finite under ignored pixels counts as 0.
+
+    ``by_class``: (C,), or (0,) where no mean is asked for.
+    """
+    lifted, e, total, top, largest, below, mean = piece
     n, resized, rest = len(label), row != above, ONE - part
     for x in range(n):
-        total[x], top[x], largest[x] = ZERO, -np.inf, ZERO
+        total[x], top[x], largest[x], mean[x] = ZERO, -np.inf, ZERO, ZERO
     for c in range(len(z)):
-        first, second, logits, number = z[c, row, start:], z[c, above, start:], e[c], f32(c)
+        first, second, number = z[c, row, start:], z[c, above, start:], f32(c)
+        logits = lifted[c] if resized else first
         if resized:
             for x in range(n):
                 logits[x] = rest * first[x] + part * second[x]
-        else:
-            for x in range(n):
-                logits[x] = first[x]
         for x in range(n):
             larger = logits[x] > top[x]
             top[x] = logits[x] if larger else top[x]
             largest[x] = number if larger else largest[x]
     for x in range(n):
-        below[x] = e[label[x], x] - top[x] if label[x] != ignored else ZERO
+        c = label[x]
+        if c == ignored:
+            below[x] = ZERO
+        else:
+            below[x] = (lifted[c, x] if resized else z[c, row, start + x]) - top[x]
     for c in range(len(z)):
-        logits = e[c]
-        for x in range(n):
-            value = exp(logits[x] - top[x])
-            logits[x] = value
-            total[x] += value
+        logits, own = lifted[c] if resized else z[c, row, start:], e[c]
+        if len(by_class) == 0:
+            for x in range(n):
+                value = exp(logits[x] - top[x])
+                own[x] = value
+                total[x] += value
+        elif square:
+            factor = by_class[c]
+            for x in range(n):
+                value = exp(logits[x] - top[x])
+                own[x] = value
+                total[x] += value
+                mean[x] += factor * value * value
+        else:
+            factor = by_class[c]
+            for x in range(n):
+                value = exp(logits[x] - top[x])
+                own[x] = value
+                total[x] += value
+                mean[x] += factor * value
     if not np.isfinite(_dot(total, total, n)):
         for x in range(n):
             if label[x] == ignored and not np.isfinite(total[x]):
-                total[x] = ONE
+                total[x], mean[x] = ONE, ZERO
                 for c in range(len(z)):
                     e[c, x] = ZERO
 
 
 @compiled()
 def _piece(classes, width):
-    """e = exp(z - max z), (C, n), and of each pixel: sum of e, max z, its class, z_y - max z."""
-    row = np.empty((4, width), f32)
-    return np.empty((classes, width), f32), row[0], row[1], row[2], row[3]
+    """Room for a piece: the logits between rows and e = exp(z - max z), (C, n) each, and for each pixel
+    sum_c e_c, max z, its class, z_y - max z of the label y, and sum_c by_class_c e_c, or of e_c^2.
+    """
+    row, of_classes = np.empty((5, width), f32), np.empty((2, classes, width), f32)
+    return of_classes[0], of_classes[1], row[0], row[1], row[2], row[3], row[4]
 
 
 @compiled()
@@ -217,7 +239,8 @@ def sum_rows(
         sums: (6, C): nll, intersection, truth, intersection and truth of marked pixels, prediction.
         log_prob: (C,); recall: (2, C), correct, count; groups: (2, S). Or (0,), (2, 0), (2, 0) for none.
     """
-    piece = e, total, top, largest, below = _piece(len(z), width)
+    piece = _, e, total, top, largest, below, _ = _piece(len(z), width)
+    no_mean = np.empty(0, f32)
     m, factor, log_total = np.empty(width, f32), np.empty(width, f32), np.empty(width, f32)
     nll, p = np.empty(width, f32), np.empty(width, f32)
     correct = 0
@@ -226,7 +249,7 @@ def sum_rows(
         for start in range(0, target.shape[1], width):
             label = target[r, start : start + width]
             n = len(label)
-            _softmax(z, row, above, part, start, label, ignored, piece)
+            _softmax(z, row, above, part, start, label, ignored, no_mean, square, piece)
             _weigh(label, ignored, weight[r], start, m)
             for x in range(n):
                 log_total[x] = log(total[x])
@@ -300,40 +323,28 @@ def gradient_of_rows(
     """
     by_nll, by_intersection, by_truth, by_marked, by_marked_truth, by_prediction, by_log_prob = upstream
     by_all = by_log_prob.sum()
-    piece = e, total, top, _, below = _piece(len(z), width)
-    m, factor, own = np.empty(width, f32), np.empty(width, f32), np.empty(width, f32)
-    mean, added = np.empty(width, f32), np.empty(width, f32)
+    piece = _, e, total, top, _, below, mean = _piece(len(z), width)
+    m, factor = np.empty(width, f32), np.empty(width, f32)
+    own, added = np.empty(width, f32), np.empty(width, f32)
     for r in range(len(target)):
         row, above, part = rows[0][r], rows[1][r], rows[2][r]
+        rest = ONE - part if resized else ONE
         for start in range(0, target.shape[1], width):
             label = target[r, start : start + width]
             n = len(label)
-            _softmax(z, row, above, part, start, label, ignored, piece)
+            _softmax(z, row, above, part, start, label, ignored, by_prediction, square, piece)
             _weigh(label, ignored, weight[r], start, m)
-            for x in range(n):
-                mean[x] = ZERO
-            if square:
-                for c in range(len(z)):
-                    logits, of_class = e[c], by_prediction[c]
-                    for x in range(n):
-                        logits[x] /= total[x]
-                        mean[x] += of_class * logits[x] * logits[x]
-            else:
-                for c in range(len(z)):
-                    logits, of_class = e[c], by_prediction[c]
-                    for x in range(n):
-                        mean[x] += of_class * logits[x]
             for x in range(n):
                 c = label[x] if label[x] != ignored else 0
                 own[x], added[x] = e[c, x] * by_intersection[c], -by_nll[c]
                 if marked.shape[1] > 0 and marked[r, start + x]:
                     own[x] += e[c, x] * by_marked[c]
             for x in range(n):
-                factor[x] = ONE if square else ONE / total[x]
+                factor[x] = ONE / total[x]
             for x in range(n):
                 own[x] *= factor[x]
             for x in range(n):
-                mean[x] *= factor[x]
+                mean[x] *= factor[x] * factor[x] if square else factor[x]
             if weight_grad.shape[1] > 0:
                 for x in range(n):
                     c = label[x]
@@ -359,30 +370,36 @@ def gradient_of_rows(
             for x in range(n):
                 mean[x] = twice * mean[x] + added[x] + by_all
             for x in range(n):
-                factor[x] *= m[x]
+                own[x] = m[x] * factor[x]
             for x in range(n):
                 added[x] *= m[x]
             for c in range(len(z)):
-                logits, of_class = e[c], twice * by_prediction[c]
+                values, of_class, of_log_prob = e[c], twice * by_prediction[c], by_log_prob[c]
+                first, second = grad[c, row, start:], grad[c, above, start:]
                 if square:
                     for x in range(n):
-                        logits[x] = logits[x] * factor[x] * (of_class * logits[x] - mean[x])
+                        values[x] *= own[x] * (of_class * values[x] * factor[x] - mean[x])
+                elif log_prob or resized:
+                    for x in range(n):
+                        values[x] *= own[x] * (of_class - mean[x])
                 else:
                     for x in range(n):
-                        logits[x] = logits[x] * factor[x] * (of_class - mean[x])
+                        first[x] = values[x] * own[x] * (of_class - mean[x])
+                    continue
                 if log_prob:
-                    of_class = by_log_prob[c]
                     for x in range(n):
-                        logits[x] += m[x] * of_class
-            for x in range(n):
-                e[label[x] if label[x] != ignored else 0, x] += added[x]
-            for c in range(len(z)):
-                dz, first, second = e[c], grad[c, row, start:], grad[c, above, start:]
+                        values[x] += m[x] * of_log_prob
                 if resized:
                     for x in range(n):
-                        first[x] += (ONE - part) * dz[x]
+                        first[x] += rest * values[x]
                     for x in range(n):
-                        second[x] += part * dz[x]
+                        second[x] += part * values[x]
                 else:
                     for x in range(n):
-                        first[x] = dz[x]
+                        first[x] = values[x]
+            for x in range(n):
+                c = label[x]
+                if c != ignored:
+                    grad[c, row, start + x] += added[x] * rest
+                    if resized:
+                        grad[c, above, start + x] += added[x] * part
