@@ -11,15 +11,18 @@ width = 16
 # Half of the images hold no defect. Tversky of each image alone ends at a prediction without one, so the sums
 # are those of the batch, and cross-entropy stands beside them.
 loss = dict(type='CombinedWeightedLoss', region='tversky', region_reduction='batch')
+# GroupNorm of so few channels makes all images alike, with a defect or without
+norm_cfg = dict(_delete_=True, type='BN')
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(base_channels=width, stem_stride=2),
-    decode_head=dict(in_channels=width, channels=width, loss_decode=loss),
+    backbone=dict(base_channels=width, stem_stride=2, norm_cfg=norm_cfg),
+    decode_head=dict(in_channels=width, channels=width, norm_cfg=norm_cfg, loss_decode=loss),
     auxiliary_head=[
         dict(
             head,
             in_channels=head['in_channels'] // 4,
             channels=width,
+            norm_cfg=dict(type='BN'),
             loss_decode=dict(head['loss_decode'], **loss),
         )
         for head in _base_.model.auxiliary_head
