@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from mmseg_imbalance.benchmark import losses, steps, subclasses
+from mmseg_imbalance.benchmark import case, counting, losses, steps, subclasses, tables
 from mmseg_imbalance.commands.benchmark import STEPS, main, parse
 from mmseg_imbalance.ops import eager, strips
 from mmseg_imbalance.ops.soft_stats import BACKENDS
@@ -209,9 +209,45 @@ def test_training_steps_of_the_frameworks_heads_and_of_ours(run, small_steps, dt
         assert (record['batch'], record['logits']) == ('2x3x32x32', f'{step} step')
 
 
+def test_counting_beside_decoding_the_same_files(run, capsys):
+    status, records = run('--counting', '--images', 3, '--size', '32x64', '--workers', 0, 1, '--rounds', 2)
+    assert status == 0
+    assert [(record['logits'], record['loss']) for record in records] == [
+        (f'{kind}, {workers} workers', name)
+        for kind in counting.KINDS
+        for workers in (0, 1)
+        for name in ('decode alone', 'count_classes')
+    ]
+    for record in records:
+        assert record['batch'] == '3 files 32x64'
+        assert record['off_by'] == 0
+        assert record['ms'] > 0
+        assert record['MB'] is None
+    assert 'memory' not in capsys.readouterr().out
+
+
+def test_counts_that_are_off_get_no_speed(run, monkeypatch):
+    right = counting.count_classes
+
+    def off(*args, **options):
+        return replace(right(*args, **options), pixels=1 + right(*args, **options).pixels)
+
+    monkeypatch.setattr(counting, 'count_classes', off)
+    status, records = run('--counting', '--images', 1, '--size', '32x64', '--workers', 0, '--rounds', 1)
+    assert status == 1
+    assert [record['ms'] is None for record in records] == [False, True, False, True]
+
+
+def test_time_of_counting_is_per_file():
+    rows = [case.Row('one', None, right=True, seconds=[3.0])]
+    assert tables.record(case.Case('', '', rows, files=2), rows[0], None)['ms'] == 1500
+
+
 def test_by_default_every_backend_takes_part():
     assert parse([]).backend == list(BACKENDS)
     assert tuple(steps.STEPS) == STEPS
+    assert parse([]).size == [(512, 1024)]
+    assert parse(['--counting']).size == [(1024, 2048)]
 
 
 def test_wrong_options_end_with_one_line(capsys):

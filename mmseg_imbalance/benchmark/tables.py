@@ -25,7 +25,7 @@ def record(case, row, bandwidth):
     if row.seconds and row.right:
         median = statistics.median(row.seconds)
         ratios = [mine / its for mine, its in zip(row.seconds, base.seconds, strict=False)]
-        line |= dict(ms=1e3 * median, time_ratio=statistics.median(ratios) if ratios else None)
+        line |= dict(ms=1e3 * median / case.files, time_ratio=statistics.median(ratios) if ratios else None)
         line['bandwidth'] = bandwidth and case.least_bytes and case.least_bytes / median / bandwidth
     return line
 
@@ -39,6 +39,12 @@ def cells(record):
         name: '-' if record[name] is None else format(record[name], form) for name, form in FORMATS.items()
     }
     return dict(batch=record['batch'], logits=record['logits'], loss=record['loss'], **text, note=note)
+
+
+def without_empty(lines):
+    """The lines without columns in which nothing was measured."""
+    empty = {name for name in FORMATS if name != 'ms' and all(line[name] == '-' for line in lines)}
+    return [{name: text for name, text in line.items() if name not in empty} for line in lines]
 
 
 def show(lines, title):
