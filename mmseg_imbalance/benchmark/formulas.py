@@ -25,7 +25,8 @@ def with_dice(dice):
     """0.6 * F.cross_entropy + 0.4 * dice, on logits that are resized once."""
 
     def loss(logits, target, weight):
-        logits, weight = full_size(logits, target), weight.to(logits)
+        logits = full_size(logits, target)
+        weight = weight.to(logits)
         region = dice(logits, target, weight)  # first: the other order holds more at its peak
         return 0.6 * cross_entropy(logits, target, weight) + 0.4 * region
 
