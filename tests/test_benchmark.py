@@ -94,6 +94,16 @@ def test_the_subclassified_loss_beside_cross_entropy_and_the_matrix_product(run)
         assert rows[f'{logits} similarity', 'similarity weights']['off_by'] < 1e-4
 
 
+def test_the_losses_that_look_at_recall(run):
+    status, records = run(*TINY, '--scale', 4, 1, '--no-losses', '--recall')
+    assert status == 0
+    losses = ['WeightedCrossEntropyLoss', 'RecallWeightedLoss', 'SkeletonRecallLoss']
+    assert [record['loss'] for record in records] == 2 * losses
+    for record in records:
+        assert record['off_by'] < 1e-4
+        assert record['ms'] > 0
+
+
 @pytest.mark.parametrize(
     ('name', 'row'), [('cluster_weight', 'clusters, ema'), ('similarity_by_definition', 'similarity')]
 )
@@ -148,6 +158,26 @@ def test_a_backend_that_cannot_run_is_skipped_but_one_that_crashes_is_not(run, m
     error = AttributeError
     with pytest.raises(AttributeError):
         run(*TINY, '--scale', 1, '--no-competitors')
+
+
+def test_bytes_and_exponentials_per_second(run):
+    _, records = run(*TINY, '--batch', 1, '--scale', 4, 1, '--no-competitors', '--bandwidth')
+    for record in records:
+        seconds = record['ms'] / 1e3
+        logits = 4 * 5 * (6 * 10 if record['logits'] == '6x10' else 24 * 40)
+        moved = 3 * logits + 2 * 8 * 24 * 40
+        assert record['GB/s'] == pytest.approx(moved / seconds / 1e9)
+        assert 0 < record['bandwidth'] < 1
+        assert record['Gexp/s'] == pytest.approx(2 * 5 * 24 * 40 / seconds / 1e9)
+
+
+def test_without_mmsegmentation_the_functions_are_measured(run, monkeypatch):
+    monkeypatch.setattr(losses, 'CombinedWeightedLoss', None)
+    status, records = run(*TINY, '--scale', 4, 1, '--no-competitors')
+    assert status == 0
+    for record in records:
+        assert record['off_by'] < 1e-4
+        assert ('functions alone' in record['note']) == record['ours']
 
 
 def test_markdown_and_plot_show_what_the_table_shows(run, nothing_installed, tmp_path):
@@ -252,7 +282,12 @@ def test_by_default_every_backend_takes_part():
 
 
 def test_wrong_options_end_with_one_line(capsys):
-    for options in (['--classes', '300'], ['--device', 'cpu', '--dtype', 'float16', '--step', 'segformer']):
+    for options in (
+        ['--classes', '300'],
+        ['--scale'],
+        ['--no-losses'],
+        ['--device', 'cpu', '--dtype', 'float16', '--step', 'segformer'],
+    ):
         with pytest.raises(SystemExit) as end:
             main(options)
         assert end.value.code == 2
@@ -260,10 +295,8 @@ def test_wrong_options_end_with_one_line(capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_on_cuda_full_size_rows_show_their_bandwidth(run):
+def test_on_cuda_rows_show_their_bandwidth(run):
     status, records = run('--device', 'cuda', '--size', '64x128', '--scale', 8, 1, '--rounds', 2)
     assert status == 0
     for record in records:
-        assert (record['bandwidth'] is not None) == (
-            record['ms'] is not None and record['logits'] == '64x128'
-        )
+        assert (record['bandwidth'] is not None) == (record['ms'] is not None)

@@ -35,7 +35,8 @@ class Case:
     batch: str  # BxCxHxW
     logits: str
     rows: list[Row]
-    least_bytes: int | None = None  # that forward and backward move, where no resize is in between
+    least_bytes: int | None = None  # that forward and backward move
+    exponentials: int | None = None  # that they take: one of each resized logit, twice
     files: int = 1  # that one run reads; time is per file
     memory: bool = True  # of this process, which is not all where others work too
 

@@ -24,9 +24,10 @@ gradient of each row are first compared with its formula in plain PyTorch in
 double: a row that is off gets no speed, and if it is one of this package's the
 exit status is 1. Memory is the peak of what is allocated beyond the inputs,
 the gradient of the logits included; of a training step, beyond the model and
-the optimizer's state. On CUDA with full-size logits, bandwidth is the bytes
-that forward and backward have to move at least, per second, over the bytes per
-second of a large copy.
+the optimizer's state. On CUDA, GB/s are the bytes that forward and backward
+have to move at least, logits and labels read twice and the gradient written
+once; bandwidth is their share of what a large copy moves in that time. Gexp/s
+are the exponentials of two softmaxes at label size.
 
 --counting writes label files into a temporary folder, of street scenes and of
 random labels. Each run decodes all of them, with Pillow as MMSegmentation does,
@@ -96,9 +97,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=True,
         help='losses of other libraries; default: yes',
     )
+    add(
+        '--losses',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='the losses and their competitors; --no-losses: only what the options below add',
+    )
+    add('--recall', action='store_true', help='the losses that look at recall too')
     add('--subclass', action='store_true', help='the subclassified losses too')
     add('--step', nargs='+', choices=STEPS, default=[], help='whole training steps of these models too')
     add('--step-size', type=_size, metavar='HxW', help='of their images; default: the crops of their configs')
+    add(
+        '--bandwidth',
+        action=argparse.BooleanOptionalAction,
+        help='bytes and exponentials per second; default: on CUDA',
+    )
     add('--counting', action='store_true', help='counting label files beside decoding them, nothing else')
     add('--images', type=int, default=64, metavar='N', help='files of --counting; default %(default)s')
     add(
@@ -119,8 +132,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.size = args.size or [(1024, 2048) if args.counting else (512, 1024)]
     if args.counting:
         args.device = 'cpu'
+    if args.bandwidth is None:
+        args.bandwidth = args.device == 'cuda'
     if max(args.classes) > IGNORED:
         options.error(f'--classes: at most {IGNORED}, the label of ignored pixels')
+    on_logits = args.scale and (args.losses or args.recall or args.subclass)
+    if not (on_logits or args.step or args.counting):
+        options.error('nothing to measure: give --scale a number, or add --step or --counting')
     if args.step and args.device == 'cpu' and args.dtype == 'float16':
         options.error('--step on CPU: float32 or bfloat16')
     return args
@@ -128,24 +146,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def find_cases(args: argparse.Namespace, folder: str) -> list[Callable]:
     """The cases that the options ask for, each made from them when it is its turn."""
-    need_mmsegmentation()
-    from mmseg_imbalance.benchmark.counting import counting_cases
-    from mmseg_imbalance.benchmark.losses import loss_case
-    from mmseg_imbalance.benchmark.steps import step_case
-    from mmseg_imbalance.benchmark.subclasses import similarity_case, subclass_case
-
+    if args.counting or args.recall or args.step or args.subclass:
+        need_mmsegmentation()  # the losses have a core without it
     if args.counting:
+        from mmseg_imbalance.benchmark.counting import counting_cases
+
         return counting_cases(folder, args)
     shapes = [
         ((batch, *size), classes, scale)
         for size, classes, batch, scale in product(args.size, args.classes, args.batch, args.scale)
     ]
-    cases = [partial(loss_case, *shape) for shape in shapes]
+    cases = []
+    if args.losses:
+        from mmseg_imbalance.benchmark.losses import loss_case
+
+        cases += [partial(loss_case, *shape) for shape in shapes]
+    if args.recall:
+        from mmseg_imbalance.benchmark.recall import recall_case
+
+        cases += [partial(recall_case, *shape) for shape in shapes]
     if args.subclass:
+        from mmseg_imbalance.benchmark.subclasses import similarity_case, subclass_case
+
         # no head has features of label size
         cases += [partial(subclass_case, *shape) for shape in shapes if shape[2] > 1]
         cases += [partial(similarity_case, *shape) for shape in shapes]
-    return cases + [partial(step_case, name) for name in args.step]
+    if args.step:
+        from mmseg_imbalance.benchmark.steps import step_case
+
+        cases += [partial(step_case, name) for name in args.step]
+    return cases
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     from mmseg_imbalance.benchmark.measuring import copy_bandwidth, examine, keep_freed_blocks, machine, race
     from mmseg_imbalance.benchmark.tables import cells, markdown, plot, record, show, without_empty
 
-    bandwidth = copy_bandwidth() if args.device == 'cuda' else None
+    bandwidth = copy_bandwidth(args.device) if args.bandwidth else None
     with TemporaryDirectory() as folder:
         cases = find_cases(args, folder)
         # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
