@@ -90,14 +90,15 @@ def test_what_needs_mmsegmentation_is_skipped_with_the_reason(start, monkeypatch
 
 def test_tests_are_a_case_whose_summary_is_the_result(start):
     def tests(code):
-        return bench_gpu.Case('tests-kernels', [sys.executable, '-c', f'print("2 ran"); exit({code})'], False)
+        script = f'print("2 passed\\nsee"); exit({code})'
+        return bench_gpu.Case('tests-kernels', [sys.executable, '-c', script], False)
 
     status, table, _ = start(tests(1))
     assert status == 1
-    assert 'None: status 1: 2 ran' in table
+    assert 'None: status 1: 2 passed' in table
     status, table, _ = start(tests(0))
     assert status == 0
-    assert '## tests-kernels\n\n2 ran\n' in table
+    assert '## tests-kernels\n\n2 passed\n' in table
 
 
 def test_the_cases_are_what_is_asked_of_a_gpu():

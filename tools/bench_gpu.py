@@ -7,6 +7,7 @@ ended; another version or another device needs another folder.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -80,12 +81,16 @@ def run(case: Case, out: Path, seconds: float, environment: dict[str, str]) -> s
             done = subprocess.run(command, timeout=seconds, **options)
         except subprocess.TimeoutExpired:
             return f'{CUT} in {seconds:.0f} s'
-    last = [line for line in log.read_text(errors='replace').splitlines() if line.strip()][-1:]
+    lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
+    if not writes:  # libraries may have something to say after pytest
+        summary = re.compile(r'\d (passed|failed|errors?|tests collected)')
+        lines = [line for line in lines if summary.search(line)] or lines
+    last = ''.join(lines[-1:])
     if not writes and done.returncode == 0:
         with write_atomically(result) as file:
-            json.dump(dict(title=' '.join(last), rows=[]), file)
+            json.dump(dict(title=last, rows=[]), file)
     # a benchmark with a row that is off ends with 1, and has been done
-    return '' if result.exists() else f'status {done.returncode}: {" ".join(last)}'
+    return '' if result.exists() else f'status {done.returncode}: {last}'
 
 
 def table(cases: list[Case], out: Path, reasons: dict[str, str]) -> str:
