@@ -9,6 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from mmseg_imbalance.benchmark.tables import FORMATS
+from mmseg_imbalance.commands.benchmark import parse
 
 spec = spec_from_file_location('bench_gpu', REPOSITORY / 'tools' / 'bench_gpu.py')
 bench_gpu = module_from_spec(spec)
@@ -114,6 +115,16 @@ def test_the_cases_are_what_is_asked_of_a_gpu():
         assert cases[f'{model}-float16'][-2:] == ['--step', model]
     assert {'--subclass', '--recall'} < set(cases['others-float16'])
     assert cases.keys() == {case.name for case in bench_gpu.find_cases(dry_run=True)}
+
+
+@pytest.mark.parametrize('dry_run', [False, True])
+def test_the_benchmark_command_knows_their_options(dry_run):
+    cases = [case for case in bench_gpu.find_cases(dry_run) if 'benchmark' in case.command]
+    assert len(cases) == 12
+    for case in cases:
+        args = parse(case.command[case.command.index('benchmark') + 1 :])
+        assert args.bandwidth
+        assert args.device == ('cpu' if dry_run else 'cuda')
 
 
 @pytest.mark.slow

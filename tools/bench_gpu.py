@@ -23,7 +23,7 @@ OTHER_TESTS = ['tests/test_heads.py', 'tests/test_subclass.py']
 DTYPES = ('float16', 'float32', 'bfloat16')
 GPU = ['--device', 'cuda', '--rounds', '5', '--backend', 'eager', 'strips', 'triton']
 SMALL = ['--device', 'cpu', '--rounds', '1', '--backend', 'eager', 'strips', 'triton', '--bandwidth']
-SMALL += ['--size', '16x32', '--step-size', '32x32']
+SMALL += ['--size', '16x32', '--step-size', '64x64']
 LEAST = 15  # seconds, below which no case would come to an end
 NOT_STARTED, CUT, SKIPPED = 'not started', 'did not end', 'skipped'
 
