@@ -4,6 +4,7 @@
 # make test-openmmlab the tests, on upstream MMSegmentation; builds mmcv, about 10 minutes the first time
 # make test-matrix    the tests on the oldest and the newest of Python, torch and both stacks; ends with a table
 # make test-gpu       the tests of kernels, heads and subclasses on a CUDA device, without Triton's interpreter
+# make bench-gpu      all that is measured on a CUDA device, at most 8 minutes a call; the next call goes on
 # make docs           the documentation, docs/_build/html/index.html; warnings are errors
 # make lint           ruff and mypy
 #
@@ -16,7 +17,7 @@ WORKERS ?= logical
 PIP = -m pip install --quiet --disable-pip-version-check
 PYTEST = -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
-.PHONY: demo test test-fast test-openmmlab test-matrix test-gpu docs lint clean
+.PHONY: demo test test-fast test-openmmlab test-matrix test-gpu bench-gpu docs lint clean
 
 demo: .venv/installed
 	.venv/bin/python tools/demo.py
@@ -37,6 +38,9 @@ test-matrix:
 test-gpu: .venv/installed
 	.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")'
 	.venv/bin/python -m pytest tests/test_soft_stats.py tests/test_heads.py tests/test_subclass.py
+
+bench-gpu: .venv/installed
+	.venv/bin/python tools/bench_gpu.py
 
 docs: .venv/installed
 	.venv/bin/python -m sphinx -q -W --keep-going docs docs/_build/html
@@ -62,4 +66,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* demo docs/_build docs/api/generated
+	rm -rf .venv .venv-* demo bench-gpu docs/_build docs/api/generated

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from mmseg_imbalance.benchmark import losses, steps, subclasses
+from mmseg_imbalance.benchmark import case, counting, losses, steps, subclasses, tables
 from mmseg_imbalance.commands.benchmark import STEPS, main, parse
 from mmseg_imbalance.ops import eager, strips
 from mmseg_imbalance.ops.soft_stats import BACKENDS
@@ -94,6 +94,16 @@ def test_the_subclassified_loss_beside_cross_entropy_and_the_matrix_product(run)
         assert rows[f'{logits} similarity', 'similarity weights']['off_by'] < 1e-4
 
 
+def test_the_losses_that_look_at_recall(run):
+    status, records = run(*TINY, '--scale', 4, 1, '--no-losses', '--recall')
+    assert status == 0
+    losses = ['WeightedCrossEntropyLoss', 'RecallWeightedLoss', 'SkeletonRecallLoss']
+    assert [record['loss'] for record in records] == 2 * losses
+    for record in records:
+        assert record['off_by'] < 1e-4
+        assert record['ms'] > 0
+
+
 @pytest.mark.parametrize(
     ('name', 'row'), [('cluster_weight', 'clusters, ema'), ('similarity_by_definition', 'similarity')]
 )
@@ -150,6 +160,26 @@ def test_a_backend_that_cannot_run_is_skipped_but_one_that_crashes_is_not(run, m
         run(*TINY, '--scale', 1, '--no-competitors')
 
 
+def test_bytes_and_exponentials_per_second(run):
+    _, records = run(*TINY, '--batch', 1, '--scale', 4, 1, '--no-competitors', '--bandwidth')
+    for record in records:
+        seconds = record['ms'] / 1e3
+        logits = 4 * 5 * (6 * 10 if record['logits'] == '6x10' else 24 * 40)
+        moved = 3 * logits + 2 * 8 * 24 * 40
+        assert record['GB/s'] == pytest.approx(moved / seconds / 1e9)
+        assert 0 < record['bandwidth'] < 1
+        assert record['Gexp/s'] == pytest.approx(2 * 5 * 24 * 40 / seconds / 1e9)
+
+
+def test_without_mmsegmentation_the_functions_are_measured(run, monkeypatch):
+    monkeypatch.setattr(losses, 'CombinedWeightedLoss', None)
+    status, records = run(*TINY, '--scale', 4, 1, '--no-competitors')
+    assert status == 0
+    for record in records:
+        assert record['off_by'] < 1e-4
+        assert ('functions alone' in record['note']) == record['ours']
+
+
 def test_markdown_and_plot_show_what_the_table_shows(run, nothing_installed, tmp_path):
     files = {name: tmp_path / f'table.{name}' for name in ('md', 'png')}
     _, records = run(*TINY, '--markdown', files['md'], '--plot', files['png'])
@@ -168,7 +198,8 @@ def test_markdown_and_plot_show_what_the_table_shows(run, nothing_installed, tmp
 def test_low_precision_logits(run, dtype):
     status, records = run(*TINY, '--dtype', dtype, '--no-competitors')
     assert status == 0
-    assert all(record['ms'] or record['skipped'] for record in records)
+    assert [record['skipped'] for record in records] == [None] * len(records)
+    assert all(record['ms'] for record in records)
 
 
 @pytest.fixture
@@ -235,13 +266,54 @@ runs = [dict(dataset='camvid', schedule='short', seeds=1)]
         assert (record['batch'], record['logits']) == ('8x3x64x64', 'camvid step')
 
 
+def test_counting_beside_decoding_the_same_files(run, capsys):
+    status, records = run('--counting', '--images', 3, '--size', '32x64', '--workers', 0, 1, '--rounds', 2)
+    assert status == 0
+    assert [(record['logits'], record['loss']) for record in records] == [
+        (f'{kind}, {workers} workers', name)
+        for kind in counting.KINDS
+        for workers in (0, 1)
+        for name in ('decode alone', 'count_classes')
+    ]
+    for record in records:
+        assert record['batch'] == '3 files 32x64'
+        assert record['off_by'] == 0
+        assert record['ms'] > 0
+        assert record['MB'] is None
+    assert 'memory' not in capsys.readouterr().out
+
+
+def test_counts_that_are_off_get_no_speed(run, monkeypatch):
+    right = counting.count_classes
+
+    def off(*args, **options):
+        return replace(right(*args, **options), pixels=1 + right(*args, **options).pixels)
+
+    monkeypatch.setattr(counting, 'count_classes', off)
+    status, records = run('--counting', '--images', 1, '--size', '32x64', '--workers', 0, '--rounds', 1)
+    assert status == 1
+    assert [record['ms'] is None for record in records] == [False, True, False, True]
+
+
+def test_time_of_counting_is_per_file():
+    rows = [case.Row('one', None, right=True, seconds=[3.0])]
+    assert tables.record(case.Case('', '', rows, files=2), rows[0], None)['ms'] == 1500
+
+
 def test_by_default_every_backend_takes_part():
     assert parse([]).backend == list(BACKENDS)
     assert tuple(steps.STEPS) == STEPS
+    assert parse([]).size == [(512, 1024)]
+    assert parse(['--counting']).size == [(1024, 2048)]
 
 
 def test_wrong_options_end_with_one_line(capsys):
-    for options in (['--classes', '300'], ['--device', 'cpu', '--dtype', 'float16', '--step', 'segformer']):
+    for options in (
+        ['--classes', '300'],
+        ['--scale'],
+        ['--no-losses'],
+        ['--device', 'cpu', '--dtype', 'float16', '--step', 'segformer'],
+    ):
         with pytest.raises(SystemExit) as end:
             main(options)
         assert end.value.code == 2
@@ -249,10 +321,8 @@ def test_wrong_options_end_with_one_line(capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_on_cuda_full_size_rows_show_their_bandwidth(run):
+def test_on_cuda_rows_show_their_bandwidth(run):
     status, records = run('--device', 'cuda', '--size', '64x128', '--scale', 8, 1, '--rounds', 2)
     assert status == 0
     for record in records:
-        assert (record['bandwidth'] is not None) == (
-            record['ms'] is not None and record['logits'] == '64x128'
-        )
+        assert (record['bandwidth'] is not None) == (record['ms'] is not None)

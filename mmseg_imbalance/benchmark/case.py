@@ -35,7 +35,10 @@ class Case:
     batch: str  # BxCxHxW
     logits: str
     rows: list[Row]
-    least_bytes: int | None = None  # that forward and backward move, where no resize is in between
+    least_bytes: int | None = None  # that forward and backward move
+    exponentials: int | None = None  # that they take: one of each resized logit, twice
+    files: int = 1  # that one run reads; time is per file
+    memory: bool = True  # of this process, which is not all where others work too
 
 
 class LossTrial:
@@ -51,6 +54,15 @@ class LossTrial:
     def result(self):
         value = LOSS_SCALE * self.loss(self.logits, self.target)
         return [value.detach(), *torch.autograd.grad(value, self.logits)]
+
+
+@dataclass(eq=False)
+class GivenTrial:
+    """What has no gradient: ``run`` is measured, ``result`` is held to ``truth``, lists of tensors."""
+
+    run: Callable
+    result: Callable
+    truth: Callable
 
 
 def by(*sizes):

@@ -25,7 +25,8 @@ def with_dice(dice):
     """0.6 * F.cross_entropy + 0.4 * dice, on logits that are resized once."""
 
     def loss(logits, target, weight):
-        logits, weight = full_size(logits, target), weight.to(logits)
+        logits = full_size(logits, target)
+        weight = weight.to(logits)
         region = dice(logits, target, weight)  # first: the other order holds more at its peak
         return 0.6 * cross_entropy(logits, target, weight) + 0.4 * region
 
@@ -66,6 +67,28 @@ def ce_and_pooled_dice(logits, target, weight):
     i = (p.gather(1, torch.where(valid, target, 0)[:, None])[:, 0] * valid).sum((1, 2))
     dice = 2 * i / (p.square().sum((1, 2, 3)) + valid.sum((1, 2)) + 2e-3)
     return 0.6 * F.cross_entropy(logits, target, ignore_index=IGNORED) + 0.4 * (1 - dice).mean()
+
+
+def recall_cross_entropy(logits, target, weight):
+    """Each pixel times the share of its class that the batch misses."""
+    logits, valid = full_size(logits, target), target != IGNORED
+    label, weight = target[valid], weight.to(logits)
+    right = logits.argmax(1)[valid] == label
+    found, count = (labels.bincount(minlength=len(weight)) for labels in (label[right], label))
+    nll = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction='none')[valid]
+    return ((weight * (1 - found / count.clamp(min=1)))[label] * nll).sum() / weight[label].sum()
+
+
+def skeleton_recall(logits, target, weight, marked):
+    """Cross-entropy, Dice and the recall of the marked pixels."""
+    logits = full_size(logits, target)
+    weight = weight.to(logits)
+    i, p, t = overlap(logits, target)
+    dice = ((1 - (2 * i + 1) / (p + t + 1)) @ weight / weight.sum()).mean()
+    hit, _, tube = overlap(logits, target.where(marked, IGNORED))
+    weights = weight * (tube > 0)
+    missed = ((1 - (hit + 1) / (tube + 1)) * weights).sum(1) / weights.sum(1)
+    return cross_entropy(logits, target, weight) + dice + missed.nan_to_num(0).mean()
 
 
 def over_all_pixels(logits, target, weight):

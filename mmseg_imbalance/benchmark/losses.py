@@ -3,7 +3,6 @@
 from functools import lru_cache, partial
 
 import torch
-from mmseg.registry import MODELS
 
 from mmseg_imbalance.benchmark.case import IGNORED, Case, LossTrial, Row, by, make_batch
 from mmseg_imbalance.benchmark.formulas import (
@@ -15,10 +14,31 @@ from mmseg_imbalance.benchmark.formulas import (
     full_size,
     with_dice,
 )
-from mmseg_imbalance.losses import CombinedWeightedLoss
+from mmseg_imbalance.functional import cross_entropy as cross_entropy_of
+from mmseg_imbalance.functional import dice, region_loss
+from mmseg_imbalance.ops import soft_stats
+
+try:
+    from mmseg_imbalance.losses import CombinedWeightedLoss
+except ImportError:  # the torch core is there without MMSegmentation
+    CombinedWeightedLoss = None
+
+
+def combined(weight, backend):
+    """CombinedWeightedLoss, or what it calls."""
+    if CombinedWeightedLoss is not None:
+        return CombinedWeightedLoss(class_weight=weight.tolist(), backend=backend)
+
+    def loss(logits, target):
+        stats = soft_stats(logits, target, backend=backend)
+        return 0.6 * cross_entropy_of(stats, weight) + 0.4 * region_loss(dice(stats), stats.truth, weight)
+
+    return loss
 
 
 def framework(weight):
+    from mmseg.registry import MODELS
+
     ce = MODELS.build(dict(type='mmseg.CrossEntropyLoss', avg_non_ignore=True))
     dice = MODELS.build(dict(type='mmseg.DiceLoss', use_sigmoid=False))
 
@@ -54,7 +74,7 @@ def kornia(weight):
 
 def compiled(weight):
     torch.compiler.reset()  # else the limit on recompilations would count the other sizes too
-    return torch.compile(CombinedWeightedLoss(class_weight=weight.tolist(), backend='eager'), dynamic=False)
+    return torch.compile(combined(weight, 'eager'), dynamic=False)
 
 
 # neighbours share a formula, whose result is kept for the next row
@@ -97,16 +117,17 @@ def loss_case(shape, classes, scale, args):
         return lambda weight: partial(formula, weight=weight)
 
     def of_this_package(backend):
-        return lambda weight: CombinedWeightedLoss(class_weight=weight.tolist(), backend=backend)
+        return partial(combined, backend=backend)
 
     full = logits.shape[2:] == target.shape[1:]
     prefix = '' if full else 'resize + '
+    note = 'functions alone, no MMSegmentation' if CombinedWeightedLoss is None else ''
     rows = [
         row(f'{prefix}F.cross_entropy', in_torch(cross_entropy), cross_entropy),
         row(f'{prefix}CE + Dice in torch', in_torch(ce_and_dice), ce_and_dice),
-        *(row(f'ours, {name}', of_this_package(name), ce_and_dice, ours=True) for name in args.backend),
+        *(row(f'ours, {name}', of_this_package(name), ce_and_dice, note, ours=True) for name in args.backend),
         *(row(*competitor) for competitor in COMPETITORS if args.competitors),
     ]
     # read in forward and again in backward, which writes the gradient
-    least = 3 * logits.nbytes + 2 * target.nbytes if full else None
-    return Case(by(shape[0], classes, *shape[1:]), by(*logits.shape[2:]), rows, least)
+    least = dict(least_bytes=3 * logits.nbytes + 2 * target.nbytes, exponentials=2 * classes * target.numel())
+    return Case(by(shape[0], classes, *shape[1:]), by(*logits.shape[2:]), rows, **least)

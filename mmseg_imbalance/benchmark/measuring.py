@@ -82,7 +82,7 @@ def examine(case, args):
     for row in case.rows:
         check(row, tolerance)
         row.truth = None  # the last one frees what they share
-    for _ in range(3):  # threads overlap differently from one call to the next
+    for _ in range(3 if case.memory else 0):  # threads overlap differently from one call to the next
         for row in case.rows:
             if not row.skipped:
                 peak = extra_memory(row.trial.run, args.device)
@@ -104,15 +104,16 @@ def race(case, examined, args):
                 row.seconds.append(elapsed)
 
 
-def copy_bandwidth():
-    """Bytes per second of a large copy on the GPU, read and written."""
-    source = torch.empty(1 << 28, dtype=torch.uint8, device='cuda')
-    copy = torch.empty_like(source)
-    return 2 * source.nbytes / min(seconds(lambda: copy.copy_(source), 'cuda') for _ in range(5))
+def copy_bandwidth(device):
+    """Bytes per second of a large copy on the device, read and written."""
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+    copy = torch.ones_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: copy.copy_(source), device) for _ in range(5))
 
 
 def machine(device, bandwidth):
     """What the numbers were taken on."""
-    if device == 'cuda':
-        return f'torch {torch.__version__}, {torch.cuda.get_device_name()}, copies {bandwidth / 1e9:.0f} GB/s'
-    return f'torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads'
+    name = cpu_name() if device == 'cpu' else torch.cuda.get_device_name()
+    threads = f', {torch.get_num_threads()} threads' if device == 'cpu' else ''
+    copies = f', copies {bandwidth / 1e9:.0f} GB/s' if bandwidth else ''
+    return f'torch {torch.__version__}, {name}{threads}{copies}'

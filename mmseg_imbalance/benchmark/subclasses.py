@@ -1,13 +1,11 @@
 """The subclassified losses on one batch, and the similarity weights of one image."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from mmseg_imbalance.benchmark.case import IGNORED, Case, LossTrial, Row, by, make_batch
+from mmseg_imbalance.benchmark.case import IGNORED, Case, GivenTrial, LossTrial, Row, by, make_batch
 from mmseg_imbalance.benchmark.formulas import similarity_by_definition, weighted_mean
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.ops import similarity_weight
@@ -46,15 +44,6 @@ class SubclassTrial(LossTrial):
         # a similarity within rounding of the threshold turns out either way, so that pixels may differ
         value, gradient = result
         return value, gradient.double().square().sum((0, 2, 3)).sqrt()
-
-
-@dataclass(eq=False)
-class WeightTrial:
-    """The weights of one image alone, which have no gradient, or the matrix product in them."""
-
-    run: Callable
-    result: Callable
-    truth: Callable
 
 
 def subclass_case(shape, classes, scale, args):
@@ -120,7 +109,7 @@ def similarity_case(shape, classes, scale, args):
         return [similarity_by_definition(logits.double(), target).square().mean((1, 2))]
 
     rows = [
-        Row('matrix product alone', partial(WeightTrial, product, nothing, nothing)),
-        Row('similarity weights', partial(WeightTrial, weights, weights, by_definition), ours=True),
+        Row('matrix product alone', partial(GivenTrial, product, nothing, nothing)),
+        Row('similarity weights', partial(GivenTrial, weights, weights, by_definition), ours=True),
     ]
     return Case(by(1, classes, *size), f'{by(*logits.shape[2:])} similarity', rows)

@@ -4,7 +4,6 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -12,7 +11,16 @@ from rich.table import Table
 from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.tables import table_text
 
-FORMATS = dict(ms='.3g', time_ratio='.2f', MB='.3g', memory_ratio='.2f', bandwidth='.0%', off_by='.0e')
+FORMATS = {
+    'ms': '.3g',
+    'time_ratio': '.2f',
+    'MB': '.3g',
+    'memory_ratio': '.2f',
+    'GB/s': '.3g',
+    'bandwidth': '.0%',
+    'Gexp/s': '.3g',
+    'off_by': '.0e',
+}
 
 
 def record(case, row, bandwidth):
@@ -25,8 +33,11 @@ def record(case, row, bandwidth):
     if row.seconds and row.right:
         median = statistics.median(row.seconds)
         ratios = [mine / its for mine, its in zip(row.seconds, base.seconds, strict=False)]
-        line |= dict(ms=1e3 * median, time_ratio=statistics.median(ratios) if ratios else None)
-        line['bandwidth'] = bandwidth and case.least_bytes and case.least_bytes / median / bandwidth
+        line |= dict(ms=1e3 * median / case.files, time_ratio=statistics.median(ratios) if ratios else None)
+        if bandwidth and case.least_bytes:
+            moved = case.least_bytes / median
+            line |= {'GB/s': moved / 1e9, 'bandwidth': moved / bandwidth}
+            line['Gexp/s'] = case.exponentials / median / 1e9
     return line
 
 
@@ -39,6 +50,12 @@ def cells(record):
         name: '-' if record[name] is None else format(record[name], form) for name, form in FORMATS.items()
     }
     return dict(batch=record['batch'], logits=record['logits'], loss=record['loss'], **text, note=note)
+
+
+def without_empty(lines):
+    """The lines without columns in which nothing was measured."""
+    empty = {name for name in FORMATS if name != 'ms' and all(line[name] == '-' for line in lines)}
+    return [{name: text for name, text in line.items() if name not in empty} for line in lines]
 
 
 def show(lines, title):
@@ -63,6 +80,8 @@ def markdown(lines, title):
 
 def plot(records, title, path):
     """Bars of the time and memory ratio, one pair of panels for each batch and size of the logits."""
+    from matplotlib.figure import Figure
+
     records = [record for record in records if not record['skipped']]
     groups = [list(group) for _, group in groupby(records, lambda r: f'{r["batch"]}, logits {r["logits"]}')]
     rows = [len(group) for group in groups]

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from itertools import product
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -22,16 +24,23 @@ gradient of each row are first compared with its formula in plain PyTorch in
 double: a row that is off gets no speed, and if it is one of this package's the
 exit status is 1. Memory is the peak of what is allocated beyond the inputs,
 the gradient of the logits included; of a training step, beyond the model and
-the optimizer's state. On CUDA with full-size logits, bandwidth is the bytes
-that forward and backward have to move at least, per second, over the bytes per
-second of a large copy.
+the optimizer's state. On CUDA, GB/s are the bytes that forward and backward
+have to move at least, logits and labels read twice and the gradient written
+once; bandwidth is their share of what a large copy moves in that time. Gexp/s
+are the exponentials of two softmaxes at label size.
+
+--counting writes label files into a temporary folder, of street scenes and of
+random labels. Each run decodes all of them, with Pillow as MMSegmentation does,
+or counts their classes from the start, by as many worker processes; the time
+is per file.
 
 What is not installed is skipped; pip install 'mmseg-imbalance[benchmark]'
 brings the other libraries."""
 EXAMPLE = """\
 --rounds 9 --markdown table.md --plot table.png
 --scale --step segformer deeplabv3
---scale --suite configs/experiments/suite.py"""
+--scale --suite configs/experiments/suite.py
+--counting"""
 STEPS = ('segformer', 'deeplabv3')
 
 
@@ -55,9 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         '--size',
         type=_size,
         nargs='+',
-        default=[(512, 1024)],
         metavar='HxW',
-        help='of the labels in pixels; default 512x1024',
+        help='of the labels in pixels; default 512x1024, of --counting 1024x2048',
     )
     add('--classes', type=int, nargs='+', default=[19], metavar='N', help='default 19')
     add('--batch', type=int, nargs='+', default=[2], metavar='N', help='images; default 2')
@@ -90,10 +98,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=True,
         help='losses of other libraries; default: yes',
     )
+    add(
+        '--losses',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='the losses and their competitors; --no-losses: only what the options below add',
+    )
+    add('--recall', action='store_true', help='the losses that look at recall too')
     add('--subclass', action='store_true', help='the subclassified losses too')
     add('--step', nargs='+', choices=STEPS, default=[], help='whole training steps of these models too')
     add('--suite', metavar='FILE', help='training steps of the methods of a suite file too')
     add('--step-size', type=_size, metavar='HxW', help='of their images; default: the crops of their configs')
+    add(
+        '--bandwidth',
+        action=argparse.BooleanOptionalAction,
+        help='bytes and exponentials per second; default: on CUDA',
+    )
+    add('--counting', action='store_true', help='counting label files beside decoding them, nothing else')
+    add('--images', type=int, default=64, metavar='N', help='files of --counting; default %(default)s')
+    add(
+        '--workers',
+        type=int,
+        nargs='+',
+        default=[1, 2],
+        metavar='N',
+        help='processes of --counting, 0: this one; default 1 2',
+    )
     for form, what in (
         ('json', 'all numbers'),
         ('markdown', 'the table'),
@@ -101,46 +131,73 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):
         add(f'--{form}', metavar='FILE', help=f'file to write: {what}')
     args = options.parse_args(argv)
+    args.size = args.size or [(1024, 2048) if args.counting else (512, 1024)]
+    if args.counting:
+        args.device = 'cpu'
+    if args.bandwidth is None:
+        args.bandwidth = args.device == 'cuda'
     if max(args.classes) > IGNORED:
         options.error(f'--classes: at most {IGNORED}, the label of ignored pixels')
+    on_logits = args.scale and (args.losses or args.recall or args.subclass)
+    if not (on_logits or args.step or args.suite or args.counting):
+        options.error('nothing to measure: give --scale a number, or add --step, --suite or --counting')
     if args.step and args.device == 'cpu' and args.dtype == 'float16':
         options.error('--step on CPU: float32 or bfloat16')
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    need_mmsegmentation()
-    from mmseg_imbalance.benchmark.losses import loss_case
-    from mmseg_imbalance.benchmark.measuring import copy_bandwidth, examine, keep_freed_blocks, machine, race
-    from mmseg_imbalance.benchmark.steps import step_case, suite_case
-    from mmseg_imbalance.benchmark.subclasses import similarity_case, subclass_case
-    from mmseg_imbalance.benchmark.tables import cells, markdown, plot, record, show
+def find_cases(args: argparse.Namespace, folder: str) -> list[Callable]:
+    """The cases that the options ask for, each made from them when it is its turn."""
+    if args.counting or args.recall or args.step or args.subclass or args.suite:
+        need_mmsegmentation()  # the losses have a core without it
+    if args.counting:
+        from mmseg_imbalance.benchmark.counting import counting_cases
 
-    bandwidth = copy_bandwidth() if args.device == 'cuda' else None
+        return counting_cases(folder, args)
     shapes = [
         ((batch, *size), classes, scale)
         for size, classes, batch, scale in product(args.size, args.classes, args.batch, args.scale)
     ]
-    cases = [partial(loss_case, *shape) for shape in shapes]
+    cases = []
+    if args.losses:
+        from mmseg_imbalance.benchmark.losses import loss_case
+
+        cases += [partial(loss_case, *shape) for shape in shapes]
+    if args.recall:
+        from mmseg_imbalance.benchmark.recall import recall_case
+
+        cases += [partial(recall_case, *shape) for shape in shapes]
     if args.subclass:
+        from mmseg_imbalance.benchmark.subclasses import similarity_case, subclass_case
+
         # no head has features of label size
         cases += [partial(subclass_case, *shape) for shape in shapes if shape[2] > 1]
         cases += [partial(similarity_case, *shape) for shape in shapes]
-    cases += [partial(step_case, name) for name in args.step]
-    cases += [partial(suite_case, args.suite)] if args.suite else []
-    # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
-    keep_freed_blocks(False)
-    examined = [examine(case(args), args) for case in cases]
-    keep_freed_blocks(True)
-    for make, case in zip(cases, examined, strict=True):
-        race(make(args), case, args)
+    if args.step or args.suite:
+        from mmseg_imbalance.benchmark.steps import step_case, suite_case
+
+        cases += [partial(step_case, name) for name in args.step]
+        cases += [partial(suite_case, args.suite)] if args.suite else []
+    return cases
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from mmseg_imbalance.benchmark.measuring import copy_bandwidth, examine, keep_freed_blocks, machine, race
+    from mmseg_imbalance.benchmark.tables import cells, markdown, plot, record, show, without_empty
+
+    bandwidth = copy_bandwidth(args.device) if args.bandwidth else None
+    with TemporaryDirectory() as folder:
+        cases = find_cases(args, folder)
+        # memory first: once the allocator has come to hold blocks, what is resident is not what is allocated
+        keep_freed_blocks(False)
+        examined = [examine(case(args), args) for case in cases]
+        keep_freed_blocks(True)
+        for make, case in zip(cases, examined, strict=True):
+            race(make(args), case, args)
     records = [record(case, row, bandwidth) for case in examined for row in case.rows]
     title = f'{machine(args.device, bandwidth)}, {args.dtype}'
-    lines = [cells(line) for line in records]
-    if bandwidth is None:
-        for line in lines:
-            del line['bandwidth']
+    lines = without_empty([cells(line) for line in records])
     print(show(lines, title))
     if args.json:
         with write_atomically(args.json) as file:
