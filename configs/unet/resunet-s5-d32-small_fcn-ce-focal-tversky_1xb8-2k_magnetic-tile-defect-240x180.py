@@ -6,7 +6,7 @@ _base_ = [
     '../_base_/schedules/schedule_2k_bfloat16.py',
 ]
 
-custom_hooks = [dict(type='ClassWeightHook')]
+custom_hooks = [dict(type='ClassWeightHook', scheme='inverse_freq')]
 width = 16
 # Half of the images hold no defect. Tversky of each image alone ends at a prediction without one, so the sums
 # are those of the batch, and cross-entropy stands beside them.
