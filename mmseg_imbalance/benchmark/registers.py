@@ -36,6 +36,7 @@ MULTIPROCESSORS = {
     120: (100 << 10, 48, 24),
 }
 REGISTERS = 64 << 10  # of a multiprocessor
+NUMBERS = ('registers', 'stack', 'shared', 'programs', 'bytes_int64', 'bytes_uint8')
 DEFAULTS = dict(
     pixel_weight=None,
     ignore_index=255,
@@ -61,13 +62,13 @@ class Kernel:
     registers: int  # of a thread
     stack: int  # bytes of a thread: what its registers do not hold
     shared: int  # bytes of a program
-    layouts: str  # Triton's intermediate code, which says how tiles are spread over threads
+    code: str  # Triton's, which says how tiles are spread over threads
 
     @property
     def programs(self):
         """How many programs a multiprocessor holds at once."""
         shared, warps, programs = MULTIPROCESSORS[self.capability]
-        # a warp's registers come in blocks of 256, a program's shared memory in 128 bytes, 1 KB of it the driver's
+        # registers come in blocks of 256 a warp, shared memory in 128 bytes a program and 1 KB for the driver
         of_warp = -(-32 * self.registers // 256) * 256
         of_program = -(-(self.shared + 1024) // 128) * 128
         # four schedulers have a quarter of the registers each
@@ -99,18 +100,11 @@ class Compiled:
         options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
         done = compiler.compile(source, target=GPUTarget('cuda', self.capability, 32), options=options)
         name = self.kernel.__name__.strip('_').removesuffix('_kernel')
-        usage = resource_usage(done.asm['cubin'])
-        self.found.append(
-            Kernel(
-                name,
-                self.capability,
-                num_warps,
-                usage['REG'],
-                max(usage['STACK'], usage['LOCAL']),
-                done.metadata.shared,
-                done.asm['ttgir'],
-            )
+        usage, shared = resource_usage(done.asm['cubin']), done.metadata.shared
+        kernel = Kernel(
+            name, self.capability, num_warps, usage['REG'], usage['STACK'], shared, done.asm['ttgir']
         )
+        self.found.append(kernel)
 
 
 def resource_usage(cubin):
@@ -121,7 +115,7 @@ def resource_usage(cubin):
         path.write_bytes(cubin)
         command = [tool, '--dump-resource-usage', path]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {name: int(number) for name, number in re.findall(r'\b(REG|STACK|LOCAL):(\d+)', text)}
+    return {name: int(number) for name, number in re.findall(r'\b(REG|STACK):(\d+)', text)}
 
 
 def compiled(capability, classes, logit_size, label_size, dtype, label_dtype=torch.int64, **options):
@@ -142,7 +136,24 @@ def compiled(capability, classes, logit_size, label_size, dtype, label_dtype=tor
     return found
 
 
-def least_bytes(name, classes, scale, dtype, label_dtype):
-    """Bytes that a kernel has to move for each pixel of the label: logits, label and gradient, once each."""
-    times = 1 if name == 'forward' else 2
-    return times * classes * dtype.itemsize / scale**2 + label_dtype.itemsize
+def lines(capabilities, classes, scales, dtypes):
+    """A line of the table for each kernel, or for both where they cannot be compiled."""
+    for capability, number, dtype, scale in product(capabilities, classes, dtypes, scales):
+        size = tuple(round(n / scale) for n in LABEL)
+        case = dict(gpu=f'sm_{capability}', classes=str(number), logits=f'1/{scale:g}', dtype=str(dtype)[6:])
+        try:
+            found = compiled(capability, number, size, LABEL, dtype)
+        except Exception as error:  # an older Triton does not know a newer device
+            reason = f'{type(error).__name__}: {error}'.splitlines()[0][:60]
+            yield case | dict(kernel='none', **dict.fromkeys(NUMBERS, '-')) | dict(registers=reason)
+            continue
+        for kernel in found:
+            numbers = (kernel.registers, kernel.stack, kernel.shared, kernel.programs)
+            moved = least_bytes(kernel.name, number, scale, dtype)
+            text = [*map(str, numbers), *(f'{moved + label:.3g}' for label in (8, 1))]
+            yield case | dict(kernel=kernel.name) | dict(zip(NUMBERS, text, strict=True))
+
+
+def least_bytes(name, classes, scale, dtype):
+    """Bytes of logits, and of their gradient, that a kernel has to move for each pixel of the label."""
+    return (1 if name == 'forward' else 2) * classes * dtype.itemsize / scale**2

@@ -26,11 +26,20 @@ the optimizer's state. On CUDA with full-size logits, bandwidth is the bytes
 that forward and backward have to move at least, per second, over the bytes per
 second of a large copy.
 
+--registers measures nothing: it compiles the Triton kernels, which needs no
+GPU, and shows what a thread and a program take of one. Stack is what registers
+do not hold; programs is how many a multiprocessor holds at once; bytes are
+those of logits, gradient and label that a pixel costs at least, by the type
+of the label.
+
 What is not installed is skipped; pip install 'mmseg-imbalance[benchmark]'
 brings the other libraries."""
 EXAMPLE = """\
 --rounds 9 --markdown table.md --plot table.png
---scale --step segformer deeplabv3"""
+--scale --step segformer deeplabv3
+--registers --classes 19 --scale 8 1"""
+DTYPES = ('float32', 'float16', 'bfloat16')
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # of GPUs, 90 for 9.0
 STEPS = ('segformer', 'deeplabv3')
 
 
@@ -58,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar='HxW',
         help='of the labels in pixels; default 512x1024',
     )
-    add('--classes', type=int, nargs='+', default=[19], metavar='N', help='default 19')
+    add('--classes', type=int, nargs='+', metavar='N', help='default 19; with --registers 19 and 150')
     add('--batch', type=int, nargs='+', default=[2], metavar='N', help='images; default 2')
     add(
         '--scale',
@@ -70,9 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         '--dtype',
-        choices=['float32', 'float16', 'bfloat16'],
-        default='float32',
-        help='of the logits; default %(default)s',
+        choices=DTYPES,
+        help='of the logits; default float32, with --registers all three',
     )
     add(
         '--ignored',
@@ -91,6 +99,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add('--subclass', action='store_true', help='the subclassified losses too')
     add('--step', nargs='+', choices=STEPS, default=[], help='whole training steps of these models too')
+    add(
+        '--registers',
+        type=int,
+        nargs='*',
+        choices=CAPABILITIES,
+        metavar='CAPABILITY',
+        help='what the Triton kernels take of GPUs; default 80 90 100',
+    )
     add('--step-size', type=_size, metavar='HxW', help='of their images; default: the crops of their configs')
     for form, what in (
         ('json', 'all numbers'),
@@ -99,6 +115,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):
         add(f'--{form}', metavar='FILE', help=f'file to write: {what}')
     args = options.parse_args(argv)
+    args.dtypes = [args.dtype] if args.dtype else DTYPES
+    args.dtype = args.dtype or DTYPES[0]
+    args.classes = args.classes or ([19] if args.registers is None else [19, 150])
     if max(args.classes) > IGNORED:
         options.error(f'--classes: at most {IGNORED}, the label of ignored pixels')
     if args.step and args.device == 'cpu' and args.dtype == 'float16':
@@ -106,8 +125,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def show_registers(args: argparse.Namespace) -> int:
+    """The table of ``--registers``."""
+    from mmseg_imbalance.benchmark.registers import NUMBERS, lines
+    from mmseg_imbalance.benchmark.tables import markdown, show
+
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    rows = list(lines(args.registers or [80, 90, 100], args.classes, args.scale, dtypes))
+    title = 'Triton kernels: registers and bytes of stack of a thread, bytes of shared memory of a program'
+    print(show(rows, title, NUMBERS, ('gpu', 'classes', 'dtype')))
+    if args.json:
+        with write_atomically(args.json) as file:
+            json.dump(dict(title=title, rows=rows), file, indent=2)
+    if args.markdown:
+        with write_atomically(args.markdown) as file:
+            file.write(markdown(rows, title, NUMBERS))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.registers is not None:
+        return show_registers(args)
     need_mmsegmentation()
     from mmseg_imbalance.benchmark.losses import loss_case
     from mmseg_imbalance.benchmark.measuring import copy_bandwidth, examine, keep_freed_blocks, machine, race

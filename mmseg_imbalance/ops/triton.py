@@ -26,8 +26,9 @@ and by a weight that requires grad, gT being the gradient of truth:
 Where a pixel is marked, the gradients of marked_intersection and marked_truth are added to gI and gT.
 
 To small logits this is a gather, as bilinear weights are hats, max(0, 1 - |x - n|) of a pixel's source
-coordinate x and a cell n: a program owns some cells of two source rows, walks the pixels under their hats,
-adds up the rows of each column by their weights, and multiplies by the columns' weights, (P, cells).
+coordinate x and a cell n: a program owns some cells of some source rows and walks the pixels under their
+hats, band by band. The rows of a band are added up by their weights, for the source row above and for the one
+below; once a source row has both of its bands, its sums are multiplied by the columns' weights, (P, 16).
 """
 
 import math
@@ -143,12 +144,6 @@ def _cells_of(column, w, scale, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _opaque(stride, row):
-    """The stride as it is, which the compiler does not know: it would keep multiples for all classes."""
-    return stride + tl.minimum(row, 0)
-
-
-@triton.jit
 def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.constexpr):
     """Logits of one row with their bias, (BLOCK_C, P); nothing but the bias where a cell is not used."""
     at = row + c.to(tl.int64)[:, None] * stride_class + (cell * stride_column)[None, :]
@@ -162,9 +157,11 @@ def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.const
 
 
 @triton.jit
-def _load_band(row, bias, c, cell, part, from_part, stride_class, step, stride_column, C: tl.constexpr):
+def _load_band(row, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C: tl.constexpr):
     """A source row at the label's columns, and what the one a step on adds to it, (BLOCK_C, P) each."""
     below = row + step
+    # the stride as it is, but the compiler does not know, and keeps no 64-bit multiples for all classes
+    stride_class += tl.minimum(band, 0)
     # 0 times what is not finite is not 0: beyond the last cell nothing is taken of the one before it, and
     # where columns are not resized nothing of a neighbour; elsewhere it is, as in torch
     used, next_used = part < 1, part > from_part
@@ -213,7 +210,7 @@ def _of_label(z, c, y, C: tl.constexpr):
 
 @triton.jit
 def _softmax(z, top, below, member, c, C: tl.constexpr, FOCAL: tl.constexpr):
-    """exp(z - max z), its sum, -log p_y and, where asked, 1 - p_y; of a pixel that does not count, as if z_y = max z."""
+    """exp(z - max z), its sum, -log p_y and, where asked, 1 - p_y; as if z_y = max z where none counts."""
     e = tl.where(c[:, None] < C, _exp(z - top[None, :]), 0.0)
     total = tl.sum(e, 0)
     nll = tl.log(total) - below
@@ -298,7 +295,7 @@ def _forward_kernel(
         row = _first_row(band, bands, row_inverse, height, ALIGN)
     # these go on from row to row, as their multiples would make 64 bits of every number of a row
     source = logits + (image * stride_image + band.to(tl.int64) * stride_row)
-    row_start = (image * height + row) * width
+    pixel = (image * height + row) * width + column
     tl.assume(band < last)  # else the sums were kept twice, for no bands at all
     while band < last:
         stop = row + 1
@@ -307,20 +304,18 @@ def _forward_kernel(
             step = tl.where((band < h - 1) & (h != height), stride_row, 0)
             from_part = tl.where(w == width, 0.0, -1.0)
             upper, change = _load_band(
-                source, bias, c, cell, part, from_part, _opaque(stride_class, band), step, stride_column, C
+                source, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C
             )
         while row < stop:
             if RESIZE:
                 z = upper + _row_part(row, band, row_scale, h, ALIGN) * change
             else:
                 z = _load_row(source, bias, c, cell, inside, stride_class, stride_column, C)
-            pixel = row_start + column
             y, m, strange = _load_labels(target, weight, pixel, inside, C, IGNORE)
             wrong |= strange.to(tl.int32)
             z, top, below, member = _of_label(z, c, y, C)
             # among equals the first is the prediction
-            before = (c[:, None] < y[None, :]) & known
-            earlier = tl.max(tl.where(before, z, float('-inf')), 0)
+            earlier = tl.max(tl.where((c[:, None] < y[None, :]) & known, z, float('-inf')), 0)
             hit = tl.where((y >= 0) & (below == 0) & (earlier < top), 1.0, 0.0)
             correct += hit
             e, total, plain, miss = _softmax(z, top, below, member, c, C, FOCAL)
@@ -335,8 +330,8 @@ def _forward_kernel(
             truth = tl.where(member, truth + m[None, :], truth)
             if marked is not None:
                 here = member & _is_marked(marked, pixel, y)[None, :]
-                marked_intersection = tl.where(here, marked_intersection + share[None, :], marked_intersection)
-                marked_truth = tl.where(here, marked_truth + m[None, :], marked_truth)
+                marked_intersection += tl.where(here, share[None, :], 0.0)
+                marked_truth += tl.where(here, m[None, :], 0.0)
             if SQUARE:
                 prediction = tl.where(known, prediction + e * e * (m / total / total)[None, :], 0.0)
             else:
@@ -345,9 +340,9 @@ def _forward_kernel(
                 log_p = z - top[None, :] - tl.log(total)[None, :]
                 log_prob = tl.where(known, log_prob + m[None, :] * log_p, 0.0)
             if RECALL:
-                class_correct = tl.where(member, class_correct + hit[None, :], class_correct)
+                class_correct += tl.where(member, hit[None, :], 0.0)
                 if weight is not None:
-                    class_count = tl.where(member, class_count + 1, class_count)
+                    class_count += tl.where(member, 1.0, 0.0)
 
             if group is not None:
                 s = tl.load(group + pixel, mask=y >= 0, other=0).to(tl.int64)
@@ -359,12 +354,12 @@ def _forward_kernel(
                 group_count += tl.dot(high.to(tl.float32), low, input_precision='tf32')
                 # in two parts, of which tf32 keeps 11 bits each, 22 of the 24
                 large = _large_part(plain)
-                value = tl.where(high, large[None, :], 0.0)
-                group_nll += tl.dot(value, low, input_precision='tf32')
-                value = tl.where(high, (plain - large)[None, :], 0.0)
-                group_nll += tl.dot(value, low, input_precision='tf32')
+                group_nll += tl.dot(tl.where(high, large[None, :], 0.0), low, input_precision='tf32')
+                group_nll += tl.dot(
+                    tl.where(high, (plain - large)[None, :], 0.0), low, input_precision='tf32'
+                )
             row += 1
-            row_start += width
+            pixel += width
         band += 1
         source += stride_row
 
@@ -398,11 +393,13 @@ def _forward_kernel(
 
 @triton.jit
 def _gradient(
-    z, c, y, m, image, marked, pixel,
-    g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
-    C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
+    z, c, target, weight, marked, pixel, inside, image,
+    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection, g_marked_truth,
+    weight_grad, q, r, gamma,
+    C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by the logits of P pixels, (BLOCK_C, P); the formula heads this file."""
+    """Gradient by the logits of P pixels, (BLOCK_C, P); that by their weights is stored, at each pixel."""
+    y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
     z, top, below, member = _of_label(z, c, y, C)
     e, total, nll, miss = _softmax(z, top, below, member, c, C, FOCAL)
     p = e * (1 / total)[None, :]
@@ -411,14 +408,19 @@ def _gradient(
     if g_intersection is not None:
         a += p_y * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
     if g_marked_intersection is not None:
-        here = _is_marked(marked, pixel, y)
-        a += p_y * tl.load(g_marked_intersection + image * C + y, mask=here, other=0.0)
+        a += p_y * tl.load(
+            g_marked_intersection + image * C + y, mask=_is_marked(marked, pixel, y), other=0.0
+        )
+    dm = a
     if g_nll is not None:
         slope = tl.zeros_like(m) - 1
         if FOCAL:
             power, miss = _power(miss, gamma)
             slope = -power - gamma * (power / miss) * p_y * nll
-        a += slope * tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
+            nll *= power
+        upstream = tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
+        a += slope * upstream
+        dm += nll * upstream
     a *= m
     common = a
     dz = tl.where(member, a[None, :], 0.0)
@@ -426,48 +428,23 @@ def _gradient(
         common += m * tl.sum(r, 0)
         dz += m[None, :] * r[:, None]
     if g_prediction is not None:
-        q = q[:, None]
+        slopes = q[:, None]
         if SQUARE:
-            q = 2 * q * p
-        common += m * tl.sum(q * p, 0)
-        dz += p * (m[None, :] * q)
+            slopes = 2 * slopes * p
+        common += m * tl.sum(slopes * p, 0)
+        dz += p * (m[None, :] * slopes)
+    if weight_grad is not None:
+        if g_truth is not None:
+            dm += tl.load(g_truth + image * C + y, mask=y >= 0, other=0.0)
+        if g_marked_truth is not None:
+            dm += tl.load(g_marked_truth + image * C + y, mask=_is_marked(marked, pixel, y), other=0.0)
+        if g_prediction is not None:
+            dm += tl.sum(q[:, None] * (p * p if SQUARE else p), 0)
+        if g_log_prob is not None:
+            log_p = z - top[None, :] - tl.log(total)[None, :]
+            dm += tl.sum(tl.where(c[:, None] < C, r[:, None] * log_p, 0.0), 0)
+        tl.store(weight_grad + pixel, tl.where(y >= 0, dm, 0.0), mask=inside)
     return tl.where(c[:, None] < C, dz - p * common[None, :], 0.0)
-
-
-@triton.jit
-def _store_weight_gradient(
-    weight_grad, pixel, inside, z, c, y, image, marked,
-    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection, g_marked_truth,
-    q, r, gamma,
-    C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
-):  # fmt: skip
-    """Store the gradient by the weights of P pixels; programs that share a pixel store the same number."""
-    z, top, below, member = _of_label(z, c, y, C)
-    e, total, nll, miss = _softmax(z, top, below, member, c, C, FOCAL)
-    dm = tl.zeros_like(total)
-    if g_truth is not None:
-        dm += tl.load(g_truth + image * C + y, mask=y >= 0, other=0.0)
-    if g_intersection is not None:
-        dm += _exp(below) / total * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
-    if g_marked_truth is not None:
-        here = _is_marked(marked, pixel, y)
-        dm += tl.load(g_marked_truth + image * C + y, mask=here, other=0.0)
-    if g_marked_intersection is not None:
-        here = _is_marked(marked, pixel, y)
-        dm += _exp(below) / total * tl.load(g_marked_intersection + image * C + y, mask=here, other=0.0)
-    if g_nll is not None:
-        if FOCAL:
-            nll *= _power(miss, gamma)[0]
-        dm += nll * tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
-    if g_prediction is not None:
-        p = e / total[None, :]
-        if SQUARE:
-            p *= p
-        dm += tl.sum(q[:, None] * p, 0)
-    if g_log_prob is not None:
-        log_p = z - top[None, :] - tl.log(total)[None, :]
-        dm += tl.sum(tl.where(c[:, None] < C, r[:, None] * log_p, 0.0), 0)
-    tl.store(weight_grad + pixel, tl.where(y >= 0, dm, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -512,36 +489,27 @@ def _backward_kernel(
             row = _first_row(band, bands, row_inverse, height, ALIGN)
             source = logits + band.to(tl.int64) * stride_row
             at_row = grad + band.to(tl.int64) * grad_stride_row
-            row_start = (image * height + row) * width
+            pixel = (image * height + row) * width + column
             while band < last:
                 stop = _first_row(band + 1, bands, row_inverse, height, ALIGN)
                 step = tl.where((band < h - 1) & (h != height), stride_row, 0)
                 from_part = tl.where(w == width, 0.0, -1.0)
                 upper, change = _load_band(
-                    source, bias, c, cell, part, from_part, _opaque(stride_class, band), step, stride_column, C
+                    source, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C
                 )
                 total = from_above
                 from_above = tl.zeros((BLOCK_C, P), tl.float32)
                 while row < stop:
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
-                    pixel = row_start + column
-                    y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
-                    z = upper + row_part * change
                     dz = _gradient(
-                        z, c, y, m, image, marked, pixel,
-                        g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
-                        C, FOCAL, SQUARE,
+                        upper + row_part * change, c, target, weight, marked, pixel, inside, image,
+                        g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection,
+                        g_marked_truth, weight_grad, q, r, gamma, C, IGNORE, FOCAL, SQUARE,
                     )  # fmt: skip
-                    if weight_grad is not None:
-                        _store_weight_gradient(
-                            weight_grad, pixel, inside, z, c, y, image, marked,
-                            g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
-                            g_marked_intersection, g_marked_truth, q, r, gamma, C, FOCAL, SQUARE,
-                        )  # fmt: skip
                     total = tl.where(known, total + (1 - row_part) * dz, 0.0)
                     from_above = tl.where(known, from_above + row_part * dz, 0.0)
                     row += 1
-                    row_start += width
+                    pixel += width
                 start = tl.where(band < first, last_cell, first_cell)
                 large = _large_part(total)
                 while start < last_cell:
@@ -565,26 +533,17 @@ def _backward_kernel(
         column = tl.program_id(0) * P + tl.arange(0, P)
         inside = column < width
         column = tl.minimum(column, width - 1)
-        cell = column.to(tl.int64)
-        grad += cell[None, :] * grad_stride_column
+        grad += column.to(tl.int64)[None, :] * grad_stride_column
         row = first
         while row < last:
-            z = _load_row(
-                logits + row.to(tl.int64) * stride_row, bias, c, cell, inside, stride_class, stride_column, C
-            )
+            source = logits + row.to(tl.int64) * stride_row
+            z = _load_row(source, bias, c, column.to(tl.int64), inside, stride_class, stride_column, C)
             pixel = (image * height + row) * width + column
-            y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
             dz = _gradient(
-                z, c, y, m, image, marked, pixel,
-                g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
-                C, FOCAL, SQUARE,
+                z, c, target, weight, marked, pixel, inside, image,
+                g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
+                g_marked_intersection, g_marked_truth, weight_grad, q, r, gamma, C, IGNORE, FOCAL, SQUARE,
             )  # fmt: skip
-            if weight_grad is not None:
-                _store_weight_gradient(
-                    weight_grad, pixel, inside, z, c, y, image, marked,
-                    g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
-                    g_marked_intersection, g_marked_truth, q, r, gamma, C, FOCAL, SQUARE,
-                )  # fmt: skip
             at = tl.max_contiguous(grad + row.to(tl.int64) * grad_stride_row, [1, 2])
             tl.store(at, dz, mask=known & inside[None, :])
             row += 1
@@ -614,7 +573,7 @@ class _Launch:
         class_warps = triton.next_power_of_2(triton.cdiv(classes, 20))
         warps = max(4, class_warps)
         self.pixels = 32 * warps // class_warps
-        # of a thread of the forward pass: with more, a multiprocessor holds two programs of four warps, not three
+        # of a thread of the forward pass; with more, a multiprocessor holds two programs, not three
         self.registers = 168 if warps == 4 else None
         chunks = triton.cdiv(width, self.pixels)
         bands = h if self.resize else height
@@ -634,8 +593,8 @@ class _Launch:
             BLOCK_C=max(16, triton.next_power_of_2(classes)), P=self.pixels, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
-    def gather(self) -> tuple[tuple[int, int, int], int, int]:
-        """Grid of the gradient by small logits, and the cells and tiles of a program."""
+    def gather(self) -> tuple[tuple[int, int, int], int, int, int]:
+        """Grid of the gradient by small logits; a program's source rows, cells and tiles of pixels."""
         a, inverse = self.arguments, self.column_inverse
         # pixels under two programs' hats are walked by both, so each takes some cells
         tiles = math.ceil(8 * inverse / self.pixels)
@@ -703,15 +662,17 @@ class _SoftStats(torch.autograd.Function):
             weight_grad = logits.new_empty(target.shape, dtype=torch.float32)
         upstream = (g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
         upstream = (None if g is None else g.contiguous() for g in upstream)
-        grid, arguments, cells, tiles = launch.grid, launch.arguments, 1, 1
+        grid, bands_each, cells, tiles = launch.grid, launch.arguments['bands_each'], 1, 1
         if launch.resize:
             grid, bands_each, cells, tiles = launch.gather()
-            arguments = arguments | dict(bands_each=bands_each)
-        # several tiles are added up in it
-        grad = torch.empty_like(logits, dtype=torch.float32 if tiles > 1 else None)
+        grad = torch.empty_like(
+            logits, dtype=torch.float32 if tiles > 1 else None
+        )  # tiles are added up in it
         with torch.cuda.device_of(logits):
             _backward_kernel[grid](
                 logits, target, bias, weight, marked, *upstream, weight_grad, grad, *grad.stride(),
-                column_inverse=launch.column_inverse, cells_each=cells, **arguments,
+                column_inverse=launch.column_inverse, cells_each=cells,
+                **launch.arguments | dict(bands_each=bands_each),
             )  # fmt: skip
-        return grad.to(logits.dtype), None, None if weight_grad is None else weight_grad.to(weight.dtype), None
+        weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        return grad.to(logits.dtype), None, weight_grad, None
