@@ -1,5 +1,6 @@
 """Compiles the kernels that some calls would launch, for a device that need not be there."""
 
+import math
 import re
 import sys
 import types
@@ -12,6 +13,8 @@ package.__path__ = [str(Path(__file__).parents[1] / 'mmseg_imbalance')]
 
 from mmseg_imbalance.benchmark.registers import compiled  # noqa: E402
 
+# the largest stack of a thread in bytes, the fewest forward programs on a multiprocessor
+LIMITS = {'few classes': (16, 3), 'many classes': (63, 1)}
 SHARED_MEMORY = 99 << 10  # bytes a block may use on the smaller devices of capability 8
 LABEL = torch.zeros(1, 64, 128, dtype=torch.int64)
 ALL_OPTIONS = dict(
@@ -33,8 +36,10 @@ CASES = {
 }
 
 
-def check(kernel):
-    """How tiles are spread over a warp, and shared memory, at any options."""
+def check(kernel, stack=math.inf, programs=1):
+    """How tiles are spread over a warp, and what registers and shared memory hold."""
+    if kernel.stack > stack or (kernel.name == 'forward' and kernel.programs < programs):
+        raise RuntimeError(f'more stack than {stack} bytes, or fewer programs than {programs}')
     if kernel.shared > SHARED_MEMORY:
         raise RuntimeError(f'more than {SHARED_MEMORY} bytes of shared memory')
     lanes = dict(re.findall(r'(#\w+) = .*threadsPerWarp = (\[.*?\])', kernel.code))
@@ -48,4 +53,4 @@ if __name__ == '__main__':
     capability, case = int(sys.argv[1]), sys.argv[2]
     for kernel in compiled(capability, logit_size=(8, 16), label_size=(64, 128), **CASES[case]):
         print(kernel.name, f'sm_{capability}', kernel.registers, kernel.stack, kernel.shared, kernel.programs)
-        check(kernel)
+        check(kernel, *LIMITS.get(case, ()))

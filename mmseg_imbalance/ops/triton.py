@@ -573,8 +573,7 @@ class _Launch:
         class_warps = triton.next_power_of_2(triton.cdiv(classes, 20))
         warps = max(4, class_warps)
         self.pixels = 32 * warps // class_warps
-        # of a thread of the forward pass; with more, a multiprocessor holds two programs, not three
-        self.registers = 168 if warps == 4 else None
+        self.registers = 168 if warps == 4 else None  # of forward: three programs fit a multiprocessor
         chunks = triton.cdiv(width, self.pixels)
         bands = h if self.resize else height
         bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
@@ -665,9 +664,8 @@ class _SoftStats(torch.autograd.Function):
         grid, bands_each, cells, tiles = launch.grid, launch.arguments['bands_each'], 1, 1
         if launch.resize:
             grid, bands_each, cells, tiles = launch.gather()
-        grad = torch.empty_like(
-            logits, dtype=torch.float32 if tiles > 1 else None
-        )  # tiles are added up in it
+        # a program's tiles are added up in it
+        grad = torch.empty_like(logits, dtype=torch.float32 if tiles > 1 else None)
         with torch.cuda.device_of(logits):
             _backward_kernel[grid](
                 logits, target, bias, weight, marked, *upstream, weight_grad, grad, *grad.stride(),
