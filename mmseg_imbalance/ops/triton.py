@@ -595,11 +595,11 @@ class _Launch:
     def gather(self) -> tuple[tuple[int, int, int], int, int, int]:
         """Grid of the gradient by small logits; a program's source rows, cells and tiles of pixels."""
         a, inverse = self.arguments, self.column_inverse
-        # pixels under two programs' hats are walked by both, so each takes some cells
+        # pixels under two programs' hats are walked by both, so each takes some cells and rows
         tiles = math.ceil(8 * inverse / self.pixels)
         cells = max(1, int((tiles * self.pixels - 2 * a['ALIGN']) / inverse) - 1)
         chunks = triton.cdiv(a['w'], cells)
-        bands_each = triton.cdiv(a['h'] * chunks * self.grid[2], PROGRAMS)
+        bands_each = max(2, triton.cdiv(a['h'] * chunks * self.grid[2], PROGRAMS))
         return (chunks, triton.cdiv(a['h'], bands_each), self.grid[2]), bands_each, cells, tiles
 
 
