@@ -326,3 +326,36 @@ def test_on_cuda_rows_show_their_bandwidth(run):
     assert status == 0
     for record in records:
         assert (record['bandwidth'] is not None) == (record['ms'] is not None)
+
+
+def test_registers_of_the_kernels_need_no_gpu(monkeypatch, capsys, tmp_path):
+    registers = pytest.importorskip('mmseg_imbalance.benchmark.registers')
+    kernels = [
+        registers.Kernel(name, 90, 4, number, 0, 16384, '')
+        for name, number in (('forward', 168), ('backward', 255))
+    ]
+
+    def compiled(capability, *args):
+        if capability == 100:
+            raise RuntimeError('no such GPU\nmore')
+        return kernels
+
+    monkeypatch.setattr(registers, 'compiled', compiled)
+    path = tmp_path / 'table.md'
+    options = ['--registers', '90', '100', '--classes', '19', '--scale', '8', '--dtype', 'float16']
+    assert main([*options, '--markdown', str(path)]) == 0
+    text = path.read_text()
+    # 168 registers: three of four warps; 19 halves over 64 pixels, twice in backward, and the label
+    assert '| sm_90 | 19 | 1/8 | float16 | forward | 168 | 0 | 16384 | 3 | 8.59 | 1.59 |' in text
+    assert '| backward | 255 | 0 | 16384 | 2 | 9.19 | 2.19 |' in text
+    assert 'RuntimeError: no such GPU' in text
+    assert 'forward' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('warps', 'registers', 'shared', 'programs'),
+    [(4, 168, 0, 3), (4, 169, 0, 2), (8, 128, 0, 2), (4, 32, 100 << 10, 2), (4, 16, 0, 16), (1, 16, 0, 32)],
+)
+def test_programs_of_a_multiprocessor(warps, registers, shared, programs):
+    module = pytest.importorskip('mmseg_imbalance.benchmark.registers')
+    assert module.Kernel('forward', 90, warps, registers, 0, shared, '').programs == programs

@@ -162,9 +162,12 @@ for code in {NEED_IT!r}:
 
 def test_every_module_is_a_leaf_of_the_package():
     backend = importlib.import_module('mmseg_imbalance.ops.soft_stats')._compiled_backend
-    absent = [name for name in ('cpu', 'triton') if isinstance(backend(name), str)]  # these say why
-    absent = [
-        f'mmseg_imbalance.ops.{name}' for name in (*absent, *(['cpu_kernels'] if 'cpu' in absent else []))
+    needed = dict(cpu=['ops.cpu', 'ops.cpu_kernels'], triton=['ops.triton', 'benchmark.registers'])
+    absent = [  # the backend says why
+        f'mmseg_imbalance.{module}'
+        for name in needed
+        if isinstance(backend(name), str)
+        for module in needed[name]
     ]
     for name, _ in modules():
         if name.split('.')[-1] != '__main__' and name not in absent:

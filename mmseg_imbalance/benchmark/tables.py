@@ -58,23 +58,23 @@ def without_empty(lines):
     return [{name: text for name, text in line.items() if name not in empty} for line in lines]
 
 
-def show(lines, title):
-    """The table of a terminal."""
+def show(lines, title, numbers=tuple(FORMATS), groups=('batch', 'logits')):
+    """The table of a terminal; ``numbers`` are aligned to the right, ``groups`` are apart."""
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in lines[0]:
-        table.add_column(name.replace('_', '\n'), justify='right' if name in FORMATS else 'left')
-    for _, group in groupby(lines, lambda line: (line['batch'], line['logits'])):
+        table.add_column(name.replace('_', '\n'), justify='right' if name in numbers else 'left')
+    for _, group in groupby(lines, lambda line: [line[name] for name in groups]):
         for line in group:
             table.add_row(*map(escape, line.values()))
         table.add_section()
     return table_text(table)
 
 
-def markdown(lines, title):
+def markdown(lines, title, numbers=tuple(FORMATS)):
     """The same for GitHub."""
     names = lines[0]
     rows = [[name.replace('_', ' ') for name in names]]
-    rows += [['--:' if name in FORMATS else '---' for name in names], *(line.values() for line in lines)]
+    rows += [['--:' if name in numbers else '---' for name in names], *(line.values() for line in lines)]
     return '\n'.join([title, '', *(f'| {" | ".join(row)} |' for row in rows), ''])
 
 

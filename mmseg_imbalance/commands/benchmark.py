@@ -34,13 +34,22 @@ random labels. Each run decodes all of them, with Pillow as MMSegmentation does,
 or counts their classes from the start, by as many worker processes; the time
 is per file.
 
+--registers measures nothing: it compiles the Triton kernels, which needs no
+GPU, and shows what a thread and a program take of one. Stack is what registers
+do not hold; programs is how many a multiprocessor holds at once; bytes are
+those of logits, gradient and label that a pixel costs at least, by the type
+of the label.
+
 What is not installed is skipped; pip install 'mmseg-imbalance[benchmark]'
 brings the other libraries."""
 EXAMPLE = """\
 --rounds 9 --markdown table.md --plot table.png
 --scale --step segformer deeplabv3
 --scale --suite configs/experiments/suite.py
---counting"""
+--counting
+--registers --classes 19 --scale 8 1"""
+DTYPES = ('float32', 'float16', 'bfloat16')
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # of GPUs, 90 for 9.0
 STEPS = ('segformer', 'deeplabv3')
 
 
@@ -67,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar='HxW',
         help='of the labels in pixels; default 512x1024, of --counting 1024x2048',
     )
-    add('--classes', type=int, nargs='+', default=[19], metavar='N', help='default 19')
+    add('--classes', type=int, nargs='+', metavar='N', help='default 19; with --registers 19 and 150')
     add('--batch', type=int, nargs='+', default=[2], metavar='N', help='images; default 2')
     add(
         '--scale',
@@ -79,9 +88,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         '--dtype',
-        choices=['float32', 'float16', 'bfloat16'],
-        default='float32',
-        help='of the logits; default %(default)s',
+        choices=DTYPES,
+        help='of the logits; default float32, with --registers all three',
     )
     add(
         '--ignored',
@@ -108,6 +116,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add('--subclass', action='store_true', help='the subclassified losses too')
     add('--step', nargs='+', choices=STEPS, default=[], help='whole training steps of these models too')
     add('--suite', metavar='FILE', help='training steps of the methods of a suite file too')
+    add(
+        '--registers',
+        type=int,
+        nargs='*',
+        choices=CAPABILITIES,
+        metavar='CAPABILITY',
+        help='what the Triton kernels take of GPUs; default 80 90 100',
+    )
     add('--step-size', type=_size, metavar='HxW', help='of their images; default: the crops of their configs')
     add(
         '--bandwidth',
@@ -136,6 +152,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device = 'cpu'
     if args.bandwidth is None:
         args.bandwidth = args.device == 'cuda'
+    args.dtypes = [args.dtype] if args.dtype else DTYPES
+    args.dtype = args.dtype or DTYPES[0]
+    args.classes = args.classes or ([19] if args.registers is None else [19, 150])
     if max(args.classes) > IGNORED:
         options.error(f'--classes: at most {IGNORED}, the label of ignored pixels')
     on_logits = args.scale and (args.losses or args.recall or args.subclass)
@@ -144,6 +163,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.step and args.device == 'cpu' and args.dtype == 'float16':
         options.error('--step on CPU: float32 or bfloat16')
     return args
+
+
+def show_registers(args: argparse.Namespace) -> int:
+    """The table of ``--registers``."""
+    from mmseg_imbalance.benchmark.registers import NUMBERS, lines
+    from mmseg_imbalance.benchmark.tables import markdown, show
+
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    rows = list(lines(args.registers or [80, 90, 100], args.classes, args.scale, dtypes))
+    title = 'Triton kernels: registers and bytes of stack of a thread, bytes of shared memory of a program'
+    print(show(rows, title, NUMBERS, ('gpu', 'classes', 'dtype')))
+    if args.json:
+        with write_atomically(args.json) as file:
+            json.dump(dict(title=title, rows=rows), file, indent=2)
+    if args.markdown:
+        with write_atomically(args.markdown) as file:
+            file.write(markdown(rows, title, NUMBERS))
+    return 0
 
 
 def find_cases(args: argparse.Namespace, folder: str) -> list[Callable]:
@@ -183,6 +220,8 @@ def find_cases(args: argparse.Namespace, folder: str) -> list[Callable]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.registers is not None:
+        return show_registers(args)
     from mmseg_imbalance.benchmark.measuring import copy_bandwidth, examine, keep_freed_blocks, machine, race
     from mmseg_imbalance.benchmark.tables import cells, markdown, plot, record, show, without_empty
 

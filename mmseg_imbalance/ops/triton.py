@@ -26,8 +26,9 @@ and by a weight that requires grad, gT being the gradient of truth:
 Where a pixel is marked, the gradients of marked_intersection and marked_truth are added to gI and gT.
 
 To small logits this is a gather, as bilinear weights are hats, max(0, 1 - |x - n|) of a pixel's source
-coordinate x and a cell n: a program owns some cells of two source rows, walks the pixels under their hats,
-adds up the rows of each column by their weights, and multiplies by the columns' weights, (P, cells).
+coordinate x and a cell n: a program owns some cells of some source rows and walks the pixels under their
+hats, band by band. The rows of a band are added up by their weights, for the source row above and for the one
+below; once a source row has both of its bands, its sums are multiplied by the columns' weights, (P, 16).
 """
 
 import math
@@ -122,11 +123,10 @@ def _first_pixel(cell, inverse, size, slack, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _band_rows(band, bands, inverse, height, ALIGN: tl.constexpr):
-    """The label rows of a band, from and to; however the bounds are rounded, each row is in one band."""
-    start = tl.where(band == 0, 0, _first_pixel(band, inverse, height, 0.0, ALIGN))
-    stop = tl.where(band == bands - 1, height, _first_pixel(band + 1, inverse, height, 0.0, ALIGN))
-    return start, stop
+def _first_row(band, bands, inverse, height, ALIGN: tl.constexpr):
+    """The first label row of a band; however it is rounded, each row is in one band."""
+    row = tl.where(band == bands, height, _first_pixel(band, inverse, height, 0.0, ALIGN))
+    return tl.where(band == 0, 0, row)
 
 
 @triton.jit
@@ -157,9 +157,11 @@ def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.const
 
 
 @triton.jit
-def _load_band(row, bias, c, cell, part, from_part, stride_class, step, stride_column, C: tl.constexpr):
+def _load_band(row, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C: tl.constexpr):
     """A source row at the label's columns, and what the one a step on adds to it, (BLOCK_C, P) each."""
     below = row + step
+    # the stride as it is, but the compiler does not know, and keeps no 64-bit multiples for all classes
+    stride_class += tl.minimum(band, 0)
     # 0 times what is not finite is not 0: beyond the last cell nothing is taken of the one before it, and
     # where columns are not resized nothing of a neighbour; elsewhere it is, as in torch
     used, next_used = part < 1, part > from_part
@@ -197,18 +199,20 @@ def _exp(x):
 
 
 @triton.jit
-def _softmax(z, c, y, C: tl.constexpr):
-    """Logits z, 0 where a pixel does not count, max z, exp(z - max z) and its sum."""
+def _of_label(z, c, y, C: tl.constexpr):
+    """Logits z, 0 where a pixel does not count, max z, z_y - max z, or 0, and where a class is the label."""
     z = tl.where(y[None, :] < 0, 0.0, z)  # 0 times what is not finite is not 0
     top = tl.max(tl.where(c[:, None] < C, z, float('-inf')), 0)
-    e = tl.where(c[:, None] < C, _exp(z - top[None, :]), 0.0)
-    return z, top, e, tl.sum(e, 0)
+    member = (c[:, None] == y[None, :]) & (c[:, None] < C)
+    below = tl.where(y < 0, 0.0, tl.sum(tl.where(member, z, 0.0), 0) - top)
+    return z, top, below, member
 
 
 @triton.jit
-def _log_loss(z, top, e, total, member, y, FOCAL: tl.constexpr):
-    """z_y - max z, -log p_y and, where asked, 1 - p_y; of a pixel that does not count, as if z_y = max z."""
-    below = tl.where(y < 0, 0.0, tl.sum(tl.where(member, z, 0.0), 0) - top)
+def _softmax(z, top, below, member, c, C: tl.constexpr, FOCAL: tl.constexpr):
+    """exp(z - max z), its sum, -log p_y and, where asked, 1 - p_y; as if z_y = max z where none counts."""
+    e = tl.where(c[:, None] < C, _exp(z - top[None, :]), 0.0)
+    total = tl.sum(e, 0)
     nll = tl.log(total) - below
     miss = nll
     if FOCAL:
@@ -218,7 +222,7 @@ def _log_loss(z, top, e, total, member, y, FOCAL: tl.constexpr):
         u = 1 + others
         log1p = tl.where(u == 1, others, tl.log(u) * (others / tl.where(u == 1, 1.0, u - 1)))
         nll = tl.where(below == 0, log1p, nll)
-    return below, nll, miss
+    return e, total, nll, miss
 
 
 @triton.jit
@@ -229,14 +233,24 @@ def _power(miss, gamma):
 
 
 @triton.jit
+def _large_part(x):
+    """x cut off to the 11 bits that tf32 keeps; what is left fits as well, but for two bits."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _store_sums(at, values, c, C: tl.constexpr, P: tl.constexpr):
     if P == 32:
         tl.store(at + c, tl.sum(values, 1), mask=c < C)
     else:
         # a product with ones: with several classes a thread, the shuffles of tl.sum cost as much as some rows
         k = tl.arange(0, 16)[None, :]
-        values = tl.dot(values, tl.full((P, 16), 1.0, tl.float32), input_precision='tf32x3')
-        tl.store(at + c[:, None] + k, values, mask=(c[:, None] < C) & (k == 0))
+        # in two parts one after the other, as tf32x3 takes more registers
+        ones = tl.full((P, 16), 1.0, tl.float32)
+        large = _large_part(values)
+        total = tl.dot(values - large, ones, input_precision='tf32')
+        total = tl.dot(large, ones, total, input_precision='tf32')
+        tl.store(at + c[:, None] + k, total, mask=(c[:, None] < C) & (k == 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -250,6 +264,7 @@ def _forward_kernel(
 ):  # fmt: skip
     image = tl.program_id(2).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
+    known = c[:, None] < C
     digit = tl.arange(0, S)
     column = tl.program_id(0) * P + tl.arange(0, P)
     inside = column < width
@@ -275,51 +290,55 @@ def _forward_kernel(
 
     band = tl.program_id(1) * bands_each
     last = tl.minimum(band + bands_each, bands)
+    row = band
+    if RESIZE:
+        row = _first_row(band, bands, row_inverse, height, ALIGN)
+    # these go on from row to row, as their multiples would make 64 bits of every number of a row
+    source = logits + (image * stride_image + band.to(tl.int64) * stride_row)
+    pixel = (image * height + row) * width + column
+    tl.assume(band < last)  # else the sums were kept twice, for no bands at all
     while band < last:
-        source = logits + (image * stride_image + band.to(tl.int64) * stride_row)
-        row, stop = band, band + 1
+        stop = row + 1
         if RESIZE:
-            row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
+            stop = _first_row(band + 1, bands, row_inverse, height, ALIGN)
             step = tl.where((band < h - 1) & (h != height), stride_row, 0)
             from_part = tl.where(w == width, 0.0, -1.0)
             upper, change = _load_band(
-                source, bias, c, cell, part, from_part, stride_class, step, stride_column, C
+                source, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C
             )
         while row < stop:
             if RESIZE:
                 z = upper + _row_part(row, band, row_scale, h, ALIGN) * change
             else:
                 z = _load_row(source, bias, c, cell, inside, stride_class, stride_column, C)
-            pixel = (image * height + row) * width + column
             y, m, strange = _load_labels(target, weight, pixel, inside, C, IGNORE)
             wrong |= strange.to(tl.int32)
-            z, top, e, total = _softmax(z, c, y, C)
-            member = (c[:, None] == y[None, :]) & (c[:, None] < C)
-            below, plain, miss = _log_loss(z, top, e, total, member, y, FOCAL)
+            z, top, below, member = _of_label(z, c, y, C)
+            # among equals the first is the prediction
+            earlier = tl.max(tl.where((c[:, None] < y[None, :]) & known, z, float('-inf')), 0)
+            hit = tl.where((y >= 0) & (below == 0) & (earlier < top), 1.0, 0.0)
+            correct += hit
+            e, total, plain, miss = _softmax(z, top, below, member, c, C, FOCAL)
 
             loss = plain
             if FOCAL:
                 power, miss = _power(miss, gamma)
                 loss = plain * power
-            share = tl.where(member, m[None, :], 0.0)
-            nll += share * loss[None, :]
-            intersection += share * (_exp(below) / total)[None, :]
-            truth += share
+            share = m * (_exp(below) / total)
+            nll = tl.where(member, nll + (m * loss)[None, :], nll)
+            intersection = tl.where(member, intersection + share[None, :], intersection)
+            truth = tl.where(member, truth + m[None, :], truth)
             if marked is not None:
-                marked_share = tl.where(_is_marked(marked, pixel, y)[None, :], share, 0.0)
-                marked_intersection += marked_share * (_exp(below) / total)[None, :]
-                marked_truth += marked_share
+                here = member & _is_marked(marked, pixel, y)[None, :]
+                marked_intersection += tl.where(here, share[None, :], 0.0)
+                marked_truth += tl.where(here, m[None, :], 0.0)
             if SQUARE:
-                prediction += e * e * (m / total / total)[None, :]
+                prediction = tl.where(known, prediction + e * e * (m / total / total)[None, :], 0.0)
             else:
-                prediction += e * (m / total)[None, :]
+                prediction = tl.where(known, prediction + e * (m / total)[None, :], 0.0)
             if LOG_PROB:
-                log_prob += m[None, :] * (z - top[None, :] - tl.log(total)[None, :])
-            # among equals the first is the prediction
-            before = (c[:, None] < y[None, :]) & (c[:, None] < C)
-            earlier = tl.max(tl.where(before, z, float('-inf')), 0)
-            hit = tl.where((y >= 0) & (below == 0) & (earlier < top), 1.0, 0.0)
-            correct += hit
+                log_p = z - top[None, :] - tl.log(total)[None, :]
+                log_prob = tl.where(known, log_prob + m[None, :] * log_p, 0.0)
             if RECALL:
                 class_correct += tl.where(member, hit[None, :], 0.0)
                 if weight is not None:
@@ -334,13 +353,15 @@ def _forward_kernel(
                 low = ((s % S)[:, None] == digit[None, :]).to(tl.float32)  # (P, S)
                 group_count += tl.dot(high.to(tl.float32), low, input_precision='tf32')
                 # in two parts, of which tf32 keeps 11 bits each, 22 of the 24
-                large = (plain.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-                value = tl.where(high, large[None, :], 0.0)
-                group_nll += tl.dot(value, low, input_precision='tf32')
-                value = tl.where(high, (plain - large)[None, :], 0.0)
-                group_nll += tl.dot(value, low, input_precision='tf32')
+                large = _large_part(plain)
+                group_nll += tl.dot(tl.where(high, large[None, :], 0.0), low, input_precision='tf32')
+                group_nll += tl.dot(
+                    tl.where(high, (plain - large)[None, :], 0.0), low, input_precision='tf32'
+                )
             row += 1
+            pixel += width
         band += 1
+        source += stride_row
 
     blocks = tl.num_programs(0) * tl.num_programs(1)
     program = image * blocks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -372,28 +393,34 @@ def _forward_kernel(
 
 @triton.jit
 def _gradient(
-    z, c, y, m, image, marked, pixel,
-    g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
-    C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
+    z, c, target, weight, marked, pixel, inside, image,
+    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection, g_marked_truth,
+    weight_grad, q, r, gamma,
+    C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by the logits of P pixels, (BLOCK_C, P); the formula heads this file."""
-    z, top, e, total = _softmax(z, c, y, C)
-    member = (c[:, None] == y[None, :]) & (c[:, None] < C)
-    below, nll, miss = _log_loss(z, top, e, total, member, y, FOCAL)
+    """Gradient by the logits of P pixels, (BLOCK_C, P); that by their weights is stored, at each pixel."""
+    y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
+    z, top, below, member = _of_label(z, c, y, C)
+    e, total, nll, miss = _softmax(z, top, below, member, c, C, FOCAL)
     p = e * (1 / total)[None, :]
     p_y = _exp(below) / total
     a = tl.zeros_like(m)
     if g_intersection is not None:
         a += p_y * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
     if g_marked_intersection is not None:
-        here = _is_marked(marked, pixel, y)
-        a += p_y * tl.load(g_marked_intersection + image * C + y, mask=here, other=0.0)
+        a += p_y * tl.load(
+            g_marked_intersection + image * C + y, mask=_is_marked(marked, pixel, y), other=0.0
+        )
+    dm = a
     if g_nll is not None:
         slope = tl.zeros_like(m) - 1
         if FOCAL:
             power, miss = _power(miss, gamma)
             slope = -power - gamma * (power / miss) * p_y * nll
-        a += slope * tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
+            nll *= power
+        upstream = tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
+        a += slope * upstream
+        dm += nll * upstream
     a *= m
     common = a
     dz = tl.where(member, a[None, :], 0.0)
@@ -401,49 +428,23 @@ def _gradient(
         common += m * tl.sum(r, 0)
         dz += m[None, :] * r[:, None]
     if g_prediction is not None:
-        q = q[:, None]
+        slopes = q[:, None]
         if SQUARE:
-            q = 2 * q * p
-        common += m * tl.sum(q * p, 0)
-        dz += p * (m[None, :] * q)
+            slopes = 2 * slopes * p
+        common += m * tl.sum(slopes * p, 0)
+        dz += p * (m[None, :] * slopes)
+    if weight_grad is not None:
+        if g_truth is not None:
+            dm += tl.load(g_truth + image * C + y, mask=y >= 0, other=0.0)
+        if g_marked_truth is not None:
+            dm += tl.load(g_marked_truth + image * C + y, mask=_is_marked(marked, pixel, y), other=0.0)
+        if g_prediction is not None:
+            dm += tl.sum(q[:, None] * (p * p if SQUARE else p), 0)
+        if g_log_prob is not None:
+            log_p = z - top[None, :] - tl.log(total)[None, :]
+            dm += tl.sum(tl.where(c[:, None] < C, r[:, None] * log_p, 0.0), 0)
+        tl.store(weight_grad + pixel, tl.where(y >= 0, dm, 0.0), mask=inside)
     return tl.where(c[:, None] < C, dz - p * common[None, :], 0.0)
-
-
-@triton.jit
-def _store_weight_gradient(
-    weight_grad, pixel, inside, z, c, y, image, marked,
-    g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection, g_marked_truth,
-    q, r, gamma,
-    C: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
-):  # fmt: skip
-    """Store the gradient by the weights of P pixels; programs that share a pixel store the same number."""
-    z, top, e, total = _softmax(z, c, y, C)
-    member = (c[:, None] == y[None, :]) & (c[:, None] < C)
-    below, nll, miss = _log_loss(z, top, e, total, member, y, FOCAL)
-    dm = tl.zeros_like(total)
-    if g_truth is not None:
-        dm += tl.load(g_truth + image * C + y, mask=y >= 0, other=0.0)
-    if g_intersection is not None:
-        dm += _exp(below) / total * tl.load(g_intersection + image * C + y, mask=y >= 0, other=0.0)
-    if g_marked_truth is not None:
-        here = _is_marked(marked, pixel, y)
-        dm += tl.load(g_marked_truth + image * C + y, mask=here, other=0.0)
-    if g_marked_intersection is not None:
-        here = _is_marked(marked, pixel, y)
-        dm += _exp(below) / total * tl.load(g_marked_intersection + image * C + y, mask=here, other=0.0)
-    if g_nll is not None:
-        if FOCAL:
-            nll *= _power(miss, gamma)[0]
-        dm += nll * tl.load(g_nll + image * C + y, mask=y >= 0, other=0.0)
-    if g_prediction is not None:
-        p = e / total[None, :]
-        if SQUARE:
-            p *= p
-        dm += tl.sum(q[:, None] * p, 0)
-    if g_log_prob is not None:
-        log_p = z - top[None, :] - tl.log(total)[None, :]
-        dm += tl.sum(tl.where(c[:, None] < C, r[:, None] * log_p, 0.0), 0)
-    tl.store(weight_grad + pixel, tl.where(y >= 0, dm, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -454,7 +455,7 @@ def _backward_kernel(
     stride_image, stride_class, stride_row, stride_column, h, w, height, width,
     row_scale, row_inverse, column_scale, column_inverse, gamma, bands, bands_each, cells_each,
     C: tl.constexpr, IGNORE: tl.constexpr, FOCAL: tl.constexpr, SQUARE: tl.constexpr, RESIZE: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(2).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -468,88 +469,81 @@ def _backward_kernel(
     if g_log_prob is not None:
         r = tl.load(g_log_prob + image * C + c, mask=c < C, other=0.0)
 
+    first = tl.program_id(1) * bands_each
+    last = tl.minimum(first + bands_each, bands)
     if RESIZE:
         first_cell = tl.program_id(0) * cells_each
-        n = first_cell + tl.arange(0, BLOCK_N)
-        top_cell = tl.program_id(1) * 2
+        last_cell = tl.minimum(first_cell + cells_each, w)
         # a margin for rounding; what it adds weighs 0
         left = _first_pixel(first_cell - 1, column_inverse, width, -0.0625, ALIGN)
         right = _first_pixel(first_cell + cells_each, column_inverse, width, 0.0625, ALIGN)
-        last = tl.minimum(top_cell + 2, bands)
-        top_grad = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-        bottom_grad = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-        while left < right:
-            column = left + tl.arange(0, P)
+        tile = left
+        while tile < tl.maximum(right, left + 1):  # cells without a pixel have a gradient of 0
+            column = tile + tl.arange(0, P)
             inside = column < right
             column = tl.minimum(column, width - 1)
             cell, part = _cells_of(column, w, column_scale, ALIGN)
-            top_sum = tl.zeros((BLOCK_C, P), tl.float32)
-            bottom_sum = tl.zeros((BLOCK_C, P), tl.float32)
-            band = tl.maximum(top_cell - 1, 0)
+            x = _coordinate(column, column_scale, w - 1, ALIGN)
+            from_above = tl.zeros((BLOCK_C, P), tl.float32)
+            band = tl.maximum(first - 1, 0)
+            row = _first_row(band, bands, row_inverse, height, ALIGN)
+            source = logits + band.to(tl.int64) * stride_row
+            at_row = grad + band.to(tl.int64) * grad_stride_row
+            pixel = (image * height + row) * width + column
             while band < last:
-                source = logits + band.to(tl.int64) * stride_row
-                row, stop = _band_rows(band, bands, row_inverse, height, ALIGN)
+                stop = _first_row(band + 1, bands, row_inverse, height, ALIGN)
                 step = tl.where((band < h - 1) & (h != height), stride_row, 0)
                 from_part = tl.where(w == width, 0.0, -1.0)
                 upper, change = _load_band(
-                    source, bias, c, cell, part, from_part, stride_class, step, stride_column, C
+                    source, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C
                 )
+                total = from_above
+                from_above = tl.zeros((BLOCK_C, P), tl.float32)
                 while row < stop:
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
-                    pixel = (image * height + row) * width + column
-                    y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
-                    z = upper + row_part * change
                     dz = _gradient(
-                        z, c, y, m, image, marked, pixel,
-                        g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
-                        C, FOCAL, SQUARE,
+                        upper + row_part * change, c, target, weight, marked, pixel, inside, image,
+                        g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection,
+                        g_marked_truth, weight_grad, q, r, gamma, C, IGNORE, FOCAL, SQUARE,
                     )  # fmt: skip
-                    if weight_grad is not None:
-                        _store_weight_gradient(
-                            weight_grad, pixel, inside, z, c, y, image, marked,
-                            g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
-                            g_marked_intersection, g_marked_truth, q, r, gamma, C, FOCAL, SQUARE,
-                        )  # fmt: skip
-                    distance = band + row_part - top_cell
-                    top_sum += tl.maximum(0.0, 1 - tl.abs(distance)) * dz
-                    bottom_sum += tl.maximum(0.0, 1 - tl.abs(distance - 1)) * dz
+                    total = tl.where(known, total + (1 - row_part) * dz, 0.0)
+                    from_above = tl.where(known, from_above + row_part * dz, 0.0)
                     row += 1
+                    pixel += width
+                start = tl.where(band < first, last_cell, first_cell)
+                large = _large_part(total)
+                while start < last_cell:
+                    n = start + tl.arange(0, 16)
+                    hat = tl.maximum(0.0, 1 - tl.abs(x[:, None] - n[None, :]))  # (P, 16)
+                    large_hat = _large_part(hat)
+                    value = tl.dot(large, hat - large_hat, input_precision='tf32')
+                    value = tl.dot(large, large_hat, value, input_precision='tf32')
+                    value = tl.dot(total - large, large_hat, value, input_precision='tf32')
+                    at = at_row + n.to(tl.int64)[None, :] * grad_stride_column
+                    before = (n < tl.where(tile > left, last_cell, 0))[None, :]
+                    value += tl.load(at, mask=known & before, other=0.0)
+                    tl.store(at, value, mask=known & (n < last_cell)[None, :])
+                    start += 16
                 band += 1
-            x = _coordinate(column, column_scale, w - 1, ALIGN)
-            hat = tl.maximum(0.0, 1 - tl.abs(x[:, None] - n[None, :]))  # (P, BLOCK_N)
-            top_grad += tl.dot(top_sum, hat, input_precision='tf32x3')
-            bottom_grad += tl.dot(bottom_sum, hat, input_precision='tf32x3')
-            left += P
-        grad += top_cell.to(tl.int64) * grad_stride_row + n.to(tl.int64)[None, :] * grad_stride_column
-        mine = known & (n < tl.minimum(first_cell + cells_each, w))[None, :]
-        tl.store(grad, top_grad, mask=mine)
-        if top_cell + 1 < h:
-            tl.store(grad + grad_stride_row, bottom_grad, mask=mine)
+                source += stride_row
+                at_row += grad_stride_row
+            tl.debug_barrier()
+            tile += P
     else:
         column = tl.program_id(0) * P + tl.arange(0, P)
         inside = column < width
         column = tl.minimum(column, width - 1)
-        cell = column.to(tl.int64)
-        grad += cell[None, :] * grad_stride_column
-        row = tl.program_id(1) * bands_each
-        last = tl.minimum(row + bands_each, bands)
+        grad += column.to(tl.int64)[None, :] * grad_stride_column
+        row = first
         while row < last:
-            z = _load_row(
-                logits + row.to(tl.int64) * stride_row, bias, c, cell, inside, stride_class, stride_column, C
-            )
+            source = logits + row.to(tl.int64) * stride_row
+            z = _load_row(source, bias, c, column.to(tl.int64), inside, stride_class, stride_column, C)
             pixel = (image * height + row) * width + column
-            y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
             dz = _gradient(
-                z, c, y, m, image, marked, pixel,
-                g_nll, g_intersection, g_prediction, g_log_prob, g_marked_intersection, q, r, gamma,
-                C, FOCAL, SQUARE,
+                z, c, target, weight, marked, pixel, inside, image,
+                g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
+                g_marked_intersection, g_marked_truth, weight_grad, q, r, gamma, C, IGNORE, FOCAL, SQUARE,
             )  # fmt: skip
-            if weight_grad is not None:
-                _store_weight_gradient(
-                    weight_grad, pixel, inside, z, c, y, image, marked,
-                    g_nll, g_intersection, g_prediction, g_log_prob, g_truth,
-                    g_marked_intersection, g_marked_truth, q, r, gamma, C, FOCAL, SQUARE,
-                )  # fmt: skip
             at = tl.max_contiguous(grad + row.to(tl.int64) * grad_stride_row, [1, 2])
             tl.store(at, dz, mask=known & inside[None, :])
             row += 1
@@ -579,6 +573,7 @@ class _Launch:
         class_warps = triton.next_power_of_2(triton.cdiv(classes, 20))
         warps = max(4, class_warps)
         self.pixels = 32 * warps // class_warps
+        self.registers = 168 if warps == 4 else None  # of forward: three programs fit a multiprocessor
         chunks = triton.cdiv(width, self.pixels)
         bands = h if self.resize else height
         bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
@@ -597,15 +592,15 @@ class _Launch:
             BLOCK_C=max(16, triton.next_power_of_2(classes)), P=self.pixels, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
-    def gather(self) -> tuple[tuple[int, int, int], int, int]:
-        """Grid of the gradient by small logits, the cells of a program, and their block."""
-        a, width = self.arguments, self.column_inverse
-        # as many cells as the hats of a whole number of tiles cover
-        block = triton.next_power_of_2(max(1, int(self.pixels / width) - 1))
-        block = min(max(block, 16), 64)
-        tiles = max(1, int(block * width / self.pixels))
-        cells = min(max(1, int(tiles * self.pixels / width) - 1), block)
-        return (triton.cdiv(a['w'], cells), triton.cdiv(a['h'], 2), self.grid[2]), cells, block
+    def gather(self) -> tuple[tuple[int, int, int], int, int, int]:
+        """Grid of the gradient by small logits; a program's source rows, cells and tiles of pixels."""
+        a, inverse = self.arguments, self.column_inverse
+        # pixels under two programs' hats are walked by both, so each takes some cells and rows
+        tiles = math.ceil(8 * inverse / self.pixels)
+        cells = max(1, int((tiles * self.pixels - 2 * a['ALIGN']) / inverse) - 1)
+        chunks = triton.cdiv(a['w'], cells)
+        bands_each = max(2, triton.cdiv(a['h'] * chunks * self.grid[2], PROGRAMS))
+        return (chunks, triton.cdiv(a['h'], bands_each), self.grid[2]), bands_each, cells, tiles
 
 
 class _SoftStats(torch.autograd.Function):
@@ -629,7 +624,7 @@ class _SoftStats(torch.autograd.Function):
             _forward_kernel[launch.grid](
                 logits, target, bias, weight, group, marked, sums, group_sums, intact,
                 num_groups=o.num_groups, LOG_PROB=o.with_log_prob, RECALL=o.with_recall, S=digits,
-                **launch.arguments,
+                **launch.arguments, maxnreg=launch.registers,
             )  # fmt: skip
         torch._assert_async(
             intact, f'target or group holds values beyond {classes} classes or {o.num_groups} groups'
@@ -666,11 +661,16 @@ class _SoftStats(torch.autograd.Function):
             weight_grad = logits.new_empty(target.shape, dtype=torch.float32)
         upstream = (g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
         upstream = (None if g is None else g.contiguous() for g in upstream)
-        grad = torch.empty_like(logits)
-        grid, cells, block = launch.gather() if launch.resize else (launch.grid, 1, 16)
+        grid, bands_each, cells, tiles = launch.grid, launch.arguments['bands_each'], 1, 1
+        if launch.resize:
+            grid, bands_each, cells, tiles = launch.gather()
+        # a program's tiles are added up in it
+        grad = torch.empty_like(logits, dtype=torch.float32 if tiles > 1 else None)
         with torch.cuda.device_of(logits):
             _backward_kernel[grid](
                 logits, target, bias, weight, marked, *upstream, weight_grad, grad, *grad.stride(),
-                column_inverse=launch.column_inverse, cells_each=cells, BLOCK_N=block, **launch.arguments,
+                column_inverse=launch.column_inverse, cells_each=cells,
+                **launch.arguments | dict(bands_each=bands_each),
             )  # fmt: skip
-        return grad, None, None if weight_grad is None else weight_grad.to(weight.dtype), None
+        weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        return grad.to(logits.dtype), None, weight_grad, None
