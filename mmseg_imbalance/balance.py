@@ -52,7 +52,8 @@ class GradNorm(nn.Module):
     Args:
         factors: (T,), at least 0, F their sum, which stays.
         asymmetry: at least 0; 0 gives all terms the same pull.
-        interval: iterations from one measurement to the next, at least 1.
+        interval: calls of the loss in training, one an iteration as a rule, from one measurement to the next;
+            at least 1.
 
     Source: Chen et al. 2018, https://arxiv.org/abs/1711.02257, equations 1 and 2, with asymmetry (alpha) 1.5.
     Differs: gradients at the logits, not at the last shared layer; a step to where their equation 2 leads, in
@@ -97,15 +98,16 @@ class GradNorm(nn.Module):
         aim = (progress / progress.mean()) ** self.asymmetry / norms
         aim = aim / aim.sum() * self.factors.sum()
         moved = torch.where(fresh, aim, torch.lerp(self.factors, aim, 0.1))
-        sound = torch.isfinite(aim).all()
+        # a norm that overflowed would give a factor of 0
+        sound = torch.isfinite(aim).all() & torch.isfinite(norms).all()
         self.factors.copy_(torch.where(sound, moved, self.factors))
         self.first.copy_(torch.where(sound, first, self.first))
 
-    def get_extra_state(self) -> dict[str, int]:
-        return dict(calls=self.calls)
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.calls)  # averaged models take tensors alone
 
-    def set_extra_state(self, state: Mapping[str, int]) -> None:
-        self.calls = state['calls']
+    def set_extra_state(self, state: Tensor) -> None:
+        self.calls = int(state)
 
 
 BALANCES = dict(fixed=None, uncertainty=Uncertainty, gradnorm=GradNorm)
@@ -121,7 +123,7 @@ def make_balance(balance: str | Mapping[str, Any], factors: Mapping[str, float])
         ValueError: an unknown name, an option out of its range, or fewer than two factors above 0.
         TypeError: an unknown option.
     """
-    options = dict(type=balance) if isinstance(balance, str) else dict(balance)
+    options = dict(balance) if isinstance(balance, Mapping) else dict(type=balance)
     name = options.pop('type', None)
     check_choice('balance', name, tuple(BALANCES))
     kind = BALANCES[name]

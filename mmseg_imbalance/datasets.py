@@ -40,7 +40,8 @@ class MergedClassDataset(BaseSegDataset):
     Args:
         classes_of_labels: the name of the class of each label in the files, from label 0 on:
             ``['background', 'defect', 'defect']``. Several labels of one name are one class. The classes are
-            in the order in which they appear here. With ``reduce_zero_label`` these are the reduced labels.
+            in the order in which they appear here. With ``reduce_zero_label`` these are the reduced labels. A
+            label without a name stays as it is, and training refuses it; 255 stays ignored.
         **kwargs: of MMSegmentation's BaseSegDataset. ``metainfo=dict(classes=...)`` chooses among the merged
             classes, or changes their order; the others are ignored, 255.
 

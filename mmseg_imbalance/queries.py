@@ -44,17 +44,17 @@ class QueryClassLoss(nn.Module):
         reduction: str = 'mean',
     ) -> None:
         super().__init__()
-        *of_classes, no_object = class_weight
-        if any(w != 1 for w in of_classes):
+        numbers = list(class_weight) if isinstance(class_weight, list | tuple) else []
+        if not numbers or any(w != 1 for w in numbers[:-1]):
             raise ValueError(
                 "class_weight of QueryClassLoss must be a list of 1 for each class, then the weight of 'no "
                 f"object', got {class_weight!r}; the weights of the classes are object_weight"
             )
-        check_at_least_0(loss_weight=loss_weight, **{"the weight of 'no object'": no_object})
+        check_at_least_0(loss_weight=loss_weight, **{"the weight of 'no object'": numbers[-1]})
         check_choice('use_sigmoid', use_sigmoid, (False,))
         check_choice('reduction', reduction, ('mean',))
         self.object_weight = ClassWeight(object_weight, owner=type(self).__name__, name='object_weight')
-        self.no_object_weight = float(no_object)
+        self.no_object_weight = float(numbers[-1])
         self.loss_weight = loss_weight
 
     @property

@@ -100,10 +100,11 @@ class ResUNet(BaseModule):
         norm_cfg = norm_cfg or dict(type='BN')
         act_cfg = act_cfg or dict(type='ReLU')
         upsample_cfg = upsample_cfg or dict(type='InterpConv')
-        if base_channels % (groups := norm_cfg.get('num_groups', 1)):
+        groups = norm_cfg.get('num_groups', 0 if norm_cfg.get('type') == 'GN' else 1)
+        if not isinstance(groups, int) or groups < 1 or base_channels % groups:
             raise ValueError(
-                f'num_groups={groups} does not divide base_channels={base_channels}. Take '
-                f'num_groups={math.gcd(groups, base_channels)}, or another divisor'
+                f'norm_cfg={norm_cfg!r}: num_groups must divide base_channels={base_channels}. Take '
+                f'num_groups={math.gcd(8, base_channels)}, or another divisor'
             )
         if not isinstance(upsample_cfg, dict):
             raise ValueError(

@@ -125,8 +125,10 @@ def test_it_is_built_from_a_config_with_and_without_a_scope():
         (dict(stem_stride=0), 'stem_stride=0.*at least 1'),
         (
             dict(base_channels=12, norm_cfg=dict(type='GN', num_groups=8)),
-            'num_groups=8 does not divide base_channels=12. Take num_groups=4',
+            'num_groups must divide base_channels=12. Take num_groups=4',
         ),
+        (dict(norm_cfg=dict(type='GN')), 'num_groups must divide base_channels=64. Take num_groups=8'),
+        (dict(norm_cfg=dict(type='GN', num_groups=0)), 'num_groups must divide base_channels=64'),
         (dict(upsample_cfg='bilinear'), r"upsample_cfg='bilinear'.*dict\(type='DeconvModule'\)"),
     ],
 )

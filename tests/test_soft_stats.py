@@ -1095,6 +1095,23 @@ def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads(make_batc
 
 
 @CPU
+@pytest.mark.slow
+def test_a_compiled_loss_calls_the_cpu_kernels_as_they_are(make_batch):
+    logits, target = make_batch((5, 7), (13, 17), dtype=torch.float32)
+
+    @torch.compile(backend='eager')
+    def loss(z):
+        stats = soft_stats(z, target, backend='cpu')
+        return stats.nll.sum() / stats.truth.sum()
+
+    leaf = logits.requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    stats = soft_stats(leaf, target, backend='cpu')
+    (expected,) = torch.autograd.grad(stats.nll.sum() / stats.truth.sum(), leaf)
+    torch.testing.assert_close(grad, expected)
+
+
+@CPU
 def test_exp_and_log_of_the_cpu_kernels_are_exact_to_single_precision():
     x = np.linspace(-87, 0, 100_001, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))

@@ -217,6 +217,7 @@ class _SoftStats(torch.autograd.Function):
         return grad.to(logits.dtype), None, weight_grad.to(weight.dtype), None
 
 
+@torch.compiler.disable
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     """See :func:`mmseg_imbalance.ops.soft_stats`."""
     return SoftStats(*_SoftStats.apply(logits, target, options.pixel_weight, options))
