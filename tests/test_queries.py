@@ -102,6 +102,8 @@ def test_auto_that_nobody_has_filled_says_so():
     ('options', 'message'),
     [
         (dict(class_weight='auto'), "got 'auto'; the weights of the classes are object_weight"),
+        (dict(class_weight=0.1), 'must be a list of 1 for each class.* got 0.1'),
+        (dict(class_weight=[]), r'must be a list of 1 for each class.* got \[\]'),
         (dict(class_weight=[1.0, 2.0, 0.1]), r'got \[1.0, 2.0, 0.1\]; the weights of the classes are'),
         (dict(class_weight=[1.0, -0.1]), "the weight of 'no object' must be a finite number, at least 0"),
         (dict(loss_weight=-1.0), 'loss_weight must be a finite number, at least 0'),
