@@ -20,7 +20,7 @@ from mmseg_imbalance.ops.contract import Options, SoftStats
 from mmseg_imbalance.ops.threads import each
 
 # of a part, C times its pixels: enough for Python's share to be small, and a part for each thread
-PART_NUMBERS = 1 << 19
+PART_NUMBERS = 1 << 21
 # of a piece, which the kernels take at a time: as many as a core's second cache holds beside others
 PIECE_NUMBERS = 1 << 15
 
@@ -125,7 +125,7 @@ class _Pass:
 
     def gradient(
         self, part: _Part, upstream: np.ndarray, grad: Tensor, weight_grad: np.ndarray
-    ) -> Tensor | None:
+    ) -> np.ndarray | None:
         """Write that of a part to ``grad``, (B, C, H, W); of resized logits return it, (C, band, w)."""
         z, *others = self.inputs(part)
         into = grad[part.image].numpy() if self.in_place else np.zeros_like(z)
@@ -147,7 +147,7 @@ class _Pass:
             return None
         cells = np.zeros((*z.shape[:2], self.logits.shape[3]), np.float32)
         kernels.from_columns(into, *self.horizontal, cells)
-        return torch.from_numpy(cells)
+        return cells
 
 
 class _Sums(NamedTuple):
@@ -206,12 +206,12 @@ class _SoftStats(torch.autograd.Function):
         if here.resized:
             grad = torch.zeros(logits.shape)
         parts = here.parts()
-        bands = each(
-            lambda part: here.gradient(part, upstream, grad, weight_grad.numpy()), parts, on_cpu=True
-        )
+        weights = weight_grad.numpy()
+        bands = each(lambda part: here.gradient(part, upstream, grad, weights), parts, on_cpu=True)
+        whole = grad.numpy() if here.resized else None
         for part, band in zip(parts, bands, strict=True):
-            if band is not None:
-                grad[part.image, :, part.band] += band
+            if whole is not None:  # by NumPy: threads that torch wakes keep a core busy for a while
+                whole[part.image, :, part.band] += band
         if not ctx.needs_input_grad[2]:
             return grad.to(logits.dtype), None, None, None
         return grad.to(logits.dtype), None, weight_grad.to(weight.dtype), None

@@ -7,10 +7,11 @@ from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmseg_imbalance.ops.contract import NOTHING_IGNORED, Options, SoftStats, valid_pixels
+from mmseg_imbalance.ops.contract import NOTHING_IGNORED, Options, SoftStats
 
 BACKENDS = ('eager', 'strips', 'cpu', 'triton')
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,12 +87,14 @@ def soft_stats(
     if backend not in ('auto', *BACKENDS):
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     if target.device.type == 'cpu':
-        valid = valid_pixels(target, ignore_index)
-        _check_range('target', target, valid, logits.shape[1], also)
+        # by NumPy: threads that torch wakes keep a core busy for a while
+        labels = target.numpy()
+        valid = labels != ignore_index
+        _check_range('target', labels, valid, logits.shape[1], also)
         if pixel_weight is not None:
-            _check_weight(pixel_weight, valid)
+            _check_weight(pixel_weight, torch.from_numpy(valid))
         if group is not None:
-            _check_range('group', group, valid, num_groups, ' wherever target is valid')
+            _check_range('group', group.numpy(), valid, num_groups, ' wherever target is valid')
     options = Options(
         pixel_weight,
         ignore_index,
@@ -205,13 +208,13 @@ def _check_weight(weight: Tensor, valid: Tensor) -> None:
         )
 
 
-def _check_range(name: str, ids: Tensor, valid: Tensor, end: int, also: str) -> None:
+def _check_range(name: str, ids: np.ndarray, valid: np.ndarray, end: int, also: str) -> None:
     bad = ids < 0
-    if end <= torch.iinfo(ids.dtype).max:  # beyond it the comparison would wrap around
-        bad.logical_or_(ids >= end)
-    bad.logical_and_(valid)
+    if end <= np.iinfo(ids.dtype).max:  # beyond it the comparison would wrap around
+        bad |= ids >= end
+    bad &= valid
     if bad.any():
-        found = ids[bad].unique().tolist()
+        found = np.unique(ids[bad]).tolist()
         raise ValueError(
             f'{name} holds {found[:10]}{" and more" if len(found) > 10 else ""} on '
             f'{int(bad.sum())} pixels; allowed are 0 to {end - 1}{also}'
