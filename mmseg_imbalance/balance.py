@@ -114,7 +114,7 @@ BALANCES = dict(fixed=None, uncertainty=Uncertainty, gradnorm=GradNorm)
 
 
 def make_balance(balance: str | Mapping[str, Any], factors: Mapping[str, float]) -> nn.Module | None:
-    """What balances terms that start with these factors: by its name, or as dict(type=name, **options).
+    """What balances terms that start with these factors: by its name, or as ``dict(type=name, ...)``.
 
     Returns:
         None where the factors are fixed.
