@@ -2,6 +2,7 @@ import functools
 import gc
 import logging
 import os
+import pickle
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +44,11 @@ def let_runs_start_at_once(patch):
     def as_it_is(text, **options):
         return text, True
 
-    patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
+    try:
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
+    except (EOFError, pickle.UnpicklingError):  # in a new environment another worker just writes YAPF's cache
+        time.sleep(2)
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', as_it_is)
     patch.setattr('mmengine.config.config.FormatCode', as_it_is, raising=False)
     patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
     patch.setattr(utils, 'load', functools.cache(utils.load))
