@@ -8,11 +8,6 @@ from pathlib import Path
 
 import torch
 
-package = sys.modules['mmseg_imbalance'] = types.ModuleType('mmseg_imbalance')  # ops needs no framework
-package.__path__ = [str(Path(__file__).parents[1] / 'mmseg_imbalance')]
-
-from mmseg_imbalance.benchmark.registers import compiled  # noqa: E402
-
 # the largest stack of a thread in bytes, the fewest forward programs on a multiprocessor
 LIMITS = {'few classes': (16, 3), 'many classes': (63, 1)}
 SHARED_MEMORY = 99 << 10  # bytes a block may use on the smaller devices of capability 8
@@ -50,6 +45,10 @@ def check(kernel, stack=math.inf, programs=1):
 
 
 if __name__ == '__main__':
+    package = sys.modules['mmseg_imbalance'] = types.ModuleType('mmseg_imbalance')  # ops needs no framework
+    package.__path__ = [str(Path(__file__).parents[1] / 'mmseg_imbalance')]
+    from mmseg_imbalance.benchmark.registers import compiled
+
     capability, case = int(sys.argv[1]), sys.argv[2]
     for kernel in compiled(capability, logit_size=(8, 16), label_size=(64, 128), **CASES[case]):
         print(kernel.name, f'sm_{capability}', kernel.registers, kernel.stack, kernel.shared, kernel.programs)

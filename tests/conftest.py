@@ -22,6 +22,10 @@ if not torch.cuda.is_available():
     # read once, when triton is imported
     os.environ.setdefault('TRITON_INTERPRET', '1')
 import mmseg_imbalance  # noqa: E402, F401  registers everything, and where mmseg:: bases are found
+from mmseg_imbalance.ops.soft_stats import _compiled_backend  # noqa: E402
+
+cpu = _compiled_backend('cpu')
+needs_numba = pytest.mark.skipif(isinstance(cpu, str), reason=str(cpu))
 
 
 def pytest_collection_modifyitems(items):

@@ -25,31 +25,31 @@ class Operators(types.ModuleType):
         return operator
 
 
-if find_spec('mmcv._ext') is None:
-    sys.modules['mmcv._ext'] = operators = Operators('mmcv._ext')
-    operators.__spec__ = importlib.machinery.ModuleSpec('mmcv._ext', None)
+def train(path):
+    """What is printed, of the config at this path."""
+    from mmdet.models.losses import CrossEntropyLoss
+    from mmengine.config import Config
+    from mmengine.runner import Runner
 
-import pytest  # noqa: E402
-from conftest import let_runs_start_at_once  # noqa: E402
-from mmdet.models.losses import CrossEntropyLoss  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+    runner = Runner.from_cfg(Config.fromfile(path))
+    loss = runner.model.decode_head.loss_cls
+    values = []
 
-let_runs_start_at_once(pytest.MonkeyPatch())
-runner = Runner.from_cfg(Config.fromfile(sys.argv[1]))
-loss = runner.model.decode_head.loss_cls
-values = []
+    def compare(module, args, options, ours):
+        cls_score, label, weight = args
+        w = [*module.object_weight.values.tolist(), module.no_object_weight]
+        theirs = CrossEntropyLoss(loss_weight=module.loss_weight, class_weight=w)
+        factor = cls_score.new_tensor(w)[label].sum()
+        values.append((ours.item(), theirs(cls_score, label, weight, avg_factor=factor).item()))
 
-
-def compare(module, args, options, ours):
-    cls_score, label, weight = args
-    w = [*module.object_weight.values.tolist(), module.no_object_weight]
-    theirs = CrossEntropyLoss(loss_weight=module.loss_weight, class_weight=w)
-    factor = cls_score.new_tensor(w)[label].sum()
-    values.append((ours.item(), theirs(cls_score, label, weight, avg_factor=factor).item()))
+    loss.register_forward_hook(compare, with_kwargs=True)
+    runner.train()
+    weights = [*loss.object_weight.values.tolist(), loss.no_object_weight]
+    return dict(weights=weights, loss_weight=loss.loss_weight, values=values)
 
 
-loss.register_forward_hook(compare, with_kwargs=True)
-runner.train()
-weights = [*loss.object_weight.values.tolist(), loss.no_object_weight]
-print(json.dumps(dict(weights=weights, loss_weight=loss.loss_weight, values=values)))
+if __name__ == '__main__':
+    if find_spec('mmcv._ext') is None:
+        sys.modules['mmcv._ext'] = operators = Operators('mmcv._ext')
+        operators.__spec__ = importlib.machinery.ModuleSpec('mmcv._ext', None)
+    print(json.dumps(train(sys.argv[1])))

@@ -341,6 +341,10 @@ def test_registers_of_the_kernels_need_no_gpu(monkeypatch, capsys, tmp_path):
         return kernels
 
     monkeypatch.setattr(registers, 'compiled', compiled)
+    monkeypatch.setattr(registers.kernels, 'INTERPRETED', True)
+    with pytest.raises(RuntimeError, match='unset TRITON_INTERPRET'):
+        main(['--registers', '90'])
+    monkeypatch.setattr(registers.kernels, 'INTERPRETED', False)
     path = tmp_path / 'table.md'
     options = ['--registers', '90', '100', '--classes', '19', '--scale', '8', '--dtype', 'float16']
     assert main([*options, '--markdown', str(path)]) == 0

@@ -8,16 +8,14 @@ from mmseg_imbalance.registry import MODELS
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import cpu, needs_numba
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mmseg_imbalance import losses, recall, subclass
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats, soft_stats, strips
-from mmseg_imbalance.ops.soft_stats import FLOATS, INTEGERS, _compiled_backend
-
-cpu = _compiled_backend('cpu')
-needs_numba = pytest.mark.skipif(isinstance(cpu, str), reason=str(cpu))
+from mmseg_imbalance.ops.soft_stats import FLOATS, INTEGERS
 
 LOSSES = sorted(
     name

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmseg_imbalance.benchmark.tables import cells, markdown, without_empty
+from mmseg_imbalance.commands.options import need_mmsegmentation
 from mmseg_imbalance.files import write_atomically
 
 REPOSITORY = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def find_cases(dry_run: bool) -> list[Case]:
 
 def why_no_mmsegmentation() -> str:
     try:
-        import mmseg_imbalance.registry  # noqa: F401
+        need_mmsegmentation()
     except ImportError as error:
         return str(error)
     return ''

@@ -13,6 +13,7 @@ import triton as compiler
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import PTXASError
 
 from mmseg_imbalance.ops import triton as kernels
 from mmseg_imbalance.ops.contract import Options
@@ -37,19 +38,6 @@ MULTIPROCESSORS = {
 }
 REGISTERS = 64 << 10  # of a multiprocessor
 NUMBERS = ('registers', 'stack', 'shared', 'programs', 'bytes_int64', 'bytes_uint8')
-DEFAULTS = dict(
-    pixel_weight=None,
-    ignore_index=255,
-    logit_bias=None,
-    focal_gamma=0.0,
-    square_prediction=False,
-    with_log_prob=False,
-    with_recall=False,
-    group=None,
-    num_groups=0,
-    align_corners=False,
-    marked=None,
-)
 
 
 @dataclass
@@ -120,15 +108,13 @@ def resource_usage(cubin):
 
 def compiled(capability, classes, logit_size, label_size, dtype, label_dtype=torch.int64, **options):
     """The kernels that a call would launch, forward and backward."""
-    if kernels.INTERPRETED:
-        raise RuntimeError('the kernels are Python functions: unset TRITON_INTERPRET')
     logits = torch.zeros(1, classes, *logit_size, dtype=dtype, requires_grad=True)
     target = torch.zeros(1, *label_size, dtype=label_dtype)
     found = []
     names = ('_forward_kernel', '_backward_kernel')
     instead = {name: Compiled(getattr(kernels, name), capability, found) for name in names}
     with patch.multiple(kernels, **instead):
-        stats = kernels.soft_stats(logits, target, Options(**DEFAULTS | options))
+        stats = kernels.soft_stats(logits, target, Options(**options))
         total = stats.nll + stats.intersection + stats.prediction
         if stats.marked_intersection is not None:
             total = total + stats.marked_intersection
@@ -138,12 +124,14 @@ def compiled(capability, classes, logit_size, label_size, dtype, label_dtype=tor
 
 def lines(capabilities, classes, scales, dtypes):
     """A line of the table for each kernel, or for both where they cannot be compiled."""
+    if kernels.INTERPRETED:
+        raise RuntimeError('the kernels are Python functions: unset TRITON_INTERPRET')
     for capability, number, dtype, scale in product(capabilities, classes, dtypes, scales):
         size = tuple(round(n / scale) for n in LABEL)
         case = dict(gpu=f'sm_{capability}', classes=str(number), logits=f'1/{scale:g}', dtype=str(dtype)[6:])
         try:
             found = compiled(capability, number, size, LABEL, dtype)
-        except Exception as error:  # an older Triton does not know a newer device
+        except (RuntimeError, PTXASError) as error:  # an older Triton does not know a newer device
             reason = f'{type(error).__name__}: {error}'.splitlines()[0][:60]
             yield case | dict(kernel='none', **dict.fromkeys(NUMBERS, '-')) | dict(registers=reason)
             continue

@@ -134,29 +134,21 @@ def suite_case(path, args):
     """
     suite = Suite(path)
     group = suite.groups[0]
-    configs_of = {
-        method: suite.config(SuiteRun(suite.name, group['dataset'], group['schedule'], method, 0))
-        for method in suite.methods
-        if suite.trained_as(method) == method
-    }
-    first = next(iter(configs_of.values()))
-    init_default_scope(first.get('default_scope', 'mmseg'))
-    data, weight, batch = make_images(first, args)
-    rows = []
-    for method, cfg in configs_of.items():
+    data, models, rows = None, [], []
+    for method in suite.methods:
+        cfg = suite.config(SuiteRun(suite.name, group['dataset'], group['schedule'], method, 0))
+        if data is None:
+            init_default_scope(cfg.get('default_scope', 'mmseg'))
+            data, weight, batch = make_images(cfg, args)
         cfg.model.data_preprocessor.size = batch[2:]
+        if cfg.model in models:
+            continue
+        models.append(cfg.model)
         on_this_machine(cfg, '', 0, args.dtype == 'float32', args.device == 'cuda')
-        if cfg.model not in [other.model for _, other in rows]:
-            rows.append((method, cfg))
-    return Case(
-        by(*batch),
-        f'{group["dataset"]} step',
+        trial = partial(StepTrial, cfg, data, weight)
         # the losses differ, so each is held against itself, made anew
-        [
-            Row(method, trial, lambda trial=trial: trial().result(), ours=method != next(iter(configs_of)))
-            for method, trial in ((m, partial(StepTrial, cfg, data, weight)) for m, cfg in rows)
-        ],
-    )
+        rows.append(Row(method, trial, lambda trial=trial: trial().result(), ours=bool(rows)))
+    return Case(by(*batch), f'{group["dataset"]} step', rows)
 
 
 def make_images(cfg, args):

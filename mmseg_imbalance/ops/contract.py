@@ -64,17 +64,17 @@ class SoftStats:
 class Options:
     """The validated options of one pass, as the backends receive them."""
 
-    pixel_weight: Tensor | None
-    ignore_index: int
-    logit_bias: Tensor | None
-    focal_gamma: float
-    square_prediction: bool
-    with_log_prob: bool
-    with_recall: bool
-    group: Tensor | None
-    num_groups: int
-    align_corners: bool
-    marked: Tensor | None
+    pixel_weight: Tensor | None = None
+    ignore_index: int = 255
+    logit_bias: Tensor | None = None
+    focal_gamma: float = 0.0
+    square_prediction: bool = False
+    with_log_prob: bool = False
+    with_recall: bool = False
+    group: Tensor | None = None
+    num_groups: int = 0
+    align_corners: bool = False
+    marked: Tensor | None = None
 
 
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor:

@@ -162,7 +162,9 @@ class _Sums(NamedTuple):
 
 class _SoftStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, pixel_weight, o):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, pixel_weight: Tensor | None, o: Options
+    ) -> tuple[Tensor | None, ...]:
         here = _Pass(logits, target, o)
         parts = here.parts()
         counted = list(each(here.sums, parts, on_cpu=True))
@@ -182,29 +184,33 @@ class _SoftStats(torch.autograd.Function):
             group_nll, group_count = group_nll.float(), group_count.long()
         if o.with_recall:
             class_correct, class_count = (x.contiguous() for x in recall.unbind(1))
-        correct = correct[:, 0]
-        fixed = (correct, group_nll, group_count, class_correct, class_count)
-        if not ctx.needs_input_grad[2]:
-            fixed = (truth, marked_truth, *fixed)
+        numbers = (group_nll, group_count, class_correct, class_count)
+        weights = () if ctx.needs_input_grad[2] else (truth, marked_truth)
+        fixed = (correct[:, 0], *numbers, *weights)
         ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
-        log_prob = log_prob.float() if o.with_log_prob else None
-        fields = (nll, intersection, prediction, truth, correct, log_prob)
-        return *fields, marked_intersection, marked_truth, *fixed[-4:]
+        fields = (
+            nll,
+            intersection,
+            prediction,
+            truth,
+            fixed[0],
+            log_prob.float() if o.with_log_prob else None,
+        )
+        return *fields, marked_intersection, marked_truth, *numbers
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
+        g_nll, g_intersection, g_prediction, g_truth, _, g_log_prob, g_marked, g_marked_truth, *_ = by
         logits, target = ctx.saved_tensors
         o, weight = ctx.options, ctx.options.pixel_weight
-        given = (g_nll, g_intersection, g_truth, *more[:2], g_prediction, g_log_prob)
+        given = (g_nll, g_intersection, g_truth, g_marked, g_marked_truth, g_prediction, g_log_prob)
         zeros = torch.zeros(logits.shape[:2])
         upstream = torch.stack([zeros if x is None else x.float() for x in given]).numpy()
         size = target.shape if ctx.needs_input_grad[2] else (*target.shape[:2], 0)
         weight_grad = torch.zeros(size)
         here = _Pass(logits, target, o)
-        grad = torch.empty(logits.shape, dtype=logits.dtype)
-        if here.resized:
-            grad = torch.zeros(logits.shape)
+        grad = torch.zeros(logits.shape) if here.resized else torch.empty(logits.shape, dtype=logits.dtype)
         parts = here.parts()
         weights = weight_grad.numpy()
         bands = each(lambda part: here.gradient(part, upstream, grad, weights), parts, on_cpu=True)
@@ -212,9 +218,8 @@ class _SoftStats(torch.autograd.Function):
         for part, band in zip(parts, bands, strict=True):
             if whole is not None:  # by NumPy: threads that torch wakes keep a core busy for a while
                 whole[part.image, :, part.band] += band
-        if not ctx.needs_input_grad[2]:
-            return grad.to(logits.dtype), None, None, None
-        return grad.to(logits.dtype), None, weight_grad.to(weight.dtype), None
+        by_weight = weight_grad.to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return grad.to(logits.dtype), None, by_weight, None
 
 
 @torch.compiler.disable

@@ -113,14 +113,6 @@ def _dot(a, b, n):
     return total
 
 
-@compiled('reassoc')
-def _dot_of_square(a, b, n):
-    total = ZERO
-    for x in range(n):
-        total += a[x] * a[x] * b[x]
-    return total
-
-
 @compiled()
 def _focal(nll, gamma):
     """(1 - p)^gamma nll, p = exp(-nll), and its derivative by log p."""
@@ -262,8 +254,12 @@ def sum_rows(
             if square:
                 for x in range(n):
                     factor[x] /= total[x]
+                for c in range(len(z)):
+                    values = e[c]
+                    for x in range(n):
+                        values[x] *= values[x]
             for c in range(len(z)):
-                sums[5, c] += _dot_of_square(e[c], factor, n) if square else _dot(e[c], factor, n)
+                sums[5, c] += _dot(e[c], factor, n)
             for c in range(len(log_prob)):
                 for x in range(n):
                     if label[x] != ignored:
