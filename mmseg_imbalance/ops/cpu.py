@@ -7,6 +7,7 @@ results are the same bits for any number of threads.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,12 @@ def why_not(logits: Tensor, num_groups: int) -> str | None:
     if logits.dtype == torch.float64:
         return 'it calculates in float32 and the logits are float64'
     return None
+
+
+@lru_cache
+def _taps(small: int, large: int, align_corners: bool) -> Taps:
+    low, high, distance = taps(small, large, align_corners)
+    return Taps(low, high, distance.astype(np.float32))
 
 
 class _Part(NamedTuple):
@@ -62,10 +69,7 @@ class _Pass:
         self.group = numbers(o.group, torch.int64)
         self.resized = logits.shape[2:] != target.shape[1:]
         sizes = zip(logits.shape[2:], target.shape[1:], strict=True)
-        low_high_distance = (taps(small, large, o.align_corners) for small, large in sizes)
-        self.vertical, self.horizontal = (
-            Taps(low, high, distance.astype(np.float32)) for low, high, distance in low_high_distance
-        )
+        self.vertical, self.horizontal = (_taps(*size, o.align_corners) for size in sizes)
         # full-size logits are read, and their gradient is written, where they are
         self.in_place = (
             not self.resized
@@ -174,9 +178,9 @@ class _SoftStats(torch.autograd.Function):
             for values in zip(*counted, strict=True)
         )
         ctx.save_for_backward(logits, target)
-        ctx.options = o
+        ctx.batch = here
         ctx.set_materialize_grads(False)
-        nll, intersection, truth, *of_marked, prediction = (x.float() for x in sums.unbind(1))
+        nll, intersection, truth, *of_marked, prediction = sums.float().unbind(1)
         marked_intersection, marked_truth = of_marked if o.marked is not None else (None, None)
         group_nll = group_count = class_correct = class_count = None
         if o.group is not None:
@@ -202,14 +206,13 @@ class _SoftStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
         g_nll, g_intersection, g_prediction, g_truth, _, g_log_prob, g_marked, g_marked_truth, *_ = by
-        logits, target = ctx.saved_tensors
-        o, weight = ctx.options, ctx.options.pixel_weight
+        (logits, target), here = ctx.saved_tensors, ctx.batch
+        weight = here.o.pixel_weight
         given = (g_nll, g_intersection, g_truth, g_marked, g_marked_truth, g_prediction, g_log_prob)
         zeros = torch.zeros(logits.shape[:2])
         upstream = torch.stack([zeros if x is None else x.float() for x in given]).numpy()
         size = target.shape if ctx.needs_input_grad[2] else (*target.shape[:2], 0)
         weight_grad = torch.zeros(size)
-        here = _Pass(logits, target, o)
         grad = torch.zeros(logits.shape) if here.resized else torch.empty(logits.shape, dtype=logits.dtype)
         parts = here.parts()
         weights = weight_grad.numpy()

@@ -137,9 +137,16 @@ def from_columns(columns, low, high, part, out):
     for c in range(out.shape[0]):
         for r in range(out.shape[1]):
             row, cells = columns[c, r], out[c, r]
+            at, next_to, first, second = low[0], high[0], ZERO, ZERO
             for x in range(len(low)):
-                cells[low[x]] += row[x] * (ONE - part[x])
-                cells[high[x]] += row[x] * part[x]
+                if low[x] != at:
+                    cells[at] += first
+                    cells[next_to] += second
+                    at, next_to, first, second = low[x], high[x], ZERO, ZERO
+                first += row[x] * (ONE - part[x])
+                second += row[x] * part[x]
+            cells[at] += first
+            cells[next_to] += second
 
 
 @compiled()
@@ -148,47 +155,48 @@ def _softmax(z, row, above, part, start, label, ignored, by_class, square, piece
 
     ``by_class``: (C,), or (0,) where no mean is asked for.
     """
-    lifted, e, total, top, largest, below, mean = piece
-    n, resized, rest = len(label), row != above, ONE - part
+    e, total, top, largest, below, mean = piece
+    n, rest = len(label), ONE - part
     for x in range(n):
         total[x], top[x], largest[x], mean[x] = ZERO, -np.inf, ZERO, ZERO
     for c in range(len(z)):
-        first, second, number = z[c, row, start:], z[c, above, start:], f32(c)
-        logits = lifted[c] if resized else first
-        if resized:
+        first, second, logits = z[c, row, start:], z[c, above, start:], e[c]
+        if row == above:
+            for x in range(n):
+                logits[x] = first[x]
+        else:
             for x in range(n):
                 logits[x] = rest * first[x] + part * second[x]
+    for c in range(0, len(z), 2):  # by two, which takes a quarter of the time
+        d = min(c + 1, len(z) - 1)
+        first, second = e[c], e[d]
         for x in range(n):
-            larger = logits[x] > top[x]
-            top[x] = logits[x] if larger else top[x]
-            largest[x] = number if larger else largest[x]
+            value, number = top[x], largest[x]
+            number = f32(c) if first[x] > value else number
+            value = first[x] if first[x] > value else value
+            largest[x] = f32(d) if second[x] > value else number
+            top[x] = second[x] if second[x] > value else value
     for x in range(n):
         c = label[x]
-        if c == ignored:
-            below[x] = ZERO
-        else:
-            below[x] = (lifted[c, x] if resized else z[c, row, start + x]) - top[x]
+        below[x] = e[c, x] - top[x] if c != ignored else ZERO
     for c in range(len(z)):
-        logits, own = lifted[c] if resized else z[c, row, start:], e[c]
+        values = e[c]
+        for x in range(n):
+            values[x] = exp(values[x] - top[x])
+    for c in range(0, len(z), 2):
+        d = min(c + 1, len(z) - 1)
+        first, second, both = e[c], e[d], f32(d - c)
+        for x in range(n):
+            total[x] += first[x] + both * second[x]
         if len(by_class) == 0:
+            continue
+        by_first, by_second = by_class[c], both * by_class[d]
+        if square:
             for x in range(n):
-                value = exp(logits[x] - top[x])
-                own[x] = value
-                total[x] += value
-        elif square:
-            factor = by_class[c]
-            for x in range(n):
-                value = exp(logits[x] - top[x])
-                own[x] = value
-                total[x] += value
-                mean[x] += factor * value * value
+                mean[x] += by_first * first[x] * first[x] + by_second * second[x] * second[x]
         else:
-            factor = by_class[c]
             for x in range(n):
-                value = exp(logits[x] - top[x])
-                own[x] = value
-                total[x] += value
-                mean[x] += factor * value
+                mean[x] += by_first * first[x] + by_second * second[x]
     if not np.isfinite(_dot(total, total, n)):
         for x in range(n):
             if label[x] == ignored and not np.isfinite(total[x]):
@@ -199,11 +207,11 @@ def _softmax(z, row, above, part, start, label, ignored, by_class, square, piece
 
 @compiled()
 def _piece(classes, width):
-    """Room for a piece: the logits between rows and e = exp(z - max z), (C, n) each, and for each pixel
-    sum_c e_c, max z, its class, z_y - max z of the label y, and sum_c by_class_c e_c, or of e_c^2.
+    """Room for a piece: e = exp(z - max z), (C, n), and for each pixel sum_c e_c, max z, its class,
+    z_y - max z of the label y, and sum_c by_class_c e_c, or of e_c^2.
     """
-    row, of_classes = np.empty((5, width), f32), np.empty((2, classes, width), f32)
-    return of_classes[0], of_classes[1], row[0], row[1], row[2], row[3], row[4]
+    row = np.empty((5, width), f32)
+    return np.empty((classes, width), f32), row[0], row[1], row[2], row[3], row[4]
 
 
 @compiled()
@@ -231,7 +239,7 @@ def sum_rows(
         sums: (6, C): nll, intersection, truth, intersection and truth of marked pixels, prediction.
         log_prob: (C,); recall: (2, C), correct, count; groups: (2, S). Or (0,), (2, 0), (2, 0) for none.
     """
-    piece = _, e, total, top, largest, below, _ = _piece(len(z), width)
+    piece = e, total, top, largest, below, _ = _piece(len(z), width)
     no_mean = np.empty(0, f32)
     m, factor, log_total = np.empty(width, f32), np.empty(width, f32), np.empty(width, f32)
     nll, p = np.empty(width, f32), np.empty(width, f32)
@@ -319,7 +327,7 @@ def gradient_of_rows(
     """
     by_nll, by_intersection, by_truth, by_marked, by_marked_truth, by_prediction, by_log_prob = upstream
     by_all = by_log_prob.sum()
-    piece = _, e, total, top, _, below, mean = _piece(len(z), width)
+    piece = e, total, top, _, below, mean = _piece(len(z), width)
     m, factor = np.empty(width, f32), np.empty(width, f32)
     own, added = np.empty(width, f32), np.empty(width, f32)
     for r in range(len(target)):
