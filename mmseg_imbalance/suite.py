@@ -30,6 +30,7 @@ from mmengine.config import Config, ConfigDict
 
 import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
 from mmseg_imbalance.files import locked, write_atomically
+from mmseg_imbalance.ignored_label import innermost
 from mmseg_imbalance.reports.identity import settings
 from mmseg_imbalance.reports.work_dirs import read_records
 
@@ -188,6 +189,7 @@ class Suite:
                 ],
                 'default_hooks.checkpoint': dict(interval=100, max_keep_ckpts=2),
                 'default_hooks.logger.interval': min(iterations, 50),
+                'default_hooks.logger.log_metric_by_epoch': False,  # else the curve has no iterations
                 'randomness': dict(seed=run.seed),
                 # searching cuDNN's kernels takes seconds for each size, and tested images have many
                 'env_cfg.cudnn_benchmark': False,
@@ -202,10 +204,20 @@ class Suite:
 
 
 def add_transforms(loader: ConfigDict, transforms: list[dict]) -> None:
-    """Put transforms before the last one of a loader's data set."""
+    """Put transforms before the last one of a loader's data set.
+
+    Raises:
+        ValueError: it has no pipeline of its own.
+    """
     dataset = loader.dataset
+    if 'pipeline' not in dataset:
+        raise ValueError(
+            f'augment of a method finds no pipeline in train_dataloader.dataset, which is a {dataset.type}; '
+            'take the data set inside it: a training by iterations needs no RepeatDataset'
+        )
     *before, pack = dataset.pipeline
-    if any(hasattr(TRANSFORMS.get(transform['type']), 'get_indices') for transform in transforms):
+    mixing = any(hasattr(TRANSFORMS.get(transform['type']), 'get_indices') for transform in transforms)
+    if mixing and 'dataset' not in dataset:  # else it is one that mixes images
         dataset.pipeline = before
         outer = [*transforms, pack]
         loader.dataset = dict(type='MultiImageMixDataset', dataset=dataset, pipeline=outer)
@@ -236,7 +248,8 @@ def on_this_machine(cfg: Config, data: Path, workers: int, float32: bool, fused:
             cfg.optim_wrapper.pop(name, None)
     for split in SPLITS:
         loader = cfg[f'{split}_dataloader']
-        loader.dataset.get('dataset', loader.dataset).data_root = str(data)
+        for dataset in innermost(loader.dataset):
+            dataset.data_root = str(data)
         loader.num_workers = workers
         loader.persistent_workers = workers > 0
 

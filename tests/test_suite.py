@@ -111,6 +111,48 @@ def test_a_method_adds_transforms_and_those_that_mix_images_get_the_data_set_tha
     assert 'data_root' not in both.train_dataloader.dataset
 
 
+WRAPPED = f"""
+_base_ = {str(CAMVID)!r}
+inner = {{{{_base_.train_dataloader.dataset}}}}
+train_dataloader = dict(dataset=dict(_delete_=True, **WRAPPER))
+default_hooks = dict(logger=dict(log_metric_by_epoch=True))
+"""
+
+
+@pytest.fixture
+def config_of_wrapped(write):
+    def make(wrapper, augment):
+        write(WRAPPED.replace('**WRAPPER', wrapper), 'wrapped')
+        text = SUITE.replace(repr(str(CAMVID)), "'wrapped.py'")
+        suite = Suite(
+            write(text.replace("'cross-entropy': dict()", f"'cross-entropy': dict(augment={augment})"))
+        )
+        return suite.config(suite.runs()[0])
+
+    return make
+
+
+def test_a_baseline_that_mixes_images_gets_the_transforms_into_its_own_pipeline(config_of_wrapped):
+    paste, pack = dict(type='RareClassPaste'), dict(type='PackSegInputs')
+    cfg = config_of_wrapped(f"type='MultiImageMixDataset', dataset=inner, pipeline=[{pack}]", [paste])
+    assert cfg.train_dataloader.dataset.pipeline == [paste, pack]
+    assert cfg.train_dataloader.dataset.dataset == cfg.inner
+
+
+@pytest.mark.parametrize(
+    'wrapper', ["type='ConcatDataset', datasets=[inner]", "type='RepeatDataset', times=2, dataset=inner"]
+)
+def test_wrapped_data_lie_where_they_are_said_to_and_take_no_transforms(config_of_wrapped, wrapper):
+    cfg = config_of_wrapped(wrapper, [])
+    on_this_machine(cfg, Path('/somewhere'), workers=0, float32=False, fused=False)
+    outer = cfg.train_dataloader.dataset
+    assert (outer.get('dataset') or outer.datasets[0]).data_root == '/somewhere'
+    assert 'data_root' not in outer
+    assert cfg.default_hooks.logger.log_metric_by_epoch is False  # the curve is by iterations
+    with pytest.raises(ValueError, match=f'no pipeline in train_dataloader.dataset, which is a {outer.type}'):
+        config_of_wrapped(wrapper, [dict(type='SkeletonTubes')])
+
+
 def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_after_it(write):
     text = SUITE.replace(
         "'cross-entropy': dict(),", "'cross-entropy': dict(), 'CE + bias': dict(fit_bias='cross-entropy'),"
