@@ -416,6 +416,24 @@ def test_a_suite_that_is_ended_leaves_no_training_behind(quick):
     assert not any(training in line for line in command_lines())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('ps') is None, reason='ps, which lists processes, is not installed')
+def test_a_training_that_a_killed_suite_leaves_behind_keeps_the_work_dir(quick):
+    command, work_dir = quick
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+    deadline = time.monotonic() + 300
+    try:
+        while not any(str(work_dir / 'camvid') in line for line in command_lines()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        with pytest.raises(BlockingIOError), locked(work_dir, wait=False):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_no_run_and_no_data_are_errors_that_say_what_there_is(write, tmp_path, capsys):
     for arguments, words in (
         (['--only', 'kitti/*'], "no run is asked for; those of .* are ['camvid/short/cross-entropy'"),
