@@ -113,6 +113,12 @@ class Suite:
             if not config.is_file():
                 raise FileNotFoundError(f'{self.path}: the data set {name!r} has no config {config}')
         self.schedules: dict[str, int] = dict(content.schedules)
+        for name, iterations in self.schedules.items():
+            if not isinstance(iterations, int) or iterations < 1:
+                raise ValueError(
+                    f'{self.path}: a schedule is a number of iterations, at least 1, got '
+                    f'{name}={iterations!r}'
+                )
         self.methods: dict[str, ConfigDict] = dict(content.methods)
         self.groups = [dict(group) for group in content.runs]
         for group in self.groups:
@@ -144,10 +150,10 @@ class Suite:
         names = list(group.get('methods') or self.methods)
         for at, method in enumerate(names):
             trained = self.trained_as(method)
-            if trained != method and trained not in names[:at]:
+            if trained != method and (trained not in names[:at] or self.trained_as(trained) != trained):
                 raise ValueError(
-                    f'{self.path}: {method!r} changes the model of {trained!r}, which has to stand before it '
-                    f'among the methods, {names}'
+                    f'{self.path}: {method!r} changes the model of {trained!r}, which has to train one and '
+                    f'to stand before it among the methods, {names}'
                 )
 
     def runs(self, seeds: Iterable[int] | None = None) -> list[SuiteRun]:

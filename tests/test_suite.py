@@ -162,8 +162,13 @@ def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_aft
     assert (changed.method, suite.trained_as(changed.method)) == ('CE + bias', 'cross-entropy')
     assert changed.of('cross-entropy') == plain
     assert suite.config(changed).to_dict() == suite.config(plain).to_dict()
-    with pytest.raises(ValueError, match="model of 'cross-entropy', which has to stand before it"):
+    with pytest.raises(ValueError, match="model of 'cross-entropy', which has to train one"):
         Suite(write(text.replace("methods=['combined, auto']", "methods=['CE + bias']")))
+    again = text.replace(
+        "'combined, auto': dict(", "'again': dict(fit_bias='CE + bias'), 'combined, auto': dict("
+    )
+    with pytest.raises(ValueError, match="model of 'CE \\+ bias', which has to train one"):
+        Suite(write(again))
 
 
 def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
@@ -198,6 +203,7 @@ def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
             "'kitti' is none of",
         ),
         ("methods=['combined, auto']", "methods=['focal']", ValueError, "'focal' is none of"),
+        ('short=2', 'short="2"', ValueError, "at least 1, got short='2'"),
         ('seeds=1', 'seed=1', ValueError, 'an entry of runs has'),
         ('seeds=1', 'seeds=[0, 1]', ValueError, 'seeds is their number'),
         ("'cross-entropy'", "'Combined auto'", ValueError, 'shares with'),
