@@ -18,23 +18,26 @@ __all__ = ['locked', 'write_atomically']
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], wait: bool = True) -> Iterator[int | None]:
     """Hold a folder, which is made where it is missing, for this process alone; not on Windows.
 
     Args:
         wait: for another process that holds it.
+
+    Yields:
+        The open file; a process that gets it holds the folder too, also when this one has ended.
 
     Raises:
         BlockingIOError: another process holds it, and ``wait`` is False.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     if fcntl is None:
-        yield
+        yield None
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

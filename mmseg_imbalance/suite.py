@@ -30,6 +30,7 @@ from mmengine.config import Config, ConfigDict
 
 import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
 from mmseg_imbalance.files import locked, write_atomically
+from mmseg_imbalance.ignored_label import innermost
 from mmseg_imbalance.reports.identity import settings
 from mmseg_imbalance.reports.work_dirs import read_records
 
@@ -112,6 +113,12 @@ class Suite:
             if not config.is_file():
                 raise FileNotFoundError(f'{self.path}: the data set {name!r} has no config {config}')
         self.schedules: dict[str, int] = dict(content.schedules)
+        for name, iterations in self.schedules.items():
+            if not isinstance(iterations, int) or iterations < 1:
+                raise ValueError(
+                    f'{self.path}: a schedule is a number of iterations, at least 1, got '
+                    f'{name}={iterations!r}'
+                )
         self.methods: dict[str, ConfigDict] = dict(content.methods)
         self.groups = [dict(group) for group in content.runs]
         for group in self.groups:
@@ -143,10 +150,10 @@ class Suite:
         names = list(group.get('methods') or self.methods)
         for at, method in enumerate(names):
             trained = self.trained_as(method)
-            if trained != method and trained not in names[:at]:
+            if trained != method and (trained not in names[:at] or self.trained_as(trained) != trained):
                 raise ValueError(
-                    f'{self.path}: {method!r} changes the model of {trained!r}, which has to stand before it '
-                    f'among the methods, {names}'
+                    f'{self.path}: {method!r} changes the model of {trained!r}, which has to train one and '
+                    f'to stand before it among the methods, {names}'
                 )
 
     def runs(self, seeds: Iterable[int] | None = None) -> list[SuiteRun]:
@@ -188,6 +195,7 @@ class Suite:
                 ],
                 'default_hooks.checkpoint': dict(interval=100, max_keep_ckpts=2),
                 'default_hooks.logger.interval': min(iterations, 50),
+                'default_hooks.logger.log_metric_by_epoch': False,  # else the curve has no iterations
                 'randomness': dict(seed=run.seed),
                 # searching cuDNN's kernels takes seconds for each size, and tested images have many
                 'env_cfg.cudnn_benchmark': False,
@@ -202,10 +210,20 @@ class Suite:
 
 
 def add_transforms(loader: ConfigDict, transforms: list[dict]) -> None:
-    """Put transforms before the last one of a loader's data set."""
+    """Put transforms before the last one of a loader's data set.
+
+    Raises:
+        ValueError: it has no pipeline of its own.
+    """
     dataset = loader.dataset
+    if 'pipeline' not in dataset:
+        raise ValueError(
+            f'augment of a method finds no pipeline in train_dataloader.dataset, which is a {dataset.type}; '
+            'take the data set inside it: a training by iterations needs no RepeatDataset'
+        )
     *before, pack = dataset.pipeline
-    if any(hasattr(TRANSFORMS.get(transform['type']), 'get_indices') for transform in transforms):
+    mixing = any(hasattr(TRANSFORMS.get(transform['type']), 'get_indices') for transform in transforms)
+    if mixing and 'dataset' not in dataset:  # else it is one that mixes images
         dataset.pipeline = before
         outer = [*transforms, pack]
         loader.dataset = dict(type='MultiImageMixDataset', dataset=dataset, pipeline=outer)
@@ -236,7 +254,8 @@ def on_this_machine(cfg: Config, data: Path, workers: int, float32: bool, fused:
             cfg.optim_wrapper.pop(name, None)
     for split in SPLITS:
         loader = cfg[f'{split}_dataloader']
-        loader.dataset.get('dataset', loader.dataset).data_root = str(data)
+        for dataset in innermost(loader.dataset):
+            dataset.data_root = str(data)
         loader.num_workers = workers
         loader.persistent_workers = workers > 0
 

@@ -86,8 +86,8 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
 
     Cross-entropy with weights w_c is lowest where the softmax is w_c p_c over its sum: -ln w_c takes them
     back. With logit adjustment tau it is lowest where the softmax of z_c + tau ln f_c is p. The weights are
-    those of the first cross-entropy at the end of the training. A region loss has no such closed form, and
-    recall weighs anew in each batch: both are left as they are.
+    those of the first cross-entropy in the last iteration before the checkpoint. A region loss has no such
+    closed form, and recall weighs anew in each batch: both are left as they are.
 
     Args:
         cfg: the config of the training.
@@ -103,7 +103,7 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
             names = [name for name, term in loss.terms.items() if isinstance(term, CrossEntropy)]
             if not names:
                 continue
-            weights = _weights_at_the_end(cfg, loss.class_weight_of[names[0]], checkpoint)
+            weights = _last_weights(cfg, loss.class_weight_of[names[0]], checkpoint)
             if loss.logit_adjustment > 0:
                 offset += loss.logit_adjustment * log_prior(_record(checkpoint).pixels)
         elif isinstance(loss, CrossEntropyLoss):  # MMSegmentation's own
@@ -122,7 +122,7 @@ def _losses(head: nn.Module) -> list[nn.Module]:
     return list(losses) if isinstance(losses, nn.ModuleList) else [losses]
 
 
-def _weights_at_the_end(
+def _last_weights(
     cfg: Config, class_weight: ClassWeight, checkpoint: dict
 ) -> list[float] | np.ndarray | None:
     if not class_weight.auto:
@@ -130,7 +130,10 @@ def _weights_at_the_end(
     weights = _record(checkpoint).weights
     for hook in cfg.get('custom_hooks') or ():
         if 'ClassWeightHook' in str(hook.get('type')) and hook.get('power_schedule') is not None:
-            return scheduled_weights(weights, hook['power_schedule'], progress=1.0)
+            info = checkpoint['message_hub']['runtime_info']
+            known = 'iter' in info and 'max_iters' in info  # MMEngine's RuntimeInfoHook writes both
+            progress = info['iter'] / info['max_iters'] if known else 1.0
+            return scheduled_weights(weights, hook['power_schedule'], progress)
     return weights
 
 

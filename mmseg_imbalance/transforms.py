@@ -214,7 +214,9 @@ class RareClassPaste(BaseTransform):
                 'MultiImageMixDataset, before PackSegInputs, which belongs there too; the data set inside '
                 'loads images and labels.'
             )
-        if others := set(results.get('seg_fields', ())) - {'gt_seg_map'}:
+        # GenerateEdge does not list its map
+        maps = {*results.get('seg_fields', ()), *(results.keys() & {'gt_edge_map'})}
+        if others := maps - {'gt_seg_map'}:
             raise ValueError(
                 f'RareClassPaste cannot paste into {sorted(others)}, which would not fit the image then. '
                 'Make these after it, or leave it out.'

@@ -237,6 +237,20 @@ def epochs(folder):
     (session / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
+def iterations_for_epochs(folder, named):
+    """Three of five epochs of nine iterations each, with MMSegmentation's logger."""
+    epochs(folder)
+    session = folder / '20260101_000000' / 'vis_data'
+    logger = 'default_hooks = dict(logger=dict(log_metric_by_epoch=False))'
+    text = (session / 'config.py').read_text().replace('val_interval=10', 'val_interval=1')
+    (session / 'config.py').write_text(text + logger)
+    lines = []
+    for n in (1, 2, 3):
+        lines += [dict(loss=1.0, step=9 * n) | (dict(epoch=n) if named else {})]
+        lines += [dict(mIoU=40.0, step=9 * n) | {f'IoU.{c}': 40.0 for c in CLASSES}]
+    (session / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
 @pytest.mark.parametrize(
     ('make', 'reason'),
     [
@@ -251,6 +265,8 @@ def epochs(folder):
         (two_tests, 'several runs are in it'),
         (former_checkpoint, 'half-finished, 10 of 20 iters'),
         (epochs, 'half-finished, 2 of 5 epochs'),
+        (lambda folder: iterations_for_epochs(folder, named=True), 'half-finished, 3 of 5 epochs'),
+        (lambda folder: iterations_for_epochs(folder, named=False), 'half-finished, 3 of 5 epochs'),
         (lambda folder: folder.write_text(''), 'it is a file'),
         (other_classes, 'cat'),
     ],
@@ -391,16 +407,18 @@ def test_time_memory_and_hardware_are_read_from_the_logs(tmp_path):
     assert run.source == 'test of iter_20.pth'
 
 
-def test_the_last_validation_stands_in_for_a_test(tmp_path):
+@pytest.mark.parametrize('steps', [(10, 20), (0, 0)])  # by iterations and with log_metric_by_epoch
+def test_the_last_validation_stands_in_for_a_test(tmp_path, steps):
     folder = write_run(tmp_path / 'a', tested=False)
     log = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
-    for step, value in ((10, 1.0), (20, 2.0)):
+    for step, value in zip(steps, (1.0, 2.0), strict=True):
         log.write_text(
             log.read_text() + json.dumps(dict(mIoU=value, **{'IoU.road': value}, step=step)) + '\n'
         )
     [group] = compare([folder]).groups
     assert group.estimates['road'].values == [2.0]
     assert group.runs[0].source == 'validation of iter_20.pth'
+    assert group.runs[0].complete
 
 
 def test_runs_of_one_config_name_that_differ_are_told_apart_by_what_differs(tmp_path):

@@ -111,6 +111,48 @@ def test_a_method_adds_transforms_and_those_that_mix_images_get_the_data_set_tha
     assert 'data_root' not in both.train_dataloader.dataset
 
 
+WRAPPED = f"""
+_base_ = {str(CAMVID)!r}
+inner = {{{{_base_.train_dataloader.dataset}}}}
+train_dataloader = dict(dataset=dict(_delete_=True, **WRAPPER))
+default_hooks = dict(logger=dict(log_metric_by_epoch=True))
+"""
+
+
+@pytest.fixture
+def config_of_wrapped(write):
+    def make(wrapper, augment):
+        write(WRAPPED.replace('**WRAPPER', wrapper), 'wrapped')
+        text = SUITE.replace(repr(str(CAMVID)), "'wrapped.py'")
+        suite = Suite(
+            write(text.replace("'cross-entropy': dict()", f"'cross-entropy': dict(augment={augment})"))
+        )
+        return suite.config(suite.runs()[0])
+
+    return make
+
+
+def test_a_baseline_that_mixes_images_gets_the_transforms_into_its_own_pipeline(config_of_wrapped):
+    paste, pack = dict(type='RareClassPaste'), dict(type='PackSegInputs')
+    cfg = config_of_wrapped(f"type='MultiImageMixDataset', dataset=inner, pipeline=[{pack}]", [paste])
+    assert cfg.train_dataloader.dataset.pipeline == [paste, pack]
+    assert cfg.train_dataloader.dataset.dataset == cfg.inner
+
+
+@pytest.mark.parametrize(
+    'wrapper', ["type='ConcatDataset', datasets=[inner]", "type='RepeatDataset', times=2, dataset=inner"]
+)
+def test_wrapped_data_lie_where_they_are_said_to_and_take_no_transforms(config_of_wrapped, wrapper):
+    cfg = config_of_wrapped(wrapper, [])
+    on_this_machine(cfg, Path('/somewhere'), workers=0, float32=False, fused=False)
+    outer = cfg.train_dataloader.dataset
+    assert (outer.get('dataset') or outer.datasets[0]).data_root == '/somewhere'
+    assert 'data_root' not in outer
+    assert cfg.default_hooks.logger.log_metric_by_epoch is False  # the curve is by iterations
+    with pytest.raises(ValueError, match=f'no pipeline in train_dataloader.dataset, which is a {outer.type}'):
+        config_of_wrapped(wrapper, [dict(type='SkeletonTubes')])
+
+
 def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_after_it(write):
     text = SUITE.replace(
         "'cross-entropy': dict(),", "'cross-entropy': dict(), 'CE + bias': dict(fit_bias='cross-entropy'),"
@@ -120,8 +162,13 @@ def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_aft
     assert (changed.method, suite.trained_as(changed.method)) == ('CE + bias', 'cross-entropy')
     assert changed.of('cross-entropy') == plain
     assert suite.config(changed).to_dict() == suite.config(plain).to_dict()
-    with pytest.raises(ValueError, match="model of 'cross-entropy', which has to stand before it"):
+    with pytest.raises(ValueError, match="model of 'cross-entropy', which has to train one"):
         Suite(write(text.replace("methods=['combined, auto']", "methods=['CE + bias']")))
+    again = text.replace(
+        "'combined, auto': dict(", "'again': dict(fit_bias='CE + bias'), 'combined, auto': dict("
+    )
+    with pytest.raises(ValueError, match="model of 'CE \\+ bias', which has to train one"):
+        Suite(write(again))
 
 
 def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
@@ -156,6 +203,7 @@ def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
             "'kitti' is none of",
         ),
         ("methods=['combined, auto']", "methods=['focal']", ValueError, "'focal' is none of"),
+        ('short=2', 'short="2"', ValueError, "at least 1, got short='2'"),
         ('seeds=1', 'seed=1', ValueError, 'an entry of runs has'),
         ('seeds=1', 'seeds=[0, 1]', ValueError, 'seeds is their number'),
         ("'cross-entropy'", "'Combined auto'", ValueError, 'shares with'),
@@ -372,6 +420,24 @@ def test_a_suite_that_is_ended_leaves_no_training_behind(quick):
     process.terminate()
     assert process.wait(60) == 143
     assert not any(training in line for line in command_lines())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('ps') is None, reason='ps, which lists processes, is not installed')
+def test_a_training_that_a_killed_suite_leaves_behind_keeps_the_work_dir(quick):
+    command, work_dir = quick
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+    deadline = time.monotonic() + 300
+    try:
+        while not any(str(work_dir / 'camvid') in line for line in command_lines()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        with pytest.raises(BlockingIOError), locked(work_dir, wait=False):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_no_run_and_no_data_are_errors_that_say_what_there_is(write, tmp_path, capsys):

@@ -99,6 +99,17 @@ def test_the_weights_are_those_of_cross_entropy_at_the_end():
     np.testing.assert_allclose(offset_of(zero), [0, 0, -np.log(2)])
 
 
+def test_the_weights_of_a_checkpoint_on_the_way_are_those_of_its_last_iteration():
+    combined = dict(type='CombinedWeightedLoss', **AUTO)
+    hooks = [dict(type='ClassWeightHook', power_schedule=[(0.25, 1.0), (0.75, 0.0)])]
+    for iteration, power in ((0, 1.0), (200, 1.0), (500, 0.5), (599, 0.302), (999, 0.0)):
+        checkpoint = checkpoint_of()
+        checkpoint['message_hub']['runtime_info'].update(iter=iteration, max_iters=1000)
+        offset = offset_of(combined, checkpoint=checkpoint, custom_hooks=hooks)
+        ratio = np.array(WEIGHTS) / WEIGHTS[0]
+        np.testing.assert_allclose(offset - offset[0], -power * np.log(ratio), atol=1e-12)
+
+
 def test_a_checkpoint_that_does_not_say_its_weights_is_refused():
     with pytest.raises(ValueError, match='does not say which class weights'):
         offset_of(dict(type='CombinedWeightedLoss', **AUTO), checkpoint=dict(state_dict={}))

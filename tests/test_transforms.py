@@ -16,7 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
-from mmseg.datasets.transforms import RandomCrop
+from mmseg.datasets.transforms import GenerateEdge, RandomCrop
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 from ranks import on_ranks
@@ -524,6 +524,10 @@ def test_other_maps_of_an_image_are_refused():
     results = given_donor(np.full((4, 4), 2, np.uint8)) | dict(seg_fields=['gt_seg_map', 'gt_depth_map'])
     with pytest.raises(ValueError, match=r"cannot paste into \['gt_depth_map'\]"):
         paste(results)
+    # MMSegmentation does not list edges among the fields
+    edges = GenerateEdge()(given_donor(np.full((4, 4), 2, np.uint8)) | dict(img_shape=(20, 30)))
+    with pytest.raises(ValueError, match=r"cannot paste into \['gt_edge_map'\]"):
+        paste(edges)
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     from mmseg_imbalance.files import locked
 
     try:
-        with locked(args.work_dir, wait=False):
-            return Execution(args).all()
+        with locked(args.work_dir, wait=False) as lock:
+            return Execution(args, lock).all()
     except BlockingIOError:
         options.error(f'another suite runs in {args.work_dir}; take another --work-dir, or wait')
     except (FileNotFoundError, ValueError) as error:
@@ -113,12 +113,17 @@ def _stop(*_: object) -> None:
 
 
 class Execution:
-    """The runs of a suite on this machine."""
+    """The runs of a suite on this machine.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    Args:
+        lock: of the work dir, which a training keeps where its suite is killed; None: there is none.
+    """
+
+    def __init__(self, args: argparse.Namespace, lock: int | None) -> None:
         from mmseg_imbalance.suite import Suite, fingerprint, read_rows
 
         self.args = args
+        self.lock = lock
         self.suite = Suite(args.suite)
         self.results = args.results or args.work_dir / 'results'
         self.slots = make_slots(args.jobs)
@@ -242,6 +247,7 @@ class Execution:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                pass_fds=() if self.lock is None else (self.lock,),
             )
 
     def end(self, slot: Slot) -> None:

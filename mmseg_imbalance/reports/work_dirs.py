@@ -124,6 +124,8 @@ def _read(work_dir: Path) -> Run:
     length, unit = _length(config)
     end = length  # of the training
     if trainings and length is not None:
+        records = [record for session in trainings for record in logs[session]]
+        _number_evaluations(records, config, length, unit)
         end = _reached(trainings, logs, length, unit)
         if end < length and has_hook(config, 'EarlyStoppingHook') and STOPPED.search(_log(trainings[-1])):
             notes.append(f'ended by EarlyStoppingHook after {end} of {length} {unit}s')
@@ -188,6 +190,29 @@ def _length(config: Config) -> tuple[int | None, str]:
         if loop.get(key):
             return int(loop[key]), unit
     return None, ''
+
+
+def _number_evaluations(records: list[dict], config: Config, length: int, unit: str) -> None:
+    """Let ``step`` of evaluations be of the unit of the training, whatever ``log_metric_by_epoch`` says.
+
+    With it, a training by iterations has 0 there; without, one by epochs has iterations.
+    """
+    logger = (config.get('default_hooks') or {}).get('logger') or {}
+    if logger.get('log_metric_by_epoch', True) == (unit == 'epoch'):
+        return
+    loop, latest, first = config.train_cfg, {}, 0
+    every = loop.get('val_interval', 1000 if unit == 'iter' else 1)
+    begin = min(length, -(-loop.get('val_begin', 1) // every) * every)  # of the first evaluation
+    for record in records:
+        if 'loss' in record:
+            latest = record
+        elif _prefix(record) is None:
+            continue
+        elif unit == 'epoch':
+            first = first or record['step']
+            record['step'] = latest.get('epoch', round(begin * record['step'] / first))
+        elif record['step'] == 0:
+            record['step'] = min(length, -(-latest.get('step', 0) // every) * every)
 
 
 def _reached(trainings: list[Path], logs: dict, length: int, unit: str) -> int:
