@@ -76,7 +76,7 @@ def _page(regimes: list[Regime], folder: str) -> Iterator[str]:
     yield '# Results of the experiments\n'
     yield (
         f'Written by `mmseg-imbalance results` from the rows in `{folder}/*.csv`. '
-        '`mmseg-imbalance suite` adds a row as each run ends. No number is written by hand.\n'
+        '`mmseg-imbalance suite` adds a row as each run ends.\n'
     )
     yield f'**{len(rows)} runs, {hours:.1f} hours of training** (evaluations are not counted).\n'
     yield f'- Hardware: {_joined(row["hardware"] for row in rows)}'
@@ -126,7 +126,7 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
                 (neither, not left and not hint),
             ):
                 rows += [row] if chosen else []
-    yield '## Which claims survive\n'
+    yield '## Significant differences\n'
     yield f'{surviving} of {number_of_tests} tests are below 0.05 after the correction.\n'
     header = ['data', 'method', 'seeds', 'mIoU', 'p', 'tail', 'p']
     for title, rows in (
