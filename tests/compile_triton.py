@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 # the largest stack of a thread in bytes, the fewest forward programs on a multiprocessor
-LIMITS = {'few classes': (16, 3), 'many classes': (63, 1)}
+LIMITS = {'few classes': (0, 3), 'many classes': (63, 1)}
 SHARED_MEMORY = 99 << 10  # bytes a block may use on the smaller devices of capability 8
 LABEL = torch.zeros(1, 64, 128, dtype=torch.int64)
 ALL_OPTIONS = dict(
@@ -24,10 +24,15 @@ ALL_OPTIONS = dict(
     align_corners=True,
     marked=LABEL.bool(),
 )
+SIZES = ((8, 16), (64, 128))  # the kernels are the same for all scales above 1
 CASES = {
-    'all options': dict(classes=19, dtype=torch.float16, label_dtype=torch.uint8, **ALL_OPTIONS),
-    'few classes': dict(classes=19, dtype=torch.float16),
-    'many classes': dict(classes=150, dtype=torch.bfloat16, label_dtype=torch.int32),
+    'all options': [dict(classes=19, dtype=torch.float16, label_dtype=torch.uint8, **ALL_OPTIONS)],
+    'few classes': [
+        dict(classes=19, dtype=dtype, logit_size=size)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+        for size in SIZES
+    ],
+    'many classes': [dict(classes=150, dtype=torch.bfloat16, label_dtype=torch.int32)],
 }
 
 
@@ -50,6 +55,8 @@ if __name__ == '__main__':
     from mmseg_imbalance.benchmark.registers import compiled
 
     capability, case = int(sys.argv[1]), sys.argv[2]
-    for kernel in compiled(capability, logit_size=(8, 16), label_size=(64, 128), **CASES[case]):
-        print(kernel.name, f'sm_{capability}', kernel.registers, kernel.stack, kernel.shared, kernel.programs)
-        check(kernel, *LIMITS.get(case, ()))
+    for call in CASES[case]:
+        for kernel in compiled(capability, **dict(logit_size=SIZES[0], label_size=SIZES[1]) | call):
+            print(call['dtype'], call.get('logit_size', SIZES[0]), f'sm_{capability}', end=' ')
+            print(kernel.name, kernel.registers, kernel.stack, kernel.shared, kernel.programs, flush=True)
+            check(kernel, *LIMITS.get(case, ()))

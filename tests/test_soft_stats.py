@@ -1178,7 +1178,8 @@ def test_auto_takes_triton_on_cuda_where_it_can_run(monkeypatch, reason, chosen)
 
 @needs_triton
 @pytest.mark.parametrize(
-    ('capability', 'case'), [(80, 'all options'), (80, 'few classes'), (90, 'many classes')]
+    ('capability', 'case'),
+    [(80, 'all options'), *((n, 'few classes') for n in (80, 90, 100)), (90, 'many classes')],
 )
 def test_triton_compiles_without_a_device(capability, case, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}

@@ -4,9 +4,9 @@ A program walks label rows, P columns wide, with all classes at once: tiles are 
 along the pixels. Up to 20 classes are one thread's own, so that softmax needs no communication, and as C is a
 constant the compiler drops the classes that fill it up to a power of two.
 
-From small logits, the label rows between two source rows are a *band*: both source rows are resized to the
-label's columns once, and a row of the band is upper + part (lower - upper). What lies beyond the last source
-row is a band too, of that row alone.
+From small logits, the label rows between two source rows are a *band*: a row of it is lower - (1 - part)
+(lower - upper), of source rows resized to the label's columns; the lower one is the next band's upper one.
+What lies beyond the last source row is a band too, of that row alone.
 
 Forward: sums by label are products with the one-hot tile, kept in registers and written once per program;
 torch adds up the programs in double. Group ids are split into two digits: one-hot (S, P) of the high one
@@ -28,7 +28,7 @@ Where a pixel is marked, the gradients of marked_intersection and marked_truth a
 To small logits this is a gather, as bilinear weights are hats, max(0, 1 - |x - n|) of a pixel's source
 coordinate x and a cell n: a program owns some cells of some source rows and walks the pixels under their
 hats, band by band. The rows of a band are added up by their weights, for the source row above and for the one
-below; once a source row has both of its bands, its sums are multiplied by the columns' weights, (P, 16).
+below; once a source row has both of its bands, its sums are multiplied by the columns' weights, (16, P).
 """
 
 import math
@@ -136,42 +136,37 @@ def _row_part(row, band, scale, h, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _cells_of(column, w, scale, ALIGN: tl.constexpr):
-    """The left of the two cells that a label column lies between, and its distance from it."""
-    x = _coordinate(column, scale, w - 1, ALIGN)
-    left = tl.minimum(x.to(tl.int32), tl.maximum(w - 2, 0))
-    return left.to(tl.int64), x - left
-
-
-@triton.jit
-def _load_row(row, bias, c, cell, used, stride_class, stride_column, C: tl.constexpr):
-    """Logits of one row with their bias, (BLOCK_C, P); nothing but the bias where a cell is not used."""
-    at = row + c.to(tl.int64)[:, None] * stride_class + (cell * stride_column)[None, :]
+def _load_row(row, bias, c, used, stride_class, C: tl.constexpr):
+    """Logits at places of a row with their bias, (BLOCK_C, P); nothing but the bias where none is used."""
+    at = row[None, :] + c.to(tl.int64)[:, None] * stride_class
     # Which axis goes along the lanes depends on the version of Triton where none is known to be contiguous.
     # As nothing is known of the alignment either, no other conclusion is drawn from this.
     at = tl.max_contiguous(at, [1, 2])
-    z = tl.load(at, mask=(c[:, None] < C) & used[None, :], other=0.0).to(tl.float32)
+    known = c[:, None] < C
+    z = tl.load(at, mask=known if used is None else known & used[None, :], other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
     return z
 
 
 @triton.jit
-def _load_band(row, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C: tl.constexpr):
-    """A source row at the label's columns, and what the one a step on adds to it, (BLOCK_C, P) each."""
-    below = row + step
-    # the stride as it is, but the compiler does not know, and keeps no 64-bit multiples for all classes
+def _resize_row(
+    row, bias, c, column, w, width, scale, band, stride_class, stride_column,
+    C: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A source row at the label's columns, (BLOCK_C, P); columns beyond the last one take the last cell."""
+    # both as they are, but the compiler does not know, and keeps nothing that is made of them for other bands
     stride_class += tl.minimum(band, 0)
-    # 0 times what is not finite is not 0: beyond the last cell nothing is taken of the one before it, and
-    # where columns are not resized nothing of a neighbour; elsewhere it is, as in torch
-    used, next_used = part < 1, part > from_part
-    part = part[None, :]
-    beside, beside_below = row + stride_column, below + stride_column
-    upper = _load_row(row, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
-    upper += _load_row(beside, bias, c, cell, next_used, stride_class, stride_column, C) * part
-    lower = _load_row(below, bias, c, cell, used, stride_class, stride_column, C) * (1 - part)
-    lower += _load_row(beside_below, bias, c, cell, next_used, stride_class, stride_column, C) * part
-    return upper, lower - upper
+    column += tl.minimum(band, 0)
+    x = _coordinate(column, scale, w - 1, ALIGN)
+    cell = x.to(tl.int32)
+    part = (x - cell)[None, :]
+    # 0 times what is not finite is not 0: nothing is taken of a neighbour where columns are not resized;
+    # elsewhere it is, as in torch
+    beside = cell < tl.where(w == width, 0, w - 1)
+    row += cell.to(tl.int64) * stride_column
+    z = _load_row(row, bias, c, None, stride_class, C) * (1 - part)
+    return z + _load_row(row + stride_column, bias, c, beside, stride_class, C) * part
 
 
 @triton.jit
@@ -200,12 +195,11 @@ def _exp(x):
 
 @triton.jit
 def _of_label(z, c, y, C: tl.constexpr):
-    """Logits z, 0 where a pixel does not count, max z, z_y - max z, or 0, and where a class is the label."""
-    z = tl.where(y[None, :] < 0, 0.0, z)  # 0 times what is not finite is not 0
+    """Max z, z_y - max z, or 0 where a pixel does not count, and where a class is the label."""
     top = tl.max(tl.where(c[:, None] < C, z, float('-inf')), 0)
     member = (c[:, None] == y[None, :]) & (c[:, None] < C)
     below = tl.where(y < 0, 0.0, tl.sum(tl.where(member, z, 0.0), 0) - top)
-    return z, top, below, member
+    return top, below, member
 
 
 @triton.jit
@@ -268,11 +262,9 @@ def _forward_kernel(
     digit = tl.arange(0, S)
     column = tl.program_id(0) * P + tl.arange(0, P)
     inside = column < width
-    column = tl.minimum(column, width - 1)
-    if RESIZE:
-        cell, part = _cells_of(column, w, column_scale, ALIGN)
-    else:
-        cell = column.to(tl.int64)
+    # these go on from row to row, as their multiples would make 64 bits of every number of a row
+    band = tl.program_id(1) * bands_each
+    source = logits + (image * stride_image + band.to(tl.int64) * stride_row)
 
     nll = tl.zeros((BLOCK_C, P), tl.float32)
     intersection = tl.zeros((BLOCK_C, P), tl.float32)
@@ -286,34 +278,36 @@ def _forward_kernel(
     class_count = tl.zeros((BLOCK_C, P), tl.float32)
     marked_intersection = tl.zeros((BLOCK_C, P), tl.float32)
     marked_truth = tl.zeros((BLOCK_C, P), tl.float32)
-    wrong = tl.zeros((P,), tl.int32)
 
-    band = tl.program_id(1) * bands_each
     last = tl.minimum(band + bands_each, bands)
     row = band
     if RESIZE:
         row = _first_row(band, bands, row_inverse, height, ALIGN)
-    # these go on from row to row, as their multiples would make 64 bits of every number of a row
-    source = logits + (image * stride_image + band.to(tl.int64) * stride_row)
+        lower = _resize_row(
+            source, bias, c, column, w, width, column_scale, band, stride_class, stride_column, C, ALIGN
+        )  # fmt: skip
     pixel = (image * height + row) * width + column
     tl.assume(band < last)  # else the sums were kept twice, for no bands at all
     while band < last:
         stop = row + 1
         if RESIZE:
             stop = _first_row(band + 1, bands, row_inverse, height, ALIGN)
-            step = tl.where((band < h - 1) & (h != height), stride_row, 0)
-            from_part = tl.where(w == width, 0.0, -1.0)
-            upper, change = _load_band(
-                source, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C
-            )
+            under = source + tl.where((band < h - 1) & (h != height), stride_row, 0)
+            upper = lower
+            lower = _resize_row(
+                under, bias, c, column, w, width, column_scale, band, stride_class, stride_column, C, ALIGN
+            )  # fmt: skip
+            change = tl.where(h == height, 0.0, lower - upper)
         while row < stop:
             if RESIZE:
-                z = upper + _row_part(row, band, row_scale, h, ALIGN) * change
+                z = lower - (1 - _row_part(row, band, row_scale, h, ALIGN)) * change
             else:
-                z = _load_row(source, bias, c, cell, inside, stride_class, stride_column, C)
+                at_columns = source + column.to(tl.int64) * stride_column
+                z = _load_row(at_columns, bias, c, inside, stride_class, C)
             y, m, strange = _load_labels(target, weight, pixel, inside, C, IGNORE)
-            wrong |= strange.to(tl.int32)
-            z, top, below, member = _of_label(z, c, y, C)
+            # all that find something write the same value
+            tl.store(intact + tl.zeros_like(y), 0, mask=strange)
+            top, below, member = _of_label(z, c, y, C)
             # among equals the first is the prediction
             earlier = tl.max(tl.where((c[:, None] < y[None, :]) & known, z, float('-inf')), 0)
             hit = tl.where((y >= 0) & (below == 0) & (earlier < top), 1.0, 0.0)
@@ -325,6 +319,10 @@ def _forward_kernel(
                 power, miss = _power(miss, gamma)
                 loss = plain * power
             share = m * (_exp(below) / total)
+            # the label as it is, but the compiler does not know, and compares again: there are few predicates
+            member = known & (c[:, None] == (y + tl.minimum(row, 0))[None, :])
+            # 0 times what is not finite is not 0
+            counts = known & (y >= 0)[None, :]
             nll = tl.where(member, nll + (m * loss)[None, :], nll)
             intersection = tl.where(member, intersection + share[None, :], intersection)
             truth = tl.where(member, truth + m[None, :], truth)
@@ -333,12 +331,12 @@ def _forward_kernel(
                 marked_intersection += tl.where(here, share[None, :], 0.0)
                 marked_truth += tl.where(here, m[None, :], 0.0)
             if SQUARE:
-                prediction = tl.where(known, prediction + e * e * (m / total / total)[None, :], 0.0)
+                prediction = tl.where(counts, prediction + e * e * (m / total / total)[None, :], prediction)
             else:
-                prediction = tl.where(known, prediction + e * (m / total)[None, :], 0.0)
+                prediction = tl.where(counts, prediction + e * (m / total)[None, :], prediction)
             if LOG_PROB:
                 log_p = z - top[None, :] - tl.log(total)[None, :]
-                log_prob = tl.where(known, log_prob + m[None, :] * log_p, 0.0)
+                log_prob = tl.where(counts, log_prob + m[None, :] * log_p, log_prob)
             if RECALL:
                 class_correct += tl.where(member, hit[None, :], 0.0)
                 if weight is not None:
@@ -347,7 +345,7 @@ def _forward_kernel(
             if group is not None:
                 s = tl.load(group + pixel, mask=y >= 0, other=0).to(tl.int64)
                 found = (y >= 0) & (s >= 0) & (s < num_groups)
-                wrong |= ((y >= 0) & ((s < 0) | (s >= num_groups))).to(tl.int32)
+                tl.store(intact + tl.zeros_like(y), 0, mask=(y >= 0) & ((s < 0) | (s >= num_groups)))
                 s = tl.where(found, s, 0).to(tl.int32)
                 high = (digit[:, None] == (s // S)[None, :]) & found[None, :]  # (S, P)
                 low = ((s % S)[:, None] == digit[None, :]).to(tl.float32)  # (P, S)
@@ -387,8 +385,6 @@ def _forward_kernel(
         group_sums += program * (2 * S * S) + digit[:, None] * S + digit[None, :]
         tl.store(group_sums, group_nll)
         tl.store(group_sums + S * S, group_count)
-    # programs that find something write the same value
-    tl.store(intact, 0, mask=tl.max(wrong, 0) > 0)
 
 
 @triton.jit
@@ -400,7 +396,7 @@ def _gradient(
 ):  # fmt: skip
     """Gradient by the logits of P pixels, (BLOCK_C, P); that by their weights is stored, at each pixel."""
     y, m, _ = _load_labels(target, weight, pixel, inside, C, IGNORE)
-    z, top, below, member = _of_label(z, c, y, C)
+    top, below, member = _of_label(z, c, y, C)
     e, total, nll, miss = _softmax(z, top, below, member, c, C, FOCAL)
     p = e * (1 / total)[None, :]
     p_y = _exp(below) / total
@@ -444,7 +440,17 @@ def _gradient(
             log_p = z - top[None, :] - tl.log(total)[None, :]
             dm += tl.sum(tl.where(c[:, None] < C, r[:, None] * log_p, 0.0), 0)
         tl.store(weight_grad + pixel, tl.where(y >= 0, dm, 0.0), mask=inside)
-    return tl.where(c[:, None] < C, dz - p * common[None, :], 0.0)
+    # 0 times what is not finite is not 0
+    return tl.where((c[:, None] < C) & (y >= 0)[None, :], dz - p * common[None, :], 0.0)
+
+
+@triton.jit
+def _of_classes(g, image, c, C: tl.constexpr):
+    """Upstream gradients of an image's classes, zeros where there are none."""
+    values = tl.zeros_like(c).to(tl.float32)
+    if g is not None:
+        values = tl.load(g + image * C + c, mask=c < C, other=0.0)
+    return values
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -462,13 +468,6 @@ def _backward_kernel(
     known = c[:, None] < C
     logits += image * stride_image
     grad += image * grad_stride_image + c.to(tl.int64)[:, None] * grad_stride_class
-    q = tl.zeros((BLOCK_C,), tl.float32)
-    if g_prediction is not None:
-        q = tl.load(g_prediction + image * C + c, mask=c < C, other=0.0)
-    r = tl.zeros((BLOCK_C,), tl.float32)
-    if g_log_prob is not None:
-        r = tl.load(g_log_prob + image * C + c, mask=c < C, other=0.0)
-
     first = tl.program_id(1) * bands_each
     last = tl.minimum(first + bands_each, bands)
     if RESIZE:
@@ -481,8 +480,6 @@ def _backward_kernel(
         while tile < tl.maximum(right, left + 1):  # cells without a pixel have a gradient of 0
             column = tile + tl.arange(0, P)
             inside = column < right
-            column = tl.minimum(column, width - 1)
-            cell, part = _cells_of(column, w, column_scale, ALIGN)
             x = _coordinate(column, column_scale, w - 1, ALIGN)
             from_above = tl.zeros((BLOCK_C, P), tl.float32)
             band = tl.maximum(first - 1, 0)
@@ -492,17 +489,23 @@ def _backward_kernel(
             pixel = (image * height + row) * width + column
             while band < last:
                 stop = _first_row(band + 1, bands, row_inverse, height, ALIGN)
-                step = tl.where((band < h - 1) & (h != height), stride_row, 0)
-                from_part = tl.where(w == width, 0.0, -1.0)
-                upper, change = _load_band(
-                    source, bias, c, cell, part, from_part, stride_class, band, step, stride_column, C
-                )
+                under = source + tl.where((band < h - 1) & (h != height), stride_row, 0)
+                # read again, for registers to hold other numbers in between
+                upper = _resize_row(
+                    source, bias, c, column, w, width, column_scale, band, stride_class, stride_column, C,
+                    ALIGN)  # fmt: skip
+                lower = _resize_row(
+                    under, bias, c, column, w, width, column_scale, band, stride_class, stride_column, C,
+                    ALIGN)  # fmt: skip
+                change = tl.where(h == height, 0.0, lower - upper)
+                q = _of_classes(g_prediction, image, c, C)
+                r = _of_classes(g_log_prob, image, c, C)
                 total = from_above
                 from_above = tl.zeros((BLOCK_C, P), tl.float32)
                 while row < stop:
                     row_part = _row_part(row, band, row_scale, h, ALIGN)
                     dz = _gradient(
-                        upper + row_part * change, c, target, weight, marked, pixel, inside, image,
+                        lower - (1 - row_part) * change, c, target, weight, marked, pixel, inside, image,
                         g_nll, g_intersection, g_prediction, g_log_prob, g_truth, g_marked_intersection,
                         g_marked_truth, weight_grad, q, r, gamma, C, IGNORE, FOCAL, SQUARE,
                     )  # fmt: skip
@@ -514,11 +517,12 @@ def _backward_kernel(
                 large = _large_part(total)
                 while start < last_cell:
                     n = start + tl.arange(0, 16)
-                    hat = tl.maximum(0.0, 1 - tl.abs(x[:, None] - n[None, :]))  # (P, 16)
+                    hat = tl.maximum(0.0, 1 - tl.abs(x[None, :] - n[:, None]))  # (16, P)
                     large_hat = _large_part(hat)
-                    value = tl.dot(large, hat - large_hat, input_precision='tf32')
-                    value = tl.dot(large, large_hat, value, input_precision='tf32')
-                    value = tl.dot(total - large, large_hat, value, input_precision='tf32')
+                    value = tl.dot(hat - large_hat, tl.trans(large), input_precision='tf32')
+                    value = tl.dot(large_hat, tl.trans(large), value, input_precision='tf32')
+                    value = tl.dot(large_hat, tl.trans(total - large), value, input_precision='tf32')
+                    value = tl.trans(value)
                     at = at_row + n.to(tl.int64)[None, :] * grad_stride_column
                     before = (n < tl.where(tile > left, last_cell, 0))[None, :]
                     value += tl.load(at, mask=known & before, other=0.0)
@@ -532,12 +536,14 @@ def _backward_kernel(
     else:
         column = tl.program_id(0) * P + tl.arange(0, P)
         inside = column < width
-        column = tl.minimum(column, width - 1)
         grad += column.to(tl.int64)[None, :] * grad_stride_column
+        logits += column.to(tl.int64) * stride_column
+        q = _of_classes(g_prediction, image, c, C)
+        r = _of_classes(g_log_prob, image, c, C)
         row = first
         while row < last:
             source = logits + row.to(tl.int64) * stride_row
-            z = _load_row(source, bias, c, column.to(tl.int64), inside, stride_class, stride_column, C)
+            z = _load_row(source, bias, c, inside, stride_class, C)
             pixel = (image * height + row) * width + column
             dz = _gradient(
                 z, c, target, weight, marked, pixel, inside, image,
@@ -579,8 +585,6 @@ class _Launch:
         bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
         self.grid = (chunks, triton.cdiv(bands, bands_each), batch)
         stride_image, stride_class, stride_row, stride_column = logits.stride()
-        if w == 1:
-            stride_column = 0  # the only cell of a row is its own neighbour
         self.arguments = dict(
             stride_image=stride_image, stride_class=stride_class,
             stride_row=stride_row, stride_column=stride_column,
