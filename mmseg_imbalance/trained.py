@@ -131,8 +131,12 @@ def _last_weights(
     for hook in cfg.get('custom_hooks') or ():
         if 'ClassWeightHook' in str(hook.get('type')) and hook.get('power_schedule') is not None:
             info = checkpoint['message_hub']['runtime_info']
-            known = 'iter' in info and 'max_iters' in info  # MMEngine's RuntimeInfoHook writes both
-            progress = info['iter'] / info['max_iters'] if known else 1.0
+            if not {'iter', 'max_iters'} <= set(info):
+                raise ValueError(
+                    'the checkpoint does not say how far its training was, on which the weights of a '
+                    'power_schedule depend: it was trained without the RuntimeInfoHook of the default hooks'
+                )
+            progress = info['iter'] / info['max_iters']
             return scheduled_weights(weights, hook['power_schedule'], progress)
     return weights
 

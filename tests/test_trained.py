@@ -27,7 +27,8 @@ AUTO = dict(class_weight='auto')
 
 def checkpoint_of(weights=WEIGHTS, pixels=PIXELS):
     record = WeightRecord(['a', 'b', 'c'], weights, pixels)
-    return dict(message_hub=dict(runtime_info=dict(class_weights=record.to_dict())))
+    # of the last of 1000 iterations
+    return dict(message_hub=dict(runtime_info=dict(class_weights=record.to_dict(), iter=999, max_iters=1000)))
 
 
 def head_with(*losses):
@@ -108,6 +109,9 @@ def test_the_weights_of_a_checkpoint_on_the_way_are_those_of_its_last_iteration(
         offset = offset_of(combined, checkpoint=checkpoint, custom_hooks=hooks)
         ratio = np.array(WEIGHTS) / WEIGHTS[0]
         np.testing.assert_allclose(offset - offset[0], -power * np.log(ratio), atol=1e-12)
+    del checkpoint['message_hub']['runtime_info']['max_iters']
+    with pytest.raises(ValueError, match='does not say how far its training was'):
+        offset_of(combined, checkpoint=checkpoint, custom_hooks=hooks)
 
 
 def test_a_checkpoint_that_does_not_say_its_weights_is_refused():
