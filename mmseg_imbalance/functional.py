@@ -44,14 +44,14 @@ def cross_entropy_parts(
     The even part of label smoothing adds to the class whose probability it asks for.
     """
     weight = _one_each(class_weight, stats.nll)
-    total = (weight * stats.nll).sum(0)
+    total = stats.nll.sum(0)
     if label_smoothing > 0:
         if stats.log_prob is None:
             raise ValueError('label_smoothing needs the field log_prob; call soft_stats with_log_prob=True')
-        even = -(weight * stats.log_prob).sum(0) / len(weight)
+        even = -stats.log_prob.sum(0) / len(weight)
         total = (1 - label_smoothing) * total + label_smoothing * even
     norm = stats.truth.sum() if divide_by == 'pixels' else (weight * stats.truth).sum()
-    return total / norm.where(norm > 0, torch.inf)
+    return weight * total / _above_0(norm)
 
 
 def tversky(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) -> Tensor:
@@ -71,12 +71,12 @@ def tversky(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) ->
 def tversky_error(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) -> Tensor:
     """1 - :func:`tversky` without its rounding: (alpha (P - I) + beta (T - I)) / (I + ... + s), (B, C)."""
     wrong, area = _tversky_areas(stats, alpha, beta, smooth)
-    return wrong / area.where(area > 0, torch.inf)
+    return wrong / (area if smooth > 0 else _above_0(area))
 
 
 def _tversky_areas(stats: SoftStats, alpha: float, beta: float, smooth: float) -> tuple[Tensor, Tensor]:
     i, p, t = stats.intersection, stats.prediction, stats.truth
-    wrong = alpha * (p - i) + beta * (t - i)
+    wrong = torch.add(alpha * (p - i), t - i, alpha=beta)
     return wrong, i + wrong + smooth
 
 
@@ -132,7 +132,7 @@ def generalized_dice_parts(
     errors = _generalized_dice_errors(stats, class_weight, smooth, absent_classes)
     if gamma != 1:
         loss = errors.sum(1, keepdim=True)
-        share = (errors / loss.where(loss > 0, torch.inf)).detach()
+        share = (errors / _above_0(loss)).detach()
         errors = _power(loss, gamma) * share
     return errors.mean(0)
 
@@ -151,10 +151,10 @@ def _generalized_dice_errors(
     if absent_classes == 'ignore':
         weight = weight * present
     area = (weight * t).sum(1, keepdim=True)
-    weight = weight * (t.sum(1, keepdim=True) / area.where(area > 0, torch.inf))
+    weight = weight * (t.sum(1, keepdim=True) / _above_0(area))
     areas = p + t
     union = (weight * areas).sum(1, keepdim=True) + smooth
-    return weight * (areas - 2 * i) / union.where(union > 0, torch.inf)
+    return weight * (areas - 2 * i) / _above_0(union)
 
 
 def marked_recall_parts(stats: SoftStats, class_weight: Tensor | None = None, smooth: float = 1.0) -> Tensor:
@@ -170,7 +170,7 @@ def marked_recall_parts(stats: SoftStats, class_weight: Tensor | None = None, sm
     if hit is None or truth is None:
         raise ValueError('the sums of marked pixels are missing; call soft_stats with marked=')
     area = truth + smooth
-    error = (truth - hit) / area.where(area > 0, torch.inf)
+    error = (truth - hit) / _above_0(area)
     return region_parts(error, truth, class_weight, absent_classes='ignore')
 
 
@@ -209,11 +209,11 @@ def region_parts(
 ) -> Tensor:
     """What each class adds to :func:`region_loss`, (C,), from (B, C) errors, which are 1 - index."""
     loss = error if gamma == 1 else _power(error, gamma)
-    weight = _one_each(class_weight, loss).expand_as(loss)
+    weight = _one_each(class_weight, loss)
     if absent_classes == 'ignore':
         weight = weight * (truth > 0)
-    norm = weight.sum(1, keepdim=True)
-    return (weight * loss / norm.where(norm > 0, torch.inf)).mean(0)
+        return (loss * (weight / _above_0(weight.sum(1, keepdim=True)))).mean(0)
+    return loss.mean(0) * (weight / _above_0(weight.sum()))
 
 
 def _power(error: Tensor, gamma: float) -> Tensor:
@@ -226,6 +226,11 @@ def _power(error: Tensor, gamma: float) -> Tensor:
         return error**gamma
     end = 32 * torch.finfo(error.dtype).eps  # of the line
     return torch.where(error > end, error.clamp_min(end) ** gamma, error * end ** (gamma - 1))
+
+
+def _above_0(divisor: Tensor) -> Tensor:
+    """Sums >= 0 with infinity in place of 0: where there is nothing to divide by, the share is 0."""
+    return divisor.where(divisor > 0, torch.inf)
 
 
 def _one_each(class_weight: Tensor | None, sums: Tensor) -> Tensor:

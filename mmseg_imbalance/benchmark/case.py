@@ -25,6 +25,7 @@ class Row:
     off_by: float | None = None
     right: bool = False
     seconds: list[float] = field(default_factory=list)  # by round
+    host_seconds: list[float | None] = field(default_factory=list)  # None on a CPU
     peak: int | None = None  # bytes
 
 

@@ -32,17 +32,26 @@ def check(row, tolerance):
 
 
 def seconds(run, device):
+    """What the device works at a run, and on CUDA what the host takes to queue it, else None."""
     if device == 'cpu':
         start = time.perf_counter()
         run()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, None
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        run()
+    host = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    # as the device begins late, it has all of them in its queue and never waits for the host
+    torch.cuda._sleep(int(4e9 * host))  # cycles; no device has more of them a second
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(CALLS):
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / CALLS
+    return start.elapsed_time(end) / 1e3 / CALLS, host / CALLS
 
 
 def extra_memory(run, device):
@@ -99,16 +108,17 @@ def race(case, examined, args):
     ]
     for i in range(1 + args.rounds):
         for row, trial in rows:
-            elapsed = seconds(trial.run, args.device)
+            elapsed, host = seconds(trial.run, args.device)
             if i:  # the first warms up
                 row.seconds.append(elapsed)
+                row.host_seconds.append(host)
 
 
 def copy_bandwidth(device):
     """Bytes per second of a large copy on the device, read and written."""
     source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
     copy = torch.ones_like(source)
-    return 2 * source.nbytes / min(seconds(lambda: copy.copy_(source), device) for _ in range(5))
+    return 2 * source.nbytes / min(seconds(lambda: copy.copy_(source), device)[0] for _ in range(5))
 
 
 def machine(device, bandwidth):

@@ -13,6 +13,7 @@ from mmseg_imbalance.tables import table_text
 
 FORMATS = {
     'ms': '.3g',
+    'host_ms': '.3g',
     'time_ratio': '.2f',
     'MB': '.3g',
     'memory_ratio': '.2f',
@@ -34,6 +35,8 @@ def record(case, row, bandwidth):
         median = statistics.median(row.seconds)
         ratios = [mine / its for mine, its in zip(row.seconds, base.seconds, strict=False)]
         line |= dict(ms=1e3 * median / case.files, time_ratio=statistics.median(ratios) if ratios else None)
+        if any(row.host_seconds):
+            line['host_ms'] = 1e3 * statistics.median(row.host_seconds)
         if bandwidth and case.least_bytes:
             moved = case.least_bytes / median
             line |= {'GB/s': moved / 1e9, 'bandwidth': moved / bandwidth}

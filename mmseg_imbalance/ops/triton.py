@@ -33,7 +33,7 @@ below; once a source row has both of its bands, its sums are multiplied by the c
 
 import math
 import warnings
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import triton
@@ -567,14 +567,18 @@ def _axis(small: int, large: int, align_corners: bool) -> tuple[float, float]:
     return (small - 1) / steps, steps / (small - 1) if small > 1 else large
 
 
+@lru_cache(maxsize=64)  # working it out takes longer than some launches
 class _Launch:
     """Blocks and grids for the sizes of a call, and the arguments that both kernels take."""
 
-    def __init__(self, logits: Tensor, target: Tensor, o: Options) -> None:
-        (batch, classes, h, w), (height, width) = logits.shape, target.shape[1:]
+    def __init__(
+        self, shape: torch.Size, strides: tuple[int, ...], label: torch.Size, ignore_index: int, gamma: float,
+        square: bool, align_corners: bool,
+    ) -> None:  # fmt: skip
+        (batch, classes, h, w), (height, width) = shape, label[1:]
         self.resize = (h, w) != (height, width)
-        row_scale, row_inverse = _axis(h, height, o.align_corners)
-        column_scale, self.column_inverse = _axis(w, width, o.align_corners)
+        row_scale, row_inverse = _axis(h, height, align_corners)
+        column_scale, self.column_inverse = _axis(w, width, align_corners)
         # a warp takes 20 classes of 32 pixels; what is left of at least four warps takes more pixels
         class_warps = triton.next_power_of_2(triton.cdiv(classes, 20))
         warps = max(4, class_warps)
@@ -584,18 +588,19 @@ class _Launch:
         bands = h if self.resize else height
         bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
         self.grid = (chunks, triton.cdiv(bands, bands_each), batch)
-        stride_image, stride_class, stride_row, stride_column = logits.stride()
+        stride_image, stride_class, stride_row, stride_column = strides
         self.arguments = dict(
             stride_image=stride_image, stride_class=stride_class,
             stride_row=stride_row, stride_column=stride_column,
             h=h, w=w, height=height, width=width,
             row_scale=row_scale, row_inverse=row_inverse, column_scale=column_scale,
-            gamma=float(o.focal_gamma), bands=bands, bands_each=bands_each,
-            C=classes, IGNORE=o.ignore_index, FOCAL=o.focal_gamma > 0, SQUARE=o.square_prediction,
-            RESIZE=self.resize, ALIGN=o.align_corners,
+            gamma=float(gamma), bands=bands, bands_each=bands_each,
+            C=classes, IGNORE=ignore_index, FOCAL=gamma > 0, SQUARE=square,
+            RESIZE=self.resize, ALIGN=align_corners,
             BLOCK_C=max(16, triton.next_power_of_2(classes)), P=self.pixels, num_warps=warps, num_stages=1,
         )  # fmt: skip
 
+    @cached_property
     def gather(self) -> tuple[tuple[int, int, int], int, int, int]:
         """Grid of the gradient by small logits; a program's source rows, cells and tiles of pixels."""
         a, inverse = self.arguments, self.column_inverse
@@ -615,7 +620,10 @@ class _SoftStats(torch.autograd.Function):
             None if t is None else t.contiguous()
             for t in (target, o.logit_bias, pixel_weight, o.group, marked)
         )
-        launch = _Launch(logits, target, o)
+        launch = _Launch(
+            logits.shape, logits.stride(), target.shape, o.ignore_index, o.focal_gamma, o.square_prediction,
+            o.align_corners,
+        )  # fmt: skip
         batch, classes = logits.shape[:2]
         programs = launch.grid[0] * launch.grid[1]
         fields = 5 + o.with_log_prob + 2 * (marked is not None) + 2 * o.with_recall
@@ -633,15 +641,12 @@ class _SoftStats(torch.autograd.Function):
         torch._assert_async(
             intact, f'target or group holds values beyond {classes} classes or {o.num_groups} groups'
         )
-        correct, *totals = sums.sum(1, dtype=torch.float64).unbind(1)
-        correct = correct[:, 0].long()
-        class_correct, class_count = (t.long() for t in totals[-2:]) if o.with_recall else (None, None)
-        nll, intersection, prediction, truth = (t.float() for t in totals[:4])
-        log_prob = totals[4].float() if o.with_log_prob else None
-        marked_intersection = marked_truth = None
-        if marked is not None:
-            first = 4 + o.with_log_prob
-            marked_intersection, marked_truth = (t.float() for t in totals[first : first + 2])
+        totals = sums.sum(1, dtype=torch.float64)  # (B, fields, C)
+        correct = totals[:, 0, 0].long()
+        class_correct, class_count = totals[:, -2:].long().unbind(1) if o.with_recall else (None, None)
+        _, nll, intersection, prediction, truth, *more = totals.float().unbind(1)
+        log_prob = more.pop(0) if o.with_log_prob else None
+        marked_intersection, marked_truth = (None, None) if marked is None else more[:2]
         group_nll = group_count = None
         if group_sums is not None:
             group_nll, group_count = group_sums.sum(0, dtype=torch.float64)[:, : o.num_groups]
@@ -667,7 +672,7 @@ class _SoftStats(torch.autograd.Function):
         upstream = (None if g is None else g.contiguous() for g in upstream)
         grid, bands_each, cells, tiles = launch.grid, launch.arguments['bands_each'], 1, 1
         if launch.resize:
-            grid, bands_each, cells, tiles = launch.gather()
+            grid, bands_each, cells, tiles = launch.gather
         # a program's tiles are added up in it
         grad = torch.empty_like(logits, dtype=torch.float32 if tiles > 1 else None)
         with torch.cuda.device_of(logits):
