@@ -37,7 +37,8 @@ test-matrix:
 
 test-gpu: .venv/installed
 	.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")'
-	.venv/bin/python -m pytest tests/test_soft_stats.py tests/test_heads.py tests/test_subclass.py
+	.venv/bin/python -m pytest tests/test_soft_stats.py tests/test_term_kernel.py \
+	    tests/test_heads.py tests/test_subclass.py
 
 bench-gpu: .venv/installed
 	.venv/bin/python tools/bench_gpu.py

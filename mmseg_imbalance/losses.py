@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmseg_imbalance.balance import make_balance
 from mmseg_imbalance.class_weight import ClassWeight, ClassWeightSpec
-from mmseg_imbalance.ops import SoftStats, check_arguments, soft_stats
+from mmseg_imbalance.ops import SoftStats, check_arguments, choose_backend, soft_stats
 from mmseg_imbalance.options import (
     check_at_least_0,
     not_handed_over,
@@ -202,14 +202,19 @@ class WeightedLoss(nn.Module):
         """The loss, a scalar, and what tells its part of each class, (C,); leaves the terms in ``logged``."""
         if any(getattr(term, 'sync', False) for term in self.terms.values()):
             stats = stats.sum_images(across_ranks=True)  # once, for all terms
-        parts = [  # (C,) each
-            term.parts(stats, self.class_weight_of[name].for_logits(stats.nll))
-            for name, term in self.terms.items()
-        ]
+        weights = {name: own.for_logits(stats.nll) for name, own in self.class_weight_of.items()}
+        if self.balance is None and not stats.truth.requires_grad and self._on_triton(logits):
+            from mmseg_imbalance import term_kernel  # Triton is optional
+
+            formula = term_kernel.formula_of(self.terms, self.factors)
+            if formula is not None:
+                value, values, parts = term_kernel.weighted_sum_of_terms(stats, weights, formula)
+                self._log(values)
+                return value, lambda: parts
+        parts = [term.parts(stats, weights[name]) for name, term in self.terms.items()]  # (C,) each
         sums = [part.sum() for part in parts]
         factors: Iterable[float | Tensor] = self.factors.values()
-        if len(parts) > 1:  # of a single term the log has the loss itself
-            self.logged = self._named({name: x.detach() for name, x in zip(self.terms, sums, strict=True)})
+        self._log({name: x.detach() for name, x in zip(self.terms, sums, strict=True)})
         if self.balance is not None:
             balanced = self.balance(sums, logits)
             factors = balanced.factors.unbind()
@@ -220,6 +225,14 @@ class WeightedLoss(nn.Module):
         if self.balance is not None:
             value = value + balanced.offset  # which belongs to no class
         return value, lambda: _weighted_sum(factors, parts).detach()
+
+    def _on_triton(self, logits: Tensor) -> bool:
+        return choose_backend(self.backend, logits).__name__.endswith('.triton')
+
+    def _log(self, values: Mapping[str, Tensor]) -> None:
+        """Of a single term the log has the loss itself."""
+        if len(values) > 1:
+            self.logged = self._named(values)
 
     def watch(self, watcher: Watcher) -> None:
         """Show it every batch while training, in place of an earlier one of its class."""

@@ -149,18 +149,19 @@ class Overlap:
     def needs(self) -> dict[str, Any]:
         return dict(square_prediction=self.square_denominator)
 
+    def as_tversky(self) -> tuple[float, float, float]:
+        """alpha, beta and smoothing of the Tversky index that it is, unless it is the generalized Dice."""
+        if self.index == 'tversky':
+            return self.alpha or 0.0, self.beta or 0.0, self.smooth
+        return (1.0, 1.0, self.smooth) if self.index == 'jaccard' else (0.5, 0.5, self.smooth / 2)
+
     def parts(self, stats: SoftStats, class_weight: Tensor | None) -> Tensor:
         if self.reduction == 'batch':
             stats = stats.sum_images()
         options: dict[str, Any] = dict(gamma=self.gamma, absent_classes=self.absent_classes)
         if self.index == 'generalized_dice':
             return functional.generalized_dice_parts(stats, class_weight, self.smooth, **options)
-        if self.index == 'tversky':
-            error = functional.tversky_error(stats, self.alpha or 0.0, self.beta or 0.0, self.smooth)
-        elif self.index == 'jaccard':
-            error = functional.tversky_error(stats, 1.0, 1.0, self.smooth)
-        else:
-            error = functional.tversky_error(stats, 0.5, 0.5, self.smooth / 2)
+        error = functional.tversky_error(stats, *self.as_tversky())
         return functional.region_parts(error, stats.truth, class_weight, **options)
 
 

@@ -26,6 +26,10 @@ from mmseg_imbalance.ops.soft_stats import _compiled_backend  # noqa: E402
 
 cpu = _compiled_backend('cpu')
 needs_numba = pytest.mark.skipif(isinstance(cpu, str), reason=str(cpu))
+triton = _compiled_backend('triton')
+needs_triton = pytest.mark.skipif(isinstance(triton, str), reason=str(triton))
+# without a device, Triton's interpreter runs the kernels
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def pytest_collection_modifyitems(items):

@@ -10,16 +10,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import cpu, needs_numba
+from conftest import DEVICE, cpu, needs_numba, triton
+from conftest import needs_triton as needs
 
 from mmseg_imbalance.ops import SoftStats, soft_stats, strips
 from mmseg_imbalance.ops.contract import Options
 
 contract = import_module('mmseg_imbalance.ops.soft_stats')  # whose name is also the function's
-triton = contract._compiled_backend('triton')
-TRITON = (pytest.mark.skipif(isinstance(triton, str), reason=str(triton)), pytest.mark.slow)
-# without a device, Triton's interpreter runs the kernels; conftest.py asks for it
-DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+TRITON = (needs, pytest.mark.slow)
 MARKS = dict(cpu=needs_numba, triton=TRITON)
 ALL = ('eager', 'strips', 'cpu', 'triton') if DEVICE.type == 'cpu' else ('eager', 'strips', 'triton')
 BACKENDS = [pytest.param(name, marks=MARKS.get(name, ())) for name in ALL]
@@ -45,7 +43,7 @@ def several_parts(monkeypatch):
         monkeypatch.setattr(cpu, 'PART_NUMBERS', 500)
         monkeypatch.setattr(cpu, 'PIECE_NUMBERS', 30)
     if not isinstance(triton, str):
-        monkeypatch.setattr(triton, 'PROGRAMS', 4)
+        monkeypatch.setattr(triton, '_multiprocessors', lambda device: 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

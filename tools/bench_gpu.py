@@ -19,7 +19,7 @@ from mmseg_imbalance.commands.options import need_mmsegmentation
 from mmseg_imbalance.files import write_atomically
 
 REPOSITORY = Path(__file__).parents[1]
-KERNEL_TESTS = ['tests/test_soft_stats.py']
+KERNEL_TESTS = ['tests/test_soft_stats.py', 'tests/test_term_kernel.py']
 OTHER_TESTS = ['tests/test_heads.py', 'tests/test_subclass.py']
 DTYPES = ('float16', 'float32', 'bfloat16')
 GPU = ['--device', 'cuda', '--rounds', '5', '--backend', 'eager', 'strips', 'triton']

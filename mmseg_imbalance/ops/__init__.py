@@ -8,11 +8,12 @@ from mmseg_imbalance.ops.contract import (
     valid_pixels,
 )
 from mmseg_imbalance.ops.similarity import similarity_weight
-from mmseg_imbalance.ops.soft_stats import check_arguments, soft_stats
+from mmseg_imbalance.ops.soft_stats import check_arguments, choose_backend, soft_stats
 
 __all__ = [
     'SoftStats',
     'check_arguments',
+    'choose_backend',
     'gather_from_ranks',
     'rank_and_number',
     'similarity_weight',

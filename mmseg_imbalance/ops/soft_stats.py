@@ -108,13 +108,14 @@ def soft_stats(
         align_corners,
         marked,
     )
-    module = _backend(backend, logits, num_groups)
+    module = choose_backend(backend, logits, num_groups)
     # the sums are float32 or better under autocast too
     with torch.autocast(logits.device.type, enabled=False):
         return module.soft_stats(logits, target, options)
 
 
-def _backend(name: str, logits: Tensor, num_groups: int) -> ModuleType:
+def choose_backend(name: str, logits: Tensor, num_groups: int = 0) -> ModuleType:
+    """The module of the backend that takes these logits; see :func:`soft_stats` for names and errors."""
     fast = 'triton' if logits.is_cuda else 'cpu'
     for compiled in (fast,) if name == 'auto' else (name,):
         if compiled not in ('cpu', 'triton'):

@@ -33,7 +33,7 @@ below; once a source row has both of its bands, its sums are multiplied by the c
 
 import math
 import warnings
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -48,8 +48,9 @@ if tuple(int(n) for n in triton.__version__.split('.')[:2]) < (3, 3):
 
 MAX_CLASSES = 256
 MAX_GROUPS = 4096
-# of a forward pass: enough programs for a large device, few enough for their sums to be small
-PROGRAMS = 512
+# Programs of four warps for each multiprocessor: of forward, of the gradient by small logits and by others.
+# The first two are as many as it holds at once, so that all end at the same time.
+RESIDENT = dict(forward=3, gather=2, backward=6)
 # Multiples of 16 among these are not worth a kernel of their own. As the compiler knows no alignment, a
 # thread takes one pixel at a time, which leaves it room for more classes.
 SIZES = ['h', 'w', 'height', 'width', 'bands', 'bands_each', 'cells_each', 'num_groups']
@@ -572,8 +573,8 @@ class _Launch:
     """Blocks and grids for the sizes of a call, and the arguments that both kernels take."""
 
     def __init__(
-        self, shape: torch.Size, strides: tuple[int, ...], label: torch.Size, ignore_index: int, gamma: float,
-        square: bool, align_corners: bool,
+        self, multiprocessors: int, shape: torch.Size, strides: tuple[int, ...], label: torch.Size,
+        ignore_index: int, gamma: float, square: bool, align_corners: bool,
     ) -> None:  # fmt: skip
         (batch, classes, h, w), (height, width) = shape, label[1:]
         self.resize = (h, w) != (height, width)
@@ -586,30 +587,41 @@ class _Launch:
         self.registers = 168 if warps == 4 else None  # of forward: three programs fit a multiprocessor
         chunks = triton.cdiv(width, self.pixels)
         bands = h if self.resize else height
-        bands_each = triton.cdiv(bands * chunks * batch, PROGRAMS)
-        self.grid = (chunks, triton.cdiv(bands, bands_each), batch)
+        self.images = batch
+        self.places = 4 * multiprocessors / warps / batch  # for programs of an image
+        self.forward = self._spread('forward', chunks, bands)
         stride_image, stride_class, stride_row, stride_column = strides
         self.arguments = dict(
             stride_image=stride_image, stride_class=stride_class,
             stride_row=stride_row, stride_column=stride_column,
             h=h, w=w, height=height, width=width,
             row_scale=row_scale, row_inverse=row_inverse, column_scale=column_scale,
-            gamma=float(gamma), bands=bands, bands_each=bands_each,
+            gamma=float(gamma), bands=bands,
             C=classes, IGNORE=ignore_index, FOCAL=gamma > 0, SQUARE=square,
             RESIZE=self.resize, ALIGN=align_corners,
             BLOCK_C=max(16, triton.next_power_of_2(classes)), P=self.pixels, num_warps=warps, num_stages=1,
         )  # fmt: skip
+        if self.resize:
+            # pixels under two programs' hats are walked by both, so each takes some cells and rows
+            self.tiles = math.ceil(8 * self.column_inverse / self.pixels)
+            self.cells = max(1, int((self.tiles * self.pixels - 2 * align_corners) / self.column_inverse) - 1)
+            self.backward = self._spread('gather', triton.cdiv(w, self.cells), h, least=2)
+        else:
+            self.tiles = self.cells = 1
+            self.backward = self._spread('backward', chunks, height)
 
-    @cached_property
-    def gather(self) -> tuple[tuple[int, int, int], int, int, int]:
-        """Grid of the gradient by small logits; a program's source rows, cells and tiles of pixels."""
-        a, inverse = self.arguments, self.column_inverse
-        # pixels under two programs' hats are walked by both, so each takes some cells and rows
-        tiles = math.ceil(8 * inverse / self.pixels)
-        cells = max(1, int((tiles * self.pixels - 2 * a['ALIGN']) / inverse) - 1)
-        chunks = triton.cdiv(a['w'], cells)
-        bands_each = max(2, triton.cdiv(a['h'] * chunks * self.grid[2], PROGRAMS))
-        return (chunks, triton.cdiv(a['h'], bands_each), self.grid[2]), bands_each, cells, tiles
+    def _spread(
+        self, kernel: str, chunks: int, bands: int, least: int = 1
+    ) -> tuple[tuple[int, int, int], int]:
+        """Programs by columns, rows and images, and the bands of each."""
+        programs = max(1, int(RESIDENT[kernel] * self.places / chunks))
+        bands_each = max(least, triton.cdiv(bands, programs))
+        return (chunks, triton.cdiv(bands, bands_each), self.images), bands_each
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 64
 
 
 class _SoftStats(torch.autograd.Function):
@@ -621,11 +633,12 @@ class _SoftStats(torch.autograd.Function):
             for t in (target, o.logit_bias, pixel_weight, o.group, marked)
         )
         launch = _Launch(
-            logits.shape, logits.stride(), target.shape, o.ignore_index, o.focal_gamma, o.square_prediction,
-            o.align_corners,
+            _multiprocessors(logits.device), logits.shape, logits.stride(), target.shape, o.ignore_index,
+            o.focal_gamma, o.square_prediction, o.align_corners,
         )  # fmt: skip
         batch, classes = logits.shape[:2]
-        programs = launch.grid[0] * launch.grid[1]
+        grid, bands_each = launch.forward
+        programs = grid[0] * grid[1]
         fields = 5 + o.with_log_prob + 2 * (marked is not None) + 2 * o.with_recall
         sums = logits.new_empty(batch, programs, fields, classes, dtype=torch.float32)
         # a product takes 16 rows and columns at least
@@ -633,10 +646,10 @@ class _SoftStats(torch.autograd.Function):
         group_sums = None if group is None else sums.new_empty(batch * programs, 2, digits * digits)
         intact = torch.ones((), dtype=torch.int32, device=logits.device)
         with torch.cuda.device_of(logits):
-            _forward_kernel[launch.grid](
+            _forward_kernel[grid](
                 logits, target, bias, weight, group, marked, sums, group_sums, intact,
-                num_groups=o.num_groups, LOG_PROB=o.with_log_prob, RECALL=o.with_recall, S=digits,
-                **launch.arguments, maxnreg=launch.registers,
+                bands_each=bands_each, num_groups=o.num_groups, LOG_PROB=o.with_log_prob,
+                RECALL=o.with_recall, S=digits, **launch.arguments, maxnreg=launch.registers,
             )  # fmt: skip
         torch._assert_async(
             intact, f'target or group holds values beyond {classes} classes or {o.num_groups} groups'
@@ -670,16 +683,14 @@ class _SoftStats(torch.autograd.Function):
             weight_grad = logits.new_empty(target.shape, dtype=torch.float32)
         upstream = (g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
         upstream = (None if g is None else g.contiguous() for g in upstream)
-        grid, bands_each, cells, tiles = launch.grid, launch.arguments['bands_each'], 1, 1
-        if launch.resize:
-            grid, bands_each, cells, tiles = launch.gather
+        grid, bands_each = launch.backward
         # a program's tiles are added up in it
-        grad = torch.empty_like(logits, dtype=torch.float32 if tiles > 1 else None)
+        grad = torch.empty_like(logits, dtype=torch.float32 if launch.tiles > 1 else None)
         with torch.cuda.device_of(logits):
             _backward_kernel[grid](
                 logits, target, bias, weight, marked, *upstream, weight_grad, grad, *grad.stride(),
-                column_inverse=launch.column_inverse, cells_each=cells,
-                **launch.arguments | dict(bands_each=bands_each),
+                column_inverse=launch.column_inverse, bands_each=bands_each, cells_each=launch.cells,
+                **launch.arguments,
             )  # fmt: skip
         weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
         return grad.to(logits.dtype), None, weight_grad, None
