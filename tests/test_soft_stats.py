@@ -1034,10 +1034,10 @@ def test_the_first_launch_decides_once_with_one_warning(monkeypatch):
     device = torch.device('cuda:9')
     logits = SimpleNamespace(is_cuda=True, device=device, dtype=torch.float32, shape=(1, 5, 2, 2))
     with pytest.warns(UserWarning, match=r"cannot start a kernel on cuda:9 .*gcc.*'strips'.*headers"):
-        assert contract._backend('auto', logits, 0) is strips
-    assert contract._backend('auto', logits, 0) is strips  # a second warning would be an error
+        assert contract.choose_backend('auto', logits, 0) is strips
+    assert contract.choose_backend('auto', logits, 0) is strips  # a second warning would be an error
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: Triton cannot start.*gcc"):
-        contract._backend('triton', logits, 0)
+        contract.choose_backend('triton', logits, 0)
     assert tries == [device]
     triton._why_not_on.cache_clear()
 
@@ -1057,7 +1057,7 @@ def test_a_backend_without_its_package_says_so(monkeypatch):
         with pytest.raises(RuntimeError, match=f'{compiler} cannot be imported'):
             soft_stats(logits, torch.zeros(1, 1, 1, dtype=torch.long), backend=name)
     for is_cuda in (False, True):
-        assert contract._backend('auto', SimpleNamespace(is_cuda=is_cuda), 0) is strips
+        assert contract.choose_backend('auto', SimpleNamespace(is_cuda=is_cuda), 0) is strips
     contract._compiled_backend.cache_clear()
 
 
@@ -1065,16 +1065,16 @@ def test_a_backend_without_its_package_says_so(monkeypatch):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_auto_takes_the_cpu_kernels_but_not_for_float64(dtype):
     logits = torch.zeros(1, 2, 1, 1, dtype=dtype)
-    assert contract._backend('auto', logits, 0) is (strips if dtype == torch.float64 else cpu)
+    assert contract.choose_backend('auto', logits, 0) is (strips if dtype == torch.float64 else cpu)
     if dtype == torch.float64:
         with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run: .*the logits are float64"):
-            contract._backend('cpu', logits, 0)
+            contract.choose_backend('cpu', logits, 0)
 
 
 @needs_numba
 def test_the_cpu_kernels_refuse_another_device():
     with pytest.raises(RuntimeError, match='it runs on a CPU and the logits are on meta'):
-        contract._backend('cpu', torch.zeros(1, 2, 1, 1, device='meta'), 0)
+        contract.choose_backend('cpu', torch.zeros(1, 2, 1, 1, device='meta'), 0)
 
 
 @needs_numba
@@ -1170,8 +1170,8 @@ def test_auto_takes_triton_on_cuda_where_it_can_run(monkeypatch, reason, chosen)
     kernels = ModuleType('kernels')
     kernels.why_not = lambda logits, num_groups: reason
     monkeypatch.setattr(contract, '_compiled_backend', lambda name: kernels if name == 'triton' else 'none')
-    assert contract._backend('auto', SimpleNamespace(is_cuda=False), 0) is strips
-    assert contract._backend('auto', SimpleNamespace(is_cuda=True), 0).__name__.endswith(chosen)
+    assert contract.choose_backend('auto', SimpleNamespace(is_cuda=False), 0) is strips
+    assert contract.choose_backend('auto', SimpleNamespace(is_cuda=True), 0).__name__.endswith(chosen)
 
 
 @needs_triton

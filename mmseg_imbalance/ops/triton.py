@@ -48,9 +48,9 @@ if tuple(int(n) for n in triton.__version__.split('.')[:2]) < (3, 3):
 
 MAX_CLASSES = 256
 MAX_GROUPS = 4096
-# Programs of four warps for each multiprocessor: of forward, of the gradient by small logits and by others.
-# The first two are as many as it holds at once, so that all end at the same time.
-RESIDENT = dict(forward=3, gather=2, backward=6)
+# Programs of four warps for each multiprocessor; in forward few enough for their sums to be added up soon
+FORWARD, BACKWARD = 4, 24
+HELD = 2  # of those that gather a gradient, at once
 # Multiples of 16 among these are not worth a kernel of their own. As the compiler knows no alignment, a
 # thread takes one pixel at a time, which leaves it room for more classes.
 SIZES = ['h', 'w', 'height', 'width', 'bands', 'bands_each', 'cells_each', 'num_groups']
@@ -589,7 +589,7 @@ class _Launch:
         bands = h if self.resize else height
         self.images = batch
         self.places = 4 * multiprocessors / warps / batch  # for programs of an image
-        self.forward = self._spread('forward', chunks, bands)
+        self.forward = self._spread(FORWARD, chunks, bands)
         stride_image, stride_class, stride_row, stride_column = strides
         self.arguments = dict(
             stride_image=stride_image, stride_class=stride_class,
@@ -605,17 +605,24 @@ class _Launch:
             # pixels under two programs' hats are walked by both, so each takes some cells and rows
             self.tiles = math.ceil(8 * self.column_inverse / self.pixels)
             self.cells = max(1, int((self.tiles * self.pixels - 2 * align_corners) / self.column_inverse) - 1)
-            self.backward = self._spread('gather', triton.cdiv(w, self.cells), h, least=2)
+            self.backward = self._spread_gather(triton.cdiv(w, self.cells), h)
         else:
             self.tiles = self.cells = 1
-            self.backward = self._spread('backward', chunks, height)
+            self.backward = self._spread(BACKWARD, chunks, height)
 
-    def _spread(
-        self, kernel: str, chunks: int, bands: int, least: int = 1
-    ) -> tuple[tuple[int, int, int], int]:
-        """Programs by columns, rows and images, and the bands of each."""
-        programs = max(1, int(RESIDENT[kernel] * self.places / chunks))
-        bands_each = max(least, triton.cdiv(bands, programs))
+    def _spread(self, each: int, chunks: int, bands: int) -> tuple[tuple[int, int, int], int]:
+        """Programs by columns, rows and images, and the bands of one."""
+        bands_each = triton.cdiv(bands, max(1, int(each * self.places / chunks)))
+        return (chunks, triton.cdiv(bands, bands_each), self.images), bands_each
+
+    def _spread_gather(self, chunks: int, bands: int) -> tuple[tuple[int, int, int], int]:
+        """The same where each program walks the band before its own too: the soonest end of the last one."""
+
+        def end(bands_each: int) -> float:
+            at_once = max(1, int(HELD * self.places * self.images))
+            return (bands_each + 1) * -(-chunks * -(-bands // bands_each) * self.images // at_once)
+
+        bands_each = min(range(min(2, bands), bands + 1), key=end)
         return (chunks, triton.cdiv(bands, bands_each), self.images), bands_each
 
 
