@@ -108,6 +108,7 @@ class Suite:
                 f'{self.path} does not set {", ".join(missing)}; a suite file sets datasets, schedules, '
                 'methods and runs'
             )
+        self._check_shape(content)
         self.datasets = {name: self.path.parent / config for name, config in content.datasets.items()}
         for name, config in self.datasets.items():
             if not config.is_file():
@@ -130,6 +131,23 @@ class Suite:
                     f'{self.path}: the folder of a method is named by its letters a to z and digits, which '
                     f'{run.method!r} {"lacks" if not run.slug else f"shares with {other!r}"}; rename it'
                 )
+
+    def _check_shape(self, content: Config) -> None:
+        shapes = {
+            'datasets': (dict, (str, os.PathLike), 'a dict of the paths of configs by name'),
+            'schedules': (dict, object, 'a dict of numbers of iterations by name'),
+            'methods': (dict, dict, 'a dict of the changed lines, dicts, by name'),
+            'runs': ((list, tuple), dict, 'a list of dicts'),
+        }
+        for name, (outer, inner, wanted) in shapes.items():
+            given = content[name]
+            if isinstance(given, outer):
+                items = given.values() if outer is dict else given
+                wrong = [item for item in items if not isinstance(item, inner)]
+                if not wrong:
+                    continue
+                given = wrong[0]
+            raise ValueError(f'{self.path}: {name} is {wanted}, got {given!r}')
 
     def _check(self, group: dict) -> None:
         unknown = set(group) - {'dataset', 'schedule', 'seeds', 'methods'}

@@ -653,7 +653,7 @@ def test_an_ignored_value_outside_the_type_of_the_labels_ignores_nothing(make_ba
     logits, target = make_batch(**batch_of(backend))
     target = target.clamp(max=4)
     expected = soft_stats(logits, target, backend=backend)
-    for ignore_index in (torch.iinfo(torch.int64).min, -256, 256):
+    for ignore_index in (torch.iinfo(torch.int64).min, -256, 256, 2**63, -(2**70)):
         stats = soft_stats(logits, target.to(torch.uint8), ignore_index=ignore_index, backend=backend)
         assert torch.equal(stats.truth, expected.truth)
 

@@ -207,6 +207,15 @@ def test_the_fingerprint_is_that_of_the_run_and_not_of_the_machine(write):
         ('seeds=1', 'seeds=[0, 1]', ValueError, 'seeds is their number'),
         ("'cross-entropy'", "'Combined auto'", ValueError, 'shares with'),
         ("'cross-entropy'", "'交叉熵'", ValueError, 'lacks'),
+        (
+            'schedules = dict(short=2, long=4)',
+            'schedules = [2, 4]',
+            ValueError,
+            r'schedules is a dict .* \[2, 4\]',
+        ),
+        ("'cross-entropy': dict()", "'cross-entropy': 'CE'", ValueError, "methods is a dict .* got 'CE'"),
+        (repr(str(CAMVID)), '7', ValueError, 'datasets is a dict of the paths of configs .* got 7'),
+        ('runs = [', 'runs = ["all", ', ValueError, "runs is a list of dicts, got 'all'"),
         (str(CAMVID), 'gone.py', FileNotFoundError, "'camvid' has no config"),
     ],
 )

@@ -72,7 +72,7 @@ def soft_stats(
     """
     check_arguments(logits, target, pixel_weight, group, logit_bias, marked)
     also = '' if ignore_index is None else f' or ignore_index={ignore_index}'
-    if ignore_index is None:
+    if ignore_index is None or abs(ignore_index) >= 2**63:  # which no label can be
         ignore_index = NOTHING_IGNORED
     limits = torch.iinfo(target.dtype)
     if not limits.min <= ignore_index <= limits.max:
