@@ -71,12 +71,12 @@ def tversky(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) ->
 def tversky_error(stats: SoftStats, alpha: float, beta: float, smooth: float = 1.0) -> Tensor:
     """1 - :func:`tversky` without its rounding: (alpha (P - I) + beta (T - I)) / (I + ... + s), (B, C)."""
     wrong, area = _tversky_areas(stats, alpha, beta, smooth)
-    return wrong / (area if smooth > 0 else _above_0(area))
+    return wrong / _above_0(area)
 
 
 def _tversky_areas(stats: SoftStats, alpha: float, beta: float, smooth: float) -> tuple[Tensor, Tensor]:
     i, p, t = stats.intersection, stats.prediction, stats.truth
-    wrong = torch.add(alpha * (p - i), t - i, alpha=beta)
+    wrong = alpha * (p - i) + beta * (t - i)
     return wrong, i + wrong + smooth
 
 

@@ -184,7 +184,7 @@ class WeightedLoss(nn.Module):
         self.learn(stats)
         for watcher in watchers:
             watcher(pred, target, stats, parts())
-        return value if self.loss_weight == 1 else self.loss_weight * value
+        return _weighted_sum([self.loss_weight], [value])
 
     def weigh_pixels(
         self,

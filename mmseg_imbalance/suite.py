@@ -144,6 +144,8 @@ class Suite:
             if isinstance(given, outer):
                 items = given.values() if outer is dict else given
                 wrong = [item for item in items if not isinstance(item, inner)]
+                if outer is dict:
+                    wrong += [key for key in given if not isinstance(key, str)]
                 if not wrong:
                     continue
                 given = wrong[0]
@@ -155,17 +157,20 @@ class Suite:
             raise ValueError(
                 f'{self.path}: an entry of runs has dataset, schedule, seeds and perhaps methods, got {group}'
             )
+        methods = group.get('methods') or []
+        if not isinstance(methods, list | tuple) or not all(isinstance(method, str) for method in methods):
+            raise ValueError(f'{self.path}: methods of an entry of runs is a list of names, got {methods!r}')
         if not isinstance(group['seeds'], int) or group['seeds'] < 1:
             raise ValueError(
                 f'{self.path}: seeds is their number, 3 for the seeds 0, 1 and 2, got {group["seeds"]!r}'
             )
         for what, known in (('dataset', self.datasets), ('schedule', self.schedules)):
-            if group[what] not in known:
+            if not isinstance(group[what], str) or group[what] not in known:
                 raise ValueError(f'{self.path}: {what} {group[what]!r} is none of {list(known)}')
-        for method in group.get('methods') or ():
+        for method in methods:
             if method not in self.methods:
                 raise ValueError(f'{self.path}: method {method!r} is none of {list(self.methods)}')
-        names = list(group.get('methods') or self.methods)
+        names = list(methods or self.methods)
         for at, method in enumerate(names):
             trained = self.trained_as(method)
             if trained != method and (trained not in names[:at] or self.trained_as(trained) != trained):

@@ -1,14 +1,21 @@
-"""Cross-entropy and an overlap as one small CUDA kernel, with their gradients by the sums.
+"""Cross-entropy and an overlap loss as one small CUDA kernel, with their gradients with respect to the sums.
 
-On a few hundred numbers an operation of torch takes as long as its launch, and the formulas take some 45 of
-them: on an H100 more time than both passes over the pixels. The kernel computes what ``cross_entropy_parts``
-and, of ``tversky_error``, ``region_parts`` do in :mod:`mmseg_imbalance.functional`. Terms and options that it
-does not know are left to them.
+On a few hundred numbers an operation of torch takes as long as its launch, and these formulas take some 50 of
+them: on an H100 more time than both passes over the pixels. The kernel gives the values of
+``cross_entropy_parts`` and of ``region_parts(tversky_error(...))`` in :mod:`mmseg_imbalance.functional`.
+Losses with other terms or options use those functions.
+
+With I, P and T the intersection, prediction and truth of an image and class:
+
+    error      = (alpha (P - I) + beta (T - I)) / A,    A = I + alpha (P - I) + beta (T - I) + smooth
+    d error/dI = (-alpha - beta - error (1 - alpha - beta)) / A
+    d error/dP = alpha (1 - error) / A
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +24,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmseg_imbalance.functional import _one_each
 from mmseg_imbalance.ops import SoftStats
 from mmseg_imbalance.terms import CrossEntropy, Overlap, Term
 
 
 class Formula(NamedTuple):
-    """factor ce + factor overlap, or one of them alone."""
+    """Of a loss, which is ce_factor cross-entropy + overlap_factor overlap, or one of the two."""
 
-    names: tuple[str | None, str | None]  # of the two terms in the loss; None: it has none
-    options: dict[str, Any]  # of the kernel
+    names: tuple[str | None, str | None]  # of the two terms; None: the loss has none of this kind
+    options: dict[str, Any]  # numbers and choices, as the kernel takes them
 
 
 def formula_of(terms: Mapping[str, Term], factors: Mapping[str, float]) -> Formula | None:
@@ -36,6 +44,8 @@ def formula_of(terms: Mapping[str, Term], factors: Mapping[str, float]) -> Formu
         PRESENT=False,
     )  # fmt: skip
     for name, term in terms.items():
+        if not isinstance(factors[name], Real):  # a tensor, which may want a gradient
+            return None
         if type(term) is CrossEntropy and ce is None and term.label_smoothing == 0:
             ce = name
             options |= dict(ce_factor=float(factors[name]), BY_PIXELS=term.divide_by == 'pixels')
@@ -67,6 +77,7 @@ def weighted_sum_of_terms(
     """
     names = formula.names
     weights = [None if name is None else class_weights[name] for name in names]
+    weights = [None if w is None else _one_each(w, stats.nll).contiguous() for w in weights]
     sums = (stats.nll, stats.intersection, stats.prediction, stats.truth)
     value, details = _Terms.apply(*sums, *weights, formula)
     return value, {name: details[i] for i, name in enumerate(names) if name is not None}, details[2:]
@@ -94,6 +105,10 @@ def _terms_kernel(
     C: tl.constexpr, CE: tl.constexpr, OVERLAP: tl.constexpr, BY_PIXELS: tl.constexpr, BATCH: tl.constexpr,
     PRESENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The loss; details: both terms, then the loss's parts of the classes; slopes: (3, images, C).
+
+    These are the gradients by nll, intersection and prediction. Those of an absent term stay as they are.
+    """
     c = tl.arange(0, BLOCK)
     known = c < C
     i = tl.zeros((BLOCK,), tl.float32)
@@ -129,12 +144,13 @@ def _terms_kernel(
             wrong = alpha * (p - i) + beta * (t - i)
             area = i + wrong + smooth
             error = _share(wrong, area)
-            of_image = tl.where(t > 0, w, 0.0) if PRESENT else w
-            share = _share(of_image, tl.sum(of_image, 0))
-            overlap += share * error  # with BATCH the same for each image
-            pull = overlap_factor * share if BATCH else overlap_factor * share / images
-            by_intersection = _share(pull * (-alpha - beta - error * (1 - alpha - beta)), area)
-            by_prediction = _share(pull * alpha * (1 - error), area)
+            counted = tl.where(t > 0, w, 0.0) if PRESENT else w
+            share = _share(counted, tl.sum(counted, 0))  # of each class in the mean
+            overlap += share * error  # with BATCH the same again for each image; both are divided below
+            scale = overlap_factor * share if BATCH else overlap_factor * share / images
+            scale = _share(scale, area)
+            by_intersection = tl.where(area > 0, scale * (-alpha - beta - error * (1 - alpha - beta)), 0.0)
+            by_prediction = tl.where(area > 0, scale * alpha * (1 - error), 0.0)
             at = slopes + image * C + c
             tl.store(at + images * C, by_intersection, mask=known)
             tl.store(at + 2 * images * C, by_prediction, mask=known)
@@ -166,6 +182,8 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * 7
         nll, intersection, prediction = (upstream * ctx.slopes).unbind()
         if not ctx.ce:
             nll = None

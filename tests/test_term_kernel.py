@@ -93,17 +93,39 @@ def test_values_parts_and_gradients_are_those_of_torch(term_kernel, terms, weigh
             torch.testing.assert_close(mine, its, rtol=2e-5, atol=1e-9)
 
 
-def test_what_is_not_finite_is_not_hidden(term_kernel):
-    for field in range(3):
-        sums = make_sums(2, 5)
-        with torch.no_grad():
-            sums[field][0, 1] = torch.nan
-        value, _, _ = term_kernel.weighted_sum_of_terms(
-            SoftStats(*sums, correct=torch.zeros(1)),
-            dict.fromkeys(FACTORS),
-            term_kernel.formula_of(TERMS['both'], FACTORS),
-        )
-        assert value.isnan()
+@pytest.mark.parametrize('smooth', [0.0, 1.0])
+@pytest.mark.parametrize('field', range(3))
+@pytest.mark.parametrize('number', [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_hidden_nor_spread(term_kernel, smooth, field, number):
+    sums = make_sums(2, 5)
+    with torch.no_grad():
+        sums[field][0, 1] = number
+    stats = SoftStats(*sums, correct=torch.zeros(1))
+    terms, weights = dict(ce=CrossEntropy(), overlap=Overlap(smooth=smooth)), dict.fromkeys(FACTORS)
+    formula = term_kernel.formula_of(terms, FACTORS)
+    value, _, _ = term_kernel.weighted_sum_of_terms(stats, weights, formula)
+    expected, _, _ = in_torch(terms, stats, weights)
+    same = dict(rtol=2e-5, atol=1e-9, equal_nan=True)
+    assert not value.isfinite()
+    torch.testing.assert_close(value, expected, **same)
+    mine, its = (torch.autograd.grad(x, sums[:3]) for x in (value, expected))
+    torch.testing.assert_close(mine, its, **same)
+
+
+def test_no_gradient_arrives(term_kernel):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None
+
+    logits = torch.randn(2, 5, 4, 6, device=DEVICE, requires_grad=True)
+    target = torch.randint(5, (2, 8, 12), device=DEVICE)
+    (Stop.apply(CombinedWeightedLoss(backend='triton')(logits, target)) + logits.sum()).backward()
+    assert (logits.grad == 1).all()
 
 
 def test_sums_of_any_strides(term_kernel):
@@ -123,6 +145,11 @@ def test_other_terms_are_left_to_torch(term_kernel, terms):
     assert term_kernel.formula_of(terms, dict.fromkeys(terms, 1.0)) is None
 
 
+def test_factors_that_are_tensors_are_left_to_torch(term_kernel):
+    assert term_kernel.formula_of(dict(ce=CrossEntropy()), dict(ce=1)) is not None
+    assert term_kernel.formula_of(dict(ce=CrossEntropy()), dict(ce=torch.ones(()))) is None
+
+
 def test_a_term_of_the_users_own_is_left_to_torch(term_kernel):
     class Mine(CrossEntropy):
         pass
@@ -130,14 +157,23 @@ def test_a_term_of_the_users_own_is_left_to_torch(term_kernel):
     assert term_kernel.formula_of(dict(ce=Mine()), FACTORS) is None
 
 
-@pytest.mark.parametrize('kind', [CombinedWeightedLoss, WeightedDiceLoss])
-def test_a_loss_is_the_same_with_and_without_it(kind, monkeypatch, term_kernel):
+@pytest.mark.parametrize(
+    ('kind', 'options'),
+    [
+        (CombinedWeightedLoss, dict(loss_weight=0.7)),
+        (CombinedWeightedLoss, dict(ce_weight=1, dice_weight=0)),
+        (CombinedWeightedLoss, dict(region_reduction='batch', sync_region=True)),
+        (CombinedWeightedLoss, dict(region_class_weight=[0.0, 1.0, 1.0, 2.0, 3.0])),
+        (WeightedDiceLoss, {}),
+    ],
+)
+def test_a_loss_is_the_same_with_and_without_it(kind, options, monkeypatch, term_kernel):
     torch.manual_seed(0)
     logits, target = torch.randn(2, 5, 4, 6, device=DEVICE), torch.randint(5, (2, 8, 12), device=DEVICE)
     found = {}
     for backend in ('eager', 'triton'):
         seen = []
-        loss = kind(class_weight=[1.0, 2.0, 3.0, 0.5, 0.0], loss_weight=0.7, backend=backend)
+        loss = kind(class_weight=[1.0, 2.0, 3.0, 0.5, 0.0], backend=backend, **options)
         loss.watch(lambda pred, target, stats, parts, seen=seen: seen.append(parts))
         leaf = logits.clone().requires_grad_()
         value = loss(leaf, target)

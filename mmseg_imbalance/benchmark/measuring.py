@@ -12,6 +12,7 @@ import torch
 from mmseg_imbalance.hardware import cpu_name
 
 CALLS = 5  # of a round on CUDA, queued back to back as they are in training
+LAUNCHING = 0.02  # seconds; the queue of a device holds about a thousand launches
 
 
 def check(row, tolerance):
@@ -32,7 +33,11 @@ def check(row, tolerance):
 
 
 def seconds(run, device):
-    """What the device works at a run, and on CUDA what the host takes to queue it, else None."""
+    """Of a run, and on CUDA what the host takes to queue it, else None.
+
+    On CUDA the first is what the device works, where its queue holds all calls; of longer runs, as training
+    steps, the time from one to the next.
+    """
     if device == 'cpu':
         start = time.perf_counter()
         run()
@@ -43,8 +48,8 @@ def seconds(run, device):
         run()
     host = time.perf_counter() - begin
     torch.cuda.synchronize()
-    # as the device begins late, it has all of them in its queue and never waits for the host
-    torch.cuda._sleep(int(4e9 * host))  # cycles; no device has more of them a second
+    if host < LAUNCHING:  # the device begins late: it has all calls in its queue and never waits for the host
+        torch.cuda._sleep(int(4e9 * host))  # cycles, of which a device has about 2e9 a second
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(CALLS):

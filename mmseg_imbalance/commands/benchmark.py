@@ -24,9 +24,10 @@ gradient of each row are first compared with its formula in plain PyTorch in
 double: a row that is off gets no speed, and if it is one of this package's the
 exit status is 1. Memory is the peak of what is allocated beyond the inputs,
 the gradient of the logits included; of a training step, beyond the model and
-the optimizer's state. On CUDA, ms are what the device works, with all runs in
-its queue, as in a training whose device is busy; host ms are what the CPU
-takes to queue a run, which is the time of a step if the device waits for it.
+the optimizer's state. On CUDA, ms are what the device works at calls that were
+queued before, as in a training whose device is busy; of runs too long for the
+queue, as training steps, the time from one to the next. Host ms are what the
+CPU takes to queue a run; where the device waits for it, a run takes as long.
 GB/s are the bytes that forward and backward have to move at least, logits and
 labels read twice and the gradient written once; bandwidth is their share of
 what a large copy moves in that time. Gexp/s are the exponentials of two
