@@ -43,7 +43,7 @@ def cross_entropy_parts(
 
     The even part of label smoothing adds to the class whose probability it asks for.
     """
-    weight = _one_each(class_weight, stats.nll)
+    weight = one_each(class_weight, stats.nll)
     total = stats.nll.sum(0)
     if label_smoothing > 0:
         if stats.log_prob is None:
@@ -147,7 +147,7 @@ def _generalized_dice_errors(
         weight = torch.where(present, t, torch.inf).pow(-2)  # 0 where absent
         weight = torch.where(present, weight, weight.amax(1, keepdim=True))
     else:
-        weight = _one_each(class_weight, t).expand_as(t)
+        weight = one_each(class_weight, t).expand_as(t)
     if absent_classes == 'ignore':
         weight = weight * present
     area = (weight * t).sum(1, keepdim=True)
@@ -209,7 +209,7 @@ def region_parts(
 ) -> Tensor:
     """What each class adds to :func:`region_loss`, (C,), from (B, C) errors, which are 1 - index."""
     loss = error if gamma == 1 else _power(error, gamma)
-    weight = _one_each(class_weight, loss)
+    weight = one_each(class_weight, loss)
     if absent_classes == 'ignore':
         weight = weight * (truth > 0)
         return (loss * (weight / _above_0(weight.sum(1, keepdim=True)))).mean(0)
@@ -233,8 +233,12 @@ def _above_0(divisor: Tensor) -> Tensor:
     return divisor.where(divisor > 0, torch.inf)
 
 
-def _one_each(class_weight: Tensor | None, sums: Tensor) -> Tensor:
-    """The weights as (C,) numbers for sums (B, C); a single one would be spread over all classes."""
+def one_each(class_weight: Tensor | None, sums: Tensor) -> Tensor:
+    """Class weights as (C,) numbers of the type and device of sums (B, C); None: all 1.
+
+    Raises:
+        ValueError: not one number for each class; a single one would be spread over all of them.
+    """
     if class_weight is None:
         return torch.ones_like(sums[0])
     if class_weight.shape != sums.shape[1:]:

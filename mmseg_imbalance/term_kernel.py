@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_imbalance.functional import _one_each
+from mmseg_imbalance.functional import one_each
 from mmseg_imbalance.ops import SoftStats
 from mmseg_imbalance.terms import CrossEntropy, Overlap, Term
 
@@ -77,7 +77,7 @@ def weighted_sum_of_terms(
     """
     names = formula.names
     weights = [None if name is None else class_weights[name] for name in names]
-    weights = [None if w is None else _one_each(w, stats.nll).contiguous() for w in weights]
+    weights = [None if w is None else one_each(w, stats.nll).contiguous() for w in weights]
     sums = (stats.nll, stats.intersection, stats.prediction, stats.truth)
     value, details = _Terms.apply(*sums, *weights, formula)
     return value, {name: details[i] for i, name in enumerate(names) if name is not None}, details[2:]
