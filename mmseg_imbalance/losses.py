@@ -6,9 +6,7 @@ Losses that do more than a formula on the sums have modules of their own: :mod:`
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import reduce
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mmseg_imbalance.registry import MODELS
@@ -180,11 +178,12 @@ class WeightedLoss(nn.Module):
             **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
         )
         self.correct = None if self.changes_logits else stats.correct
-        value, parts = self.combine(stats, logits)
+        parts, value = self.combine(stats, logits)
         self.learn(stats)
         for watcher in watchers:
-            watcher(pred, target, stats, parts())
-        return _weighted_sum([self.loss_weight], [value])
+            watcher(pred, target, stats, parts.detach())
+        plain = isinstance(self.loss_weight, float) and self.loss_weight == 1
+        return value if plain else self.loss_weight * value  # one launch less
 
     def weigh_pixels(
         self,
@@ -198,8 +197,8 @@ class WeightedLoss(nn.Module):
         """``pixel_weight``, and ``group`` and ``num_groups`` where a loss has them, of ``soft_stats``."""
         return dict(pixel_weight=weight)
 
-    def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The loss, a scalar, and what tells its part of each class, (C,); leaves the terms in ``logged``."""
+    def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What each class adds to the loss, (C,), and the scalar; leaves the terms in ``logged``."""
         if any(getattr(term, 'sync', False) for term in self.terms.values()):
             stats = stats.sum_images(across_ranks=True)  # once, for all terms
         weights = {name: own.for_logits(stats.nll) for name, own in self.class_weight_of.items()}
@@ -210,21 +209,19 @@ class WeightedLoss(nn.Module):
             if formula is not None:
                 value, values, parts = term_kernel.weighted_sum_of_terms(stats, weights, formula)
                 self._log(values)
-                return value, lambda: parts
+                return parts, value
         parts = [term.parts(stats, weights[name]) for name, term in self.terms.items()]  # (C,) each
         sums = [part.sum() for part in parts]
-        factors: Iterable[float | Tensor] = self.factors.values()
+        factors, offset = self.factors.values(), 0.0
         self._log({name: x.detach() for name, x in zip(self.terms, sums, strict=True)})
         if self.balance is not None:
             balanced = self.balance(sums, logits)
-            factors = balanced.factors.unbind()
+            factors, offset = balanced.factors.unbind(), balanced.offset  # the offset belongs to no class
             for word, values in balanced.logged.items():
                 names = [f'{name}_{word}' for name in self.terms]
                 self.logged |= self._named(dict(zip(names, values, strict=True)))
-        value = _weighted_sum(factors, sums)
-        if self.balance is not None:
-            value = value + balanced.offset  # which belongs to no class
-        return value, lambda: _weighted_sum(factors, parts).detach()
+        weighed = sum(factor * part for factor, part in zip(factors, parts, strict=True))
+        return weighed, weighed.sum() + offset
 
     def _on_triton(self, logits: Tensor) -> bool:
         return choose_backend(self.backend, logits).__name__.endswith('.triton')
@@ -254,12 +251,6 @@ class WeightedLoss(nn.Module):
         """Scalars as the log names them: 'combined_ce' is the term 'ce' of the loss 'loss_combined'."""
         stem = self.loss_name.replace('loss', '').strip('_.')
         return {f'{stem}_{name}'.lstrip('_'): value for name, value in scalars.items()}
-
-
-def _weighted_sum(factors: Iterable[float | Tensor], values: Iterable[Tensor]) -> Tensor:
-    """Without the tensor 0 with which Python's sum begins, nor a product with 1."""
-    pairs = zip(factors, values, strict=True)
-    return reduce(operator.add, (x if isinstance(f, float) and f == 1 else f * x for f, x in pairs))
 
 
 def _as_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

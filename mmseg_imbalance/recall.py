@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +67,7 @@ class RecallWeightedLoss(WeightedLoss):
         if momentum < 1:
             self.register_buffer('running_shares', torch.zeros(2, MOST_CLASSES))
 
-    def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.stack([stats.class_correct.sum(0), stats.class_count.sum(0)])  # (2, C)
         if self.training:
             counts = sum_over_ranks(counts)
