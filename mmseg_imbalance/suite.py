@@ -7,6 +7,8 @@ A suite file is an MMEngine config that sets four names:
     methods = {'NAME': dict(lines that differ from the baseline)}
     runs = [dict(dataset=NAME, schedule=NAME, seeds=5, methods=[NAME, ...])]   # without methods: all
 
+A file that others name as ``_base_`` writes ``{{ fileDirname }}/`` before the names of its configs.
+
 Two lines of a method are not of a config. ``augment=[TRANSFORM, ...]`` puts transforms before the last one of
 the training pipeline, which packs; those that mix images, as RareClassPaste does, get a MultiImageMixDataset.
 ``fit_bias='OTHER'`` trains nothing: it is the model of the method OTHER after ``mmseg-imbalance fit-bias``.

@@ -243,6 +243,13 @@ def test_a_suite_file_that_is_not_there_is_named(tmp_path):
         Suite(tmp_path / 'nothing.py')
 
 
+def test_a_suite_that_extends_that_of_the_repository_finds_its_configs(write):
+    whole = REPOSITORY / 'configs/experiments/suite.py'
+    extended = Suite(write(f'_base_ = {str(whole)!r}\nschedules = dict(short=3)'))
+    assert extended.datasets == Suite(whole).datasets
+    assert extended.schedules['short'] == 3
+
+
 def test_the_suite_of_the_repository_is_whole():
     suite = Suite(REPOSITORY / 'configs/experiments/suite.py')
     configs = {run.method: suite.config(run) for run in suite.runs([0])}

@@ -1,10 +1,10 @@
 """What helps, on four data sets: ``mmseg-imbalance suite configs/experiments/suite.py --data DIR``."""
 
 datasets = dict(
-    camvid='segformer_efficientnet-lite0_1xb8-2k_camvid-240x180.py',
-    clothing='segformer_efficientnet-lite0_1xb8-2k_clothing_160x240.py',
-    magnetic_tile='segformer_efficientnet-lite0_1xb8-2k_magnetic-tile_240x180.py',
-    neu_seg='segformer_efficientnet-lite0_1xb8-2k_neu-seg_200x200.py',
+    camvid='{{ fileDirname }}/segformer_efficientnet-lite0_1xb8-2k_camvid-240x180.py',
+    clothing='{{ fileDirname }}/segformer_efficientnet-lite0_1xb8-2k_clothing_160x240.py',
+    magnetic_tile='{{ fileDirname }}/segformer_efficientnet-lite0_1xb8-2k_magnetic-tile_240x180.py',
+    neu_seg='{{ fileDirname }}/segformer_efficientnet-lite0_1xb8-2k_neu-seg_200x200.py',
 )
 # iterations of training; with 4000, cross-entropy no longer rises in the last 1000 on CamVid
 schedules = dict(short=500, long=2000, converged=4000)

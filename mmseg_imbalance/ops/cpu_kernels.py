@@ -158,18 +158,16 @@ def _softmax(z, row, above, part, start, label, ignored, by_class, square, piece
     e, total, top, largest, below, mean = piece
     n, rest = len(label), ONE - part
     for x in range(n):
-        total[x], top[x], largest[x], mean[x] = ZERO, -np.inf, ZERO, ZERO
-    for c in range(len(z)):
+        total[x], top[x], largest[x], below[x], mean[x] = ZERO, -np.inf, ZERO, ZERO, ZERO
+    between = row != above
+    for c in range(len(z) if between else 0):
         first, second, logits = z[c, row, start:], z[c, above, start:], e[c]
-        if row == above:
-            for x in range(n):
-                logits[x] = first[x]
-        else:
-            for x in range(n):
-                logits[x] = rest * first[x] + part * second[x]
+        for x in range(n):
+            logits[x] = rest * first[x] + part * second[x]
     for c in range(0, len(z), 2):  # by two, which takes a quarter of the time
         d = min(c + 1, len(z) - 1)
-        first, second = e[c], e[d]
+        first = e[c] if between else z[c, row, start:]
+        second = e[d] if between else z[d, row, start:]
         for x in range(n):
             value, number = top[x], largest[x]
             number = f32(c) if first[x] > value else number
@@ -178,11 +176,16 @@ def _softmax(z, row, above, part, start, label, ignored, by_class, square, piece
             top[x] = second[x] if second[x] > value else value
     for x in range(n):
         c = label[x]
-        below[x] = e[c, x] - top[x] if c != ignored else ZERO
+        if c != ignored:
+            below[x] = (e[c, x] if between else z[c, row, start + x]) - top[x]
     for c in range(len(z)):
-        values = e[c]
-        for x in range(n):
-            values[x] = exp(values[x] - top[x])
+        values, logits = e[c], z[c, row, start:]
+        if between:  # one loop for both is not made of vector instructions: it may write what it reads next
+            for x in range(n):
+                values[x] = exp(values[x] - top[x])
+        else:
+            for x in range(n):
+                values[x] = exp(logits[x] - top[x])
     for c in range(0, len(z), 2):
         d = min(c + 1, len(z) - 1)
         first, second, both = e[c], e[d], f32(d - c)
