@@ -19,6 +19,7 @@ from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.logging import MessageHub
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
@@ -511,6 +512,16 @@ def test_the_ignored_label_is_what_data_set_or_decode_head_say(labels, tmp_path,
     cfg = config(labels, model, ignore_index=said)
     frequency = training_frequency(cfg, cache_dir=tmp_path / 'cache', progress=False)
     assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=ignored))
+
+
+def test_names_in_a_config_are_those_of_its_scope_or_of_mmsegmentation(labels, tmp_path):
+    cfg = config(labels)
+    cfg.train_dataloader.dataset.type = 'BaseSegDataset'
+    with DefaultScope.overwrite_default_scope(
+        'mmengine'
+    ):  # as where no run has set its own
+        frequency = training_frequency(cfg, cache_dir=tmp_path / 'cache', progress=False)
+    assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=4))
 
 
 def test_data_set_and_head_that_say_different_labels_are_refused(labels, tmp_path):

@@ -90,6 +90,7 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
     from mmseg_imbalance.registry import DATASETS
 
     from mmengine.config import Config
+    from mmengine.registry import DefaultScope
 
     if source is None and (source := current_config()) is None:
         raise ValueError('there is no runner, and so no config that names the training data')
@@ -100,7 +101,8 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
                 'the training annotations are counted, but the config has no train_dataloader; add one, only '
                 'its dataset is used'
             )
-        with initialising():
+        scope = source.get('default_scope', 'mmseg')
+        with initialising(), DefaultScope.overwrite_default_scope(scope):
             dataset = DATASETS.build(loader['dataset'])
         return dataset, source, source.get('model'), loader.get('num_workers')
     if hasattr(source, 'train_dataloader'):  # a runner
