@@ -517,9 +517,7 @@ def test_the_ignored_label_is_what_data_set_or_decode_head_say(labels, tmp_path,
 def test_names_in_a_config_are_those_of_its_scope_or_of_mmsegmentation(labels, tmp_path):
     cfg = config(labels)
     cfg.train_dataloader.dataset.type = 'BaseSegDataset'
-    with DefaultScope.overwrite_default_scope(
-        'mmengine'
-    ):  # as where no run has set its own
+    with DefaultScope.overwrite_default_scope('mmengine'):  # as where no run has set its own
         frequency = training_frequency(cfg, cache_dir=tmp_path / 'cache', progress=False)
     assert numbers(frequency) == numbers(count_classes(make(labels), ignore_index=4))
 
