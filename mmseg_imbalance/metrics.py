@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 from mmseg_imbalance.registry import METRICS
 
@@ -32,6 +31,7 @@ from mmseg_imbalance.scores import (
     dice_scores,
     fine_grained_iou,
     group_scores,
+    image_scores_name,
     present_mean,
     ratio,
     save_image_scores,
@@ -308,9 +308,7 @@ class ImbalanceIoUMetric(ClassIoUMetric):
         group = np.full(len(self.dataset_meta['classes']), '', '<U4')
         for name, members in groups.items():
             group[members] = name
-        # metrics of one evaluator have different prefixes; what a file name cannot hold becomes %..
-        name = f'image_scores_{quote(self.prefix, safe="")}' if self.prefix else 'image_scores'
-        file = Path(files[0].baseFilename).with_name(f'{name}.npz')
+        file = Path(files[0].baseFilename).with_name(image_scores_name(self.prefix))
         try:
             save_image_scores(
                 file,

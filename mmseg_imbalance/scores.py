@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -248,6 +249,12 @@ def block_names(blocks: str | int, paths: Sequence[str]) -> list[str]:
     if paths and not any(found):
         raise ValueError(f'blocks finds {blocks!r} in no path of an image, such as {paths[0]}')
     return [match[0] if match else path for match, path in zip(found, paths, strict=True)]
+
+
+def image_scores_name(prefix: str | None) -> str:
+    """Of the file of a metric: metrics of one evaluator have different prefixes."""
+    # what a file name cannot hold becomes %..
+    return f'image_scores_{quote(prefix, safe="")}.npz' if prefix else 'image_scores.npz'
 
 
 def save_image_scores(path: str | os.PathLike[str], **scores: ArrayLike) -> None:

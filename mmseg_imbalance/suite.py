@@ -228,10 +228,26 @@ class Suite:
         )
         lines = self.methods[self.trained_as(run.method)].to_dict()
         augment = lines.pop('augment', ())
+        _replace_other_types(lines, cfg)
         cfg.merge_from_dict(lines)
         if augment:
             add_transforms(cfg.train_dataloader, augment)
         return cfg
+
+
+def _replace_other_types(lines: dict, cfg: ConfigDict) -> None:
+    """Let a loss or a sampler replace one of another type, as with ``_delete_``, in place.
+
+    Where a suite changes a method of its ``_base_``, MMEngine takes ``_delete_`` out as it merges the two
+    files: the options of the baseline's loss would get into the method's.
+    """
+    for key, new in lines.items():
+        old = cfg.get(key)
+        if isinstance(new, dict) and isinstance(old, dict):
+            if key in ('loss_decode', 'sampler') and new.get('type', old.get('type')) != old.get('type'):
+                new['_delete_'] = True
+            else:
+                _replace_other_types(new, old)
 
 
 def add_transforms(loader: ConfigDict, transforms: list[dict]) -> None:

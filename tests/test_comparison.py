@@ -392,10 +392,13 @@ def test_an_evaluators_prefix_and_a_test_with_pictures_elsewhere_are_found(tmp_p
     run = write_run(tmp_path / 'a')
     path = next(run.glob('test/*/*.json'))
     path.write_text(json.dumps({f'val/{key}': value for key, value in json.loads(path.read_text()).items()}))
+    scores = path.parent / 'image_scores.npz'
+    scores.rename(scores.with_name('image_scores_val.npz'))
     config = path.parent / 'vis_data' / 'config.py'
     config.rename(run / 'test' / 'net_small-ce_data.py')  # the copy of the runner
     [group] = compare([run]).groups
     assert not math.isnan(group.estimates['road'].mean)
+    assert group.runs[0].scores is not None
     assert group.runs[0].source == 'test of iter_20.pth'
 
 
@@ -435,6 +438,17 @@ def test_other_images_give_no_interval_and_say_so(runs):
     comparison = compare([runs[0][0], runs[1][0]])
     assert comparison.groups[1].estimates['mIoU'].interval is None
     assert comparison.groups[1].estimates['mIoU'].within_noise is None
+    assert any('its images or their labels' in note for note in comparison.notes)
+
+
+def test_an_image_whose_labels_are_all_gone_in_one_test_does_not_stop_the_comparison(runs):
+    path = next((runs[1][0]).glob('test/*/image_scores.npz'))
+    rows = dict(np.load(path))
+    for name in ('label', 'union', 'intersect'):
+        rows[name][0] = 0
+    np.savez(path, **rows)
+    comparison = compare([runs[0][0], runs[1][0]])
+    assert comparison.groups[1].estimates['mIoU'].interval is None
     assert any('its images or their labels' in note for note in comparison.notes)
 
 

@@ -250,6 +250,22 @@ def test_a_suite_that_extends_that_of_the_repository_finds_its_configs(write):
     assert extended.schedules['short'] == 3
 
 
+def test_a_method_that_is_changed_has_no_option_of_the_baselines_loss(write, tmp_path):
+    baseline = tmp_path / 'baseline.py'
+    loss = "loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4)"
+    baseline.write_text(f'_base_ = {str(CAMVID)!r}\nmodel = dict(decode_head=dict({loss}))')
+    first = write(SUITE.replace(str(CAMVID), str(baseline)))
+    changed = "dict(_delete_=True, type='WeightedDiceLoss')"
+    second = write(
+        f'_base_ = {str(first)!r}\n'
+        f"methods = {{'combined, auto': dict(model=dict(decode_head=dict(loss_decode={changed})))}}",
+        'second',
+    )
+    suite = Suite(second)
+    run = next(run for run in suite.runs() if run.method == 'combined, auto')
+    assert suite.config(run).model.decode_head.loss_decode == dict(type='WeightedDiceLoss')
+
+
 def test_the_suite_of_the_repository_is_whole():
     suite = Suite(REPOSITORY / 'configs/experiments/suite.py')
     configs = {run.method: suite.config(run) for run in suite.runs([0])}

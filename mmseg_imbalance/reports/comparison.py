@@ -164,7 +164,7 @@ def compare(
             if members is groups[first_label]:
                 continue
             images = None
-            if label in of_images and first_label in of_images and members_of.get(key):
+            if label in same and label in of_images and first_label in of_images and members_of.get(key):
                 images = of_images[first_label], of_images[label]
             result = difference(
                 *([value / 100 for value in each] for each in (base[key], found)),

@@ -20,7 +20,7 @@ from mmseg_imbalance.reports.identity import (
     tested_data,
     training_data,
 )
-from mmseg_imbalance.scores import load_image_scores
+from mmseg_imbalance.scores import image_scores_name, load_image_scores
 
 # what EarlyStoppingHook logs when it ends a training
 STOPPED = re.compile(
@@ -134,18 +134,24 @@ def _read(work_dir: Path) -> Run:
                 f'half-finished, {end} of {length} {unit}s; '
                 'mmseg-imbalance train CONFIG --resume goes on with it'
             )
-    session, metrics, checkpoint, split = _results(tests, trainings, logs, unit)
+    session, record, checkpoint, split = _results(tests, trainings, logs, unit)
     what, note = evaluated_at(checkpoint, end, unit)
     notes += [note] if note else []
+    prefix = _prefix(record) or ''
+    metrics = {
+        key.removeprefix(prefix): float(value)
+        for key, value in record.items()
+        if isinstance(value, int | float) and key != 'step'
+    }
     if not any(key.startswith('IoU.') for key in metrics):
         raise Unusable(
             'its results lack the IoU of each class; test it with ImbalanceIoUMetric: '
             'mmseg-imbalance test CONFIG CHECKPOINT --cfg-options test_evaluator.type=ImbalanceIoUMetric'
         )
-    scores = None
-    if (session / 'image_scores.npz').exists():
+    scores, file = None, session / image_scores_name(prefix.removesuffix('/'))
+    if file.exists():
         try:
-            scores = load_image_scores(session / 'image_scores.npz')
+            scores = load_image_scores(file)
         except ValueError as error:
             notes.append(f'no interval over images: {error}')
     tested = _config(session)
@@ -230,20 +236,20 @@ def _reached(trainings: list[Path], logs: dict, length: int, unit: str) -> int:
 
 def _results(
     tests: list[Path], trainings: list[Path], logs: dict, unit: str
-) -> tuple[Path, dict[str, float], str, str]:
-    """The session that evaluated last, its metrics, the checkpoint they are of, and the split."""
+) -> tuple[Path, dict[str, object], str, str]:
+    """The session that evaluated last, what it logged, the checkpoint it is of, and the split."""
     if tests:
         path = tests[-1] / f'{tests[-1].name}.json'
         try:
             metrics = dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise Unusable(f'its test result {path} is broken: {error}') from error
-        return tests[-1], _numbers(metrics), str(_config(tests[-1]).get('load_from') or tests[-1]), 'test'
+        return tests[-1], metrics, str(_config(tests[-1]).get('load_from') or tests[-1]), 'test'
     for session in reversed(trainings):
         for record in reversed(logs[session]):
             if 'loss' not in record and _prefix(record) is not None:
                 checkpoint = session.parent / f'{unit or "iter"}_{record.get("step")}.pth'
-                return session, _numbers(record), str(checkpoint), 'val'
+                return session, record, str(checkpoint), 'val'
     raise Unusable(
         'it was neither validated nor tested; mmseg-imbalance test CONFIG CHECKPOINT --work-dir DIR does it'
     )
@@ -252,15 +258,6 @@ def _results(
 def _prefix(record: dict) -> str | None:
     """What an evaluator was told to put before its keys; None: it is no evaluation."""
     return next((key.removesuffix('mIoU') for key in record if re.fullmatch('(.*/)?mIoU', key)), None)
-
-
-def _numbers(record: dict) -> dict[str, float]:
-    prefix = _prefix(record) or ''
-    return {
-        key.removeprefix(prefix): float(value)
-        for key, value in record.items()
-        if isinstance(value, int | float) and key != 'step'
-    }
 
 
 def _source(checkpoint: str, split: str, tested: Config) -> str:
