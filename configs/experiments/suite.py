@@ -25,13 +25,12 @@ def loss(type='CombinedWeightedLoss', sampler=False, hook=None, **options):
 
 def subclassified(type, **options):
     """A fifth of the default loss is one that looks inside the classes."""
-    inside = dict(type=type, class_weight='auto', loss_weight=0.2, **options)
-    changed = loss(class_weight='auto')
-    changed['model']['decode_head']['loss_decode'] = [
-        dict(type='CombinedWeightedLoss', class_weight='auto', loss_weight=0.8),
-        inside,
+    auto = dict(class_weight='auto')
+    losses = [
+        dict(type='CombinedWeightedLoss', **auto, loss_weight=0.8),
+        dict(type=type, **auto, loss_weight=0.2, **options),
     ]
-    return changed
+    return dict(model=dict(decode_head=dict(loss_decode=losses)), custom_hooks=[dict(type='ClassWeightHook')])
 
 
 CE, FOCAL, DICE = 'WeightedCrossEntropyLoss', 'WeightedFocalLoss', 'WeightedDiceLoss'
