@@ -187,20 +187,28 @@ class ClassWeightHook(RunHook):
             runner.logger.info(f'ClassWeightHook: weights of the checkpoint, {old.weights}')
             return old
         if old is not None:
-            kept = os.path.join(runner.work_dir, f'class_weights_until_{runner.iter}.json')
-            if is_main_process():
-                old.save(kept)
             more = f'; and {len(changes) - 10} more classes' if len(changes) > 10 else ''
             runner.logger.warning(
                 'ClassWeightHook: the training annotations are not those that the weights of the checkpoint '
-                f'come from, so these are weighed anew: {"; ".join(changes[:10])}{more}. To keep the old '
-                f'weights resume from the same checkpoint with class_weight={kept!r} in the losses.'
+                f'come from, so these are weighed anew: {"; ".join(changes[:10])}{more}. '
+                f'{self._how_to_keep(runner, old, frequency)}'
             )
         record = self._weigh(runner, frequency)
         runner.message_hub.update_info('class_weights', record.to_dict())
         if is_main_process():
             record.save(os.path.join(runner.work_dir, 'class_weights.json'))
         return record
+
+    def _how_to_keep(self, runner, old: WeightRecord, frequency: ClassFrequency) -> str:
+        now = zip(old.classes, old.weights, frequency.pixels.tolist(), strict=True)
+        if taught_nothing := [name for name, weight, pixels in now if weight == 0 and pixels > 0]:
+            return f'The old weights, which are 0 for {taught_nothing}, cannot be kept.'
+        kept = os.path.join(runner.work_dir, f'class_weights_until_{runner.iter}.json')
+        if is_main_process():
+            old.save(kept)
+        return (
+            f'To keep the old weights resume from the same checkpoint with class_weight={kept!r} in the losses.'
+        )
 
     def _of_checkpoint(self, runner) -> WeightRecord | None:
         """The record of a resumed run, unless it is of other classes or other options."""

@@ -186,9 +186,12 @@ def test_plain_and_prefixed_names_build_it():
 
 
 @pytest.fixture
-def resume(small_config, camvid, tmp_path):
-    """(folder of labels, weights of a run of two iterations, function that resumes it for a third)."""
-    root = recoloured(camvid, tmp_path / 'camvid')
+def resume(small_config, camvid, tmp_path, request):
+    """(folder of labels, weights of a run of two iterations, function that resumes it for a third).
+
+    The parameter is a label that has become road in the first run.
+    """
+    root = recoloured(camvid, tmp_path / 'camvid', getattr(request, 'param', None))
     first = small_config(BALANCED)
     first.train_dataloader.dataset.data_root = root
     first.default_hooks.checkpoint.interval = 2
@@ -279,6 +282,19 @@ def test_a_run_resumed_on_mended_labels_gets_new_weights_and_says_how_to_keep_th
     kept = Path(runner.work_dir, 'class_weights_until_2.json')
     assert f'class_weight={str(kept)!r}' in log
     assert filled(resumed('kept', class_weight=str(kept))) == before
+
+
+@pytest.mark.parametrize('resume', [10], indirect=True)
+def test_old_weights_are_not_recommended_where_one_is_0_for_a_class_that_now_has_labels(resume, camvid):
+    folder, before, resumed = resume
+    assert before['decode_head.loss_decode'][10] == 0
+    recoloured(camvid, folder)
+    runner = resumed('mended')
+    assert filled(runner)['decode_head.loss_decode'][10] > 0
+    log = log_of(runner)
+    assert 'annotations are not those that the weights of the checkpoint' in log
+    assert "The old weights, which are 0 for ['bicyclist'], cannot be kept" in log
+    assert 'class_weights_until_2.json' not in log
 
 
 def test_a_run_resumed_where_the_annotations_are_gone_keeps_its_weights(resume, monkeypatch):
