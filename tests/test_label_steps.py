@@ -533,6 +533,92 @@ def test_a_loader_gets_what_it_needs_from_the_transforms_before_it(root, warned)
     assert warned == []
 
 
+class LoadsPair(LoadImageFromFile):
+    """Loads the image and finds its labels, in another folder than the data set says."""
+
+    def transform(self, results):
+        results['seg_map_path'] = results['img_path'].replace('img', 'mended').replace('jpg', 'png')
+        return super().transform(results)
+
+
+class FindsFileBySize(FindsFile):
+    """Asks for the image."""
+
+    def transform(self, results):
+        results['found_at'] = results['img'].shape[0]
+        return super().transform(results)
+
+
+class LoadsSome(LoadImageFromFile):
+    """Leaves images of 15 rows out."""
+
+    def transform(self, results):
+        results = super().transform(results)
+        return None if results['img'].shape[0] == 15 else results
+
+
+@pytest.mark.parametrize('first', [[LoadsPair()], [LoadImageFromFile(), LoadsPair()]])
+def test_a_step_that_loads_the_image_may_say_where_the_labels_are(root, warned, first):
+    (root / 'mended').mkdir()
+    for path in (root / 'ann').glob('*.png'):
+        Image.fromarray(np.array(Image.open(path))[::2] % 3).save(root / 'mended' / path.name)
+    pipeline = [*first, LoadAnnotations(), PackSegInputs()]
+    assert counted(make(root, pipeline)) == seen(make(root, pipeline))
+    missing = {'data_prefix': {'img_path': 'img', 'seg_map_path': 'nowhere'}}
+    assert counted(make(root, pipeline, **missing)) == seen(make(root, pipeline))
+    assert warned == []
+
+
+def test_a_step_that_needs_the_image_may_say_where_the_labels_are(root, warned):
+    classes = tuple(f'class {at}' for at in range(6))
+    pipeline = [LoadImageFromFile(), FindsFileBySize(), LoadAnnotations(), PackSegInputs()]
+    dataset = make(root, pipeline, classes, data_prefix={'img_path': 'img'})
+    assert counted(dataset) == seen(make(root, [LoadAnnotations(), PackSegInputs()], classes))
+    assert warned == []
+
+
+def test_an_image_that_a_step_before_the_labels_drops_is_not_counted(root, warned):
+    classes = tuple(f'class {at}' for at in range(6))
+    plain = [LoadAnnotations(), PackSegInputs()]
+    left = seen(make(root, plain, classes, indices=[0, 1, 2, 4]))  # the fourth has 15 rows
+    assert counted(make(root, [LoadsSome(), *plain], classes)) == left
+    assert 'returns None, so training takes another image' in warned[0]
+
+
+def scale_to_1(labels):
+    return labels // labels.max() if labels.max() > 2 else labels
+
+
+def first_channel(labels):
+    return labels[..., 0]
+
+
+@pytest.mark.parametrize(
+    ('edit', 'files'),
+    [
+        (scale_to_1, [np.eye(9), 255 * np.eye(9), 1 - np.eye(9)]),
+        (first_channel, [np.dstack([np.eye(9)] * 3)]),
+        (lambda labels: np.unique(labels, return_inverse=True)[1].reshape(labels.shape), [7 + np.eye(9)]),
+    ],
+)
+def test_the_loader_of_an_edited_mmsegmentation_counts_as_it_loads(tmp_path, monkeypatch, edit, files):
+    """It keeps its module and its name."""
+    load = LoadAnnotations._load_seg_map
+
+    def edited(self, results):
+        load(self, results)
+        results['gt_seg_map'] = edit(results['gt_seg_map']).astype(np.uint8)
+
+    monkeypatch.setattr(LoadAnnotations, '_load_seg_map', edited)
+    for folder in ('img', 'ann'):
+        (tmp_path / folder).mkdir()
+    for at, labels in enumerate(files):
+        Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / 'img' / f'{at}.jpg')
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
+    dataset = make(tmp_path, [LoadAnnotations(), PackSegInputs()])
+    assert counted(dataset) == seen(dataset)
+
+
 def test_a_pipeline_that_loads_no_labels_names_what_was_tried(root):
     def fails(results):
         raise RuntimeError('no such key')

@@ -6,16 +6,18 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmseg_imbalance.counting.dataset_parts import Part, part_repeats
+from mmseg_imbalance.counting.label_files import as_bytes, decode
 from mmseg_imbalance.counting.label_steps import LabelSteps
 from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
 from mmseg_imbalance.counting.ranks import speaks, warn
-from mmseg_imbalance.counting.transforms import TAKEN_AWAY, keeps_labels, name_of, names, packs
+from mmseg_imbalance.counting.transforms import TAKEN_AWAY, attempt, keeps_labels, name_of, names, packs
 
 __all__ = ['Annotation', 'find_annotations']
 
@@ -68,12 +70,15 @@ def find_annotations(
         wanted = [str(getattr(name, '__name__', name)).rpartition('.')[2] for name in wanted]
     chosen = {part: np.flatnonzero(times).tolist() for part, times in repeats.items()}
     found: dict[Part, Found] = {}
+    edited: set[Part] = set()
     for part, rows in chosen.items():
         spread = np.unique(np.linspace(0, len(rows) - 1, LOOKED_AT).astype(int))
         infos = [part.dataset.get_data_info(rows[at]) for at in spread]
         looked_at = [(info, _path(info)) for info in infos]
         ignored = part.dataset.ignore_index if ignore_index is None else ignore_index
         found[part] = find_steps(part.pipeline(), looked_at, wanted, ignored)
+        if not all(_by_table(found[part].steps, *row) for row in looked_at):
+            edited.add(part)
     if unknown := set(wanted or ()).difference(*(each.held for each in found.values())):
         listed = [name for part in found for name in names(part.pipeline())]
         raise ValueError(
@@ -90,7 +95,7 @@ def find_annotations(
             info = base.get_data_info(row)
             rule = repr(info.get('label_map')), info.get('reduce_zero_label')
             if rule not in tables:
-                tables[rule] = _label_table(steps, info)
+                tables[rule] = None if part in edited else _label_table(steps, info)
             path = _path(info, needed=tables[rule] is not None)
             times = int(repeats[part][row])
             annotations.append(Annotation(base, row, path, times, ignored, steps, tables[rule]))
@@ -197,4 +202,15 @@ def _label_table(steps: LabelSteps, info: dict[str, Any]) -> np.ndarray | None:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'values.png')
         Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(path)
-        return probe({**info, 'seg_map_path': path, 'seg_fields': []})['gt_seg_map'].ravel()
+        found = attempt([probe], {**info, 'seg_map_path': path, 'seg_fields': []})
+    return found['gt_seg_map'].ravel() if isinstance(found, dict) else None  # edited: it reads no PNG
+
+
+def _by_table(steps: LabelSteps, info: dict[str, Any], path: str) -> bool:
+    """Whether the labels of a file are those of its table: users edit the loader in their MMSegmentation."""
+    table = _label_table(steps, info)
+    if table is not None and isinstance(loaded := attempt(steps.load, info), dict):
+        with suppress(Exception):  # of the decoder; counting says why
+            raw, _ = decode(path, steps.load[0])
+            return np.array_equal(table[as_bytes(raw.squeeze())], loaded['gt_seg_map'])
+    return True

@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ['MAY_BE_LOSSY', 'decode', 'lossy_file', 'lossy_format', 'reading', 'value_counts', 'whole_numbers']
-
 JPEG_2000 = b'\xff\x4f\xff\x51'  # how a code stream starts
 MAY_BE_LOSSY = 'JPEG 2000 with the reversible wavelet'
 
@@ -75,6 +73,12 @@ def decode(path: str, loader: Any) -> tuple[np.ndarray, str]:
     if labels is None:
         raise ValueError('the decoder finds no image')
     return labels, lossy_format(io.BytesIO(data))
+
+
+def as_bytes(values: np.ndarray) -> np.ndarray:
+    """What MMSegmentation's loader makes of values, a byte each."""
+    with np.errstate(invalid='ignore'):
+        return values.astype(np.uint8, copy=False)
 
 
 def lossy_format(file: BinaryIO) -> str:
@@ -147,8 +151,7 @@ def value_counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     from PIL import Image
 
-    with np.errstate(invalid='ignore'):  # NaN, which is no byte and so found to differ
-        narrow = labels.astype(np.uint8, copy=False)
+    narrow = as_bytes(labels)  # NaN is no byte and so found to differ
     if labels.size == 0 or (narrow is not labels and not np.array_equal(narrow, labels)):
         return np.unique(labels, return_counts=True)
     flat = narrow.ravel()

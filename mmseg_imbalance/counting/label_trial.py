@@ -61,7 +61,7 @@ def find_steps(
         ValueError: nothing yields ``gt_seg_map``.
         FileNotFoundError: the annotation file of the first row is missing.
     """
-    position, load = _find_loader(transforms, *rows[0])
+    position, load = _find_loader(transforms, rows)
     after = [copy.copy(step) for step in transforms[position + 1 :]]
     held = [{own_name(part) for part in parts(step)} & set(wanted or ()) for step in after]
     image = [step for step in transforms if is_one_of(step, IMAGE_LOADERS)]
@@ -203,6 +203,13 @@ def _differ(first: Any, second: Any) -> bool:
     return both and not same_labels(first, second)
 
 
+def _decides(after: Any, before: dict[str, Any]) -> bool:
+    """Whether a transform before the loading one drops the image, or says which labels are loaded."""
+    says = ('seg_map_path', 'label_map', 'reduce_zero_label')
+    changed = isinstance(after, dict) and any(repr(after.get(key)) != repr(before.get(key)) for key in says)
+    return after is None or changed
+
+
 def _loader(step: Any, info: dict[str, Any]) -> Any:
     """A copy of a transform that loads labels.
 
@@ -215,35 +222,52 @@ def _loader(step: Any, info: dict[str, Any]) -> Any:
     return loader
 
 
-def _find_loader(transforms: Sequence[Any], info: dict[str, Any], path: str) -> tuple[int, tuple[Any, ...]]:
+def _find_loader(
+    transforms: Sequence[Any], rows: Sequence[tuple[dict[str, Any], str]]
+) -> tuple[int, tuple[Any, ...]]:
     """Position of the transform that yields the labels, and what has to run up to it."""
     from mmcv.transforms import LoadAnnotations
 
+    info, path = rows[0]
     happened: dict[str, str] = {}
     errors: dict[str, Exception] = {}
     likely = None  # one that loads labels, by its class, but not those of this row
     for use_image in (False, True):
-        results = info
+        states = [info for info, _ in rows]
         load: list[Any] = []
+        image: list[Any] = []  # what loads it, where no label has depended on it so far
         for position, step in enumerate(transforms):
-            found_loader = position, (*load, _loader(step, info))
+            loader = _loader(step, info)
             loads = isinstance(step, LoadAnnotations) and step.with_seg
             if loads and is_one_of(step, {'LoadAnnotations'}):
-                return found_loader
+                return position, (*load, loader)
             if keeps_labels(step) and not (use_image and is_one_of(step, IMAGE_LOADERS)):
                 happened.setdefault(name_of(step), 'not tried, it loads no labels')
+                if is_one_of(step, IMAGE_LOADERS):
+                    image.append(copy.copy(step))
                 continue
-            found = attempt(copy.copy(step), results)
+            steps = [copy.copy(step)]
+            tried = [attempt(steps, state) for state in states]
+            if isinstance(tried[0], Exception) and image:
+                pictured = [attempt([*image, *steps], state) for state in states]
+                if any(map(_decides, pictured, states)):
+                    steps, tried = [*image, *steps], pictured
+            found = tried[0]
             if (isinstance(found, dict) and 'gt_seg_map' in found) or (loads and found is None):
-                return found_loader  # None: it drops this image
+                return position, (*load, *steps[:-1], loader)  # None: it drops this image
             if isinstance(found, Exception):
                 happened[name_of(step)] = f'{type(found).__name__}: {found}'
                 errors[name_of(step)] = found
-                likely = found_loader if loads else likely
-            elif isinstance(found, dict) and (use_image or 'img' not in found):
-                happened[name_of(step)] = 'ran, but adds no gt_seg_map'
-                results = found
-                load.append(copy.copy(step))
+                likely = (position, (*load, loader)) if loads else likely
+                continue
+            happened[name_of(step)] = 'ran, but adds no gt_seg_map'
+            if use_image or 'img' not in (found or ()) or any(map(_decides, tried, states)):
+                load += steps
+                states = [
+                    now if isinstance(now, dict) else old for now, old in zip(tried, states, strict=True)
+                ]
+            else:
+                image.append(copy.copy(step))
     if likely is not None:
         return likely  # counting says why
     for error in errors.values():

@@ -11,6 +11,7 @@ import numpy as np
 from mmseg_imbalance.counting.annotations import Annotation
 from mmseg_imbalance.counting.label_files import (
     MAY_BE_LOSSY,
+    as_bytes,
     decode,
     lossy_file,
     reading,
@@ -60,14 +61,14 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
             _check_array(raw, path, colours=raw.ndim > 2)
         values, pixels = value_counts(raw)
         whole = whole_numbers(values, path)
-        cast = _as_bytes(values)
+        cast = as_bytes(values)
         if not steps.change:
             counted = _tally(annotation, num_classes, whole, table[cast], pixels, cast != whole)
             return counted._replace(notes=(*_lossy_notes(lossy, raw.size), *counted.notes))
         changed = np.flatnonzero(cast != whole)
         notes += [_cast_note(whole[at], table[cast[at]], pixels[at]) for at in changed]
         fields = [*info.get('seg_fields', ()), 'gt_seg_map']
-        results = {**info, 'gt_seg_map': table[_as_bytes(raw)], 'seg_fields': fields}
+        results = {**info, 'gt_seg_map': table[as_bytes(raw)], 'seg_fields': fields}
     unusual = [DROPPED.format(name_of(steps.load[-1]))]
     if results is not None:
         results, unusual = steps.changed(results, path)
@@ -83,12 +84,6 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
     unchanged = np.zeros(len(whole), dtype=bool)
     counted = _tally(annotation, num_classes, whole, whole, pixels, unchanged, lossy, unusual)
     return counted._replace(notes=(*notes, *counted.notes))
-
-
-def _as_bytes(values: np.ndarray) -> np.ndarray:
-    """What MMSegmentation's loader makes of values, a byte each."""
-    with np.errstate(invalid='ignore'):
-        return values.astype(np.uint8)
 
 
 def _check_array(labels: np.ndarray, path: str, colours: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmseg_imbalance.config_fields import get_field, type_name
 from mmseg_imbalance.counting.cache import default_cache_dir
 from mmseg_imbalance.counting.counts import count_classes
 from mmseg_imbalance.counting.dataset_parts import initialising
@@ -111,14 +112,9 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
     return source, None, None, None
 
 
-def _part(model: Any, name: str, default: Any = None) -> Any:
-    return model.get(name, default) if isinstance(model, dict) else getattr(model, name, default)
-
-
 def _option_of_hook(config: Any, option: str) -> Any:
     """What a ClassWeightHook of the config, or one made already, has for an option; None: it does not say."""
     for hook in (config.get('custom_hooks') or ()) if config is not None else ():
-        kind = _part(hook, 'type', type(hook))  # the name or, in Python configs, the class
-        if getattr(kind, '__name__', str(kind)).rpartition('.')[2] == 'ClassWeightHook':
-            return _part(hook, option)
+        if type_name(hook) == 'ClassWeightHook':
+            return get_field(hook, option)
     return None

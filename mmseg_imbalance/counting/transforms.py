@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmseg_imbalance.config_fields import get_field
+
 __all__ = [
     'IMAGE_LOADERS', 'KEEP_LABELS', 'TAKEN_AWAY', 'LabelsTakenAway', 'attempt', 'attempt_labels', 'fresh',
     'is_known', 'is_one_of', 'keeps_labels', 'name_of', 'names', 'own_name', 'packs', 'parts', 'run',
@@ -47,10 +49,10 @@ def run(steps: Sequence[Any], results: dict[str, Any]) -> Any:
     return results
 
 
-def attempt(step: Any, results: dict[str, Any]) -> Any:
-    """What a transform makes of a copy of the results, or the error that it raises."""
+def attempt(steps: Sequence[Any], results: dict[str, Any]) -> Any:
+    """What transforms make of a copy of the results, or the error that one raises."""
     try:
-        return run([step], copy.deepcopy(results))
+        return run(steps, copy.deepcopy(results))
     except Exception as error:  # a transform of the user's own raises what it likes
         return error
 
@@ -69,11 +71,11 @@ class LabelsTakenAway(Exception):
 
 def attempt_labels(step: Any, results: dict[str, Any]) -> dict[str, Any] | Exception | None:
     """As :func:`attempt`, of results with labels; those that it packs are ``gt_seg_map`` again."""
-    found = attempt(step, results)
+    found = attempt([step], results)
     if found is None or isinstance(found, Exception):
         return found
-    sample = _part(found, 'data_samples')
-    packed = getattr(_part(sample, 'gt_sem_seg'), 'data', None)
+    sample = get_field(found, 'data_samples')
+    packed = getattr(get_field(sample, 'gt_sem_seg'), 'data', None)
     if packed is not None:
         labels = np.asarray(packed)
         labels = labels[0] if labels.ndim == 3 and len(labels) == 1 else labels
@@ -84,18 +86,14 @@ def attempt_labels(step: Any, results: dict[str, Any]) -> dict[str, Any] | Excep
     return found
 
 
-def _part(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-
-
 def with_labels(results: dict[str, Any], labels: np.ndarray) -> dict[str, Any]:
     """The results with other labels of the same shape, also where they are packed."""
-    packed = getattr(_part(results.get('data_samples'), 'gt_sem_seg'), 'data', None)
+    packed = getattr(get_field(results.get('data_samples'), 'gt_sem_seg'), 'data', None)
     changed = {**results, 'gt_seg_map': labels}
     if packed is not None:
         changed['data_samples'] = copy.deepcopy(results['data_samples'])
         same_kind = torch.as_tensor(labels).to(packed.dtype).reshape(packed.shape)
-        _part(changed['data_samples'], 'gt_sem_seg').data = same_kind
+        get_field(changed['data_samples'], 'gt_sem_seg').data = same_kind
     return changed
 
 
@@ -104,7 +102,7 @@ def with_image(loaders: Sequence[Any], results: dict[str, Any]) -> dict[str, Any
     if 'img' in results:
         return results
     for loader in loaders:
-        found = attempt(loader, results)
+        found = attempt([loader], results)
         if isinstance(found, dict) and 'img' in found:
             return {**found, 'gt_seg_map': results['gt_seg_map']}
     return None
