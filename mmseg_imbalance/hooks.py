@@ -206,9 +206,8 @@ class ClassWeightHook(RunHook):
         kept = os.path.join(runner.work_dir, f'class_weights_until_{runner.iter}.json')
         if is_main_process():
             old.save(kept)
-        return (
-            f'To keep the old weights resume from the same checkpoint with class_weight={kept!r} in the losses.'
-        )
+        how = f'resume from the same checkpoint with class_weight={kept!r} in the losses'
+        return f'To keep the old weights {how}.'
 
     def _of_checkpoint(self, runner) -> WeightRecord | None:
         """The record of a resumed run, unless it is of other classes or other options."""

@@ -7,24 +7,13 @@ nothing: whatever has it follows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-__all__ = [
-    'UNSAID',
-    'current_config',
-    'decode_heads',
-    'follow_ignored_label',
-    'give_ignored_label',
-    'ignored_label',
-    'innermost',
-    'label_of_evaluation',
-    'pass_on_ignored_label',
-    'transforms_of',
-]
+from mmseg_imbalance.config_fields import get_field, innermost, transforms_of, type_name
 
 UNSAID = 255
 OPTIONS = ('ignore_index', 'ignore_label', 'seg_pad_val')  # of heads, of losses, of the data preprocessor
@@ -43,9 +32,9 @@ def ignored_label(dataset: Any = None, heads: Iterable[Any] = ()) -> int:
     """
     said: dict[str, int] = {}
     for speaker in [*map(_unread, innermost(dataset)), *heads]:
-        label = _part(speaker, 'ignore_index')
+        label = get_field(speaker, 'ignore_index')
         if label not in (None, UNSAID):
-            said[f'ignore_index={label} of {_name(speaker)}'] = label
+            said[f'ignore_index={label} of {type_name(speaker)}'] = label
     if len(set(said.values())) > 1:
         raise ValueError(
             f'one label is no class, but there are {" and ".join(said)}. Give the same ignore_index to all '
@@ -60,7 +49,7 @@ def decode_heads(model: Any) -> list[Any]:
     A model without ``decode_head`` has those modules that have losses.
     """
     model = _unwrapped(model)
-    heads = _part(model, 'decode_head')
+    heads = get_field(model, 'decode_head')
     if heads is None:
         return _heads(model) if isinstance(model, nn.Module) else []
     return list(heads) if isinstance(heads, list | tuple | nn.ModuleList) else [heads]
@@ -81,29 +70,9 @@ def _has_own_labels(module: nn.Module) -> bool:
 
 def _unwrapped(model: Any) -> Any:
     """The model, or its config, without wrappers of ranks and of test time augmentation."""
-    while (inner := _part(model, 'module')) is not None:
+    while (inner := get_field(model, 'module')) is not None:
         model = inner
     return model
-
-
-def _part(thing: Any, name: str) -> Any:
-    return thing.get(name) if isinstance(thing, dict) else getattr(thing, name, None)
-
-
-def _name(thing: Any) -> str:
-    kind = thing.get('type') if isinstance(thing, dict) else type(thing)
-    return getattr(kind, '__name__', str(kind))
-
-
-def innermost(dataset: Any) -> Iterator[Any]:
-    """The data sets inside ConcatDataset, RepeatDataset and others, or their configs."""
-    if (several := _part(dataset, 'datasets')) is not None:
-        for each in several:
-            yield from innermost(each)
-    elif (inner := _part(dataset, 'dataset')) is not None:
-        yield from innermost(inner)
-    elif dataset is not None:
-        yield dataset
 
 
 def _unread(dataset: Any) -> Any:
@@ -126,6 +95,14 @@ def current_config() -> Any:
 
     text = MessageHub.get_current_instance().get_info('cfg')
     return Config.fromstring(text, '.py') if text else None
+
+
+def heads_of_run() -> list[Any]:
+    """The decode heads in the config of the run, where the model is not at hand; none if it is not known."""
+    try:
+        return decode_heads((current_config() or {}).get('model'))
+    except Exception:  # objects in a config make a text that is no Python
+        return []
 
 
 def label_of_evaluation(config: Any) -> int:
@@ -198,44 +175,26 @@ def follow_ignored_label(runner: Any) -> None:
     if changed := give_ignored_label(model, label):
         message = f'the label that is no class is {label}; it is set in {", ".join(changed)}'
         classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
-        if label < len(classes):
+        if 0 <= label < len(classes):
             runner.logger.warning(f'{message}. So {classes[label]!r} is not trained')
         else:
             runner.logger.info(message)
     if label != UNSAID:
         ignored_label(dataset, _heads(model))  # auxiliary heads say nothing, but they may not say another
-        filling = sorted({_name(step) for step in transforms_of(dataset) if _fills_with_255(step)})
+        filling = sorted({type_name(step) for step in transforms_of(dataset) if _fills_with_255(step)})
         if filling:
             runner.logger.warning(
                 f'{", ".join(filling)} may fill labels with 255, but the label that is no class is {label}. '
                 f'Give seg_pad_val={label}, or pad_val=dict(img=0, seg={label}), to these transforms'
             )
     sampler = getattr(runner.train_dataloader, 'sampler', None)
-    _check_counted(sampler, getattr(sampler, 'ignore_index', None), label)
+    check_counted(sampler, getattr(sampler, 'ignore_index', None), label)
     for step in transforms_of(dataset):
-        if _name(step) == 'RareClassPaste':  # counts in another process
-            own = step.ignore_index
-            _check_counted(step, ignored_label(dataset) if own is None else own, label)
+        if type_name(step) == 'RareClassPaste':  # counts in another process
+            step.ignore_index = label if step.ignore_index is None else step.ignore_index
+            check_counted(step, step.ignore_index, label)
     if getattr(runner.val_loop, 'evaluator', None) is not None:
         _check_metrics(runner, label)
-
-
-def transforms_of(dataset: Any) -> Iterator[Any]:
-    """Those of a data set and of the data sets inside, also inside of others."""
-    if dataset is None:
-        return
-    for inner in [*(getattr(dataset, 'datasets', None) or ()), getattr(dataset, 'dataset', None)]:
-        yield from transforms_of(inner)
-    steps = list(_steps(getattr(dataset, 'pipeline', None)))
-    while steps:
-        step = steps.pop()
-        yield step
-        steps += _steps(step)
-
-
-def _steps(pipeline: Any) -> list[Any]:
-    steps = getattr(pipeline, 'transforms', pipeline)
-    return list(steps) if isinstance(steps, list | tuple) else []
 
 
 def _fills_with_255(step: Any) -> bool:
@@ -244,12 +203,9 @@ def _fills_with_255(step: Any) -> bool:
     return UNSAID in [*of_labels, padding.get('seg') if isinstance(padding, dict) else None]
 
 
-def _check_counted(user: Any, counted: Any, label: int) -> None:
-    """RareClassSampler is made before the model and has counted already; it may have a label, or several."""
-    if counted is None:
-        return
-    said = set(counted if isinstance(counted, tuple) else [counted]) - {UNSAID} or {UNSAID}
-    if said != {label}:
+def check_counted(user: Any, counted: Any, label: int) -> None:
+    """Raise a ValueError if a sampler or a transform has taken another label for no class than training."""
+    if counted not in (None, label):
         raise ValueError(
             f'{type(user).__name__} has counted the classes with ignore_index={counted}, but training '
             f'ignores {label}. Give ignore_index={label} to it or to the data set in train_dataloader'

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 
 from mmseg_imbalance.class_weight import WeightRecord, class_names
-from mmseg_imbalance.ignored_label import transforms_of
+from mmseg_imbalance.config_fields import transforms_of
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.ops import SoftStats

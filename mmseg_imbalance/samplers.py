@@ -33,6 +33,7 @@ from mmseg_imbalance.draws import (
     softmax_choices,
 )
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.ignored_label import UNSAID, check_counted, heads_of_run, ignored_label
 from mmseg_imbalance.tables import table_text
 
 NEVER = 0.01  # draws of an image that are practically none, in as many draws as the data set has images
@@ -68,7 +69,7 @@ class RareClassSampler(Sampler):
             sampler does not know the config: it does not see the `cache_dir` of a ClassWeightHook.
         num_workers: processes of each rank that count; None: as :func:`training_frequency` has it.
         uniform: of softmax, share of the draws that take any image, at least 0 and below 1; None: 0.25.
-        ignore_index: the label that is no class; None: each data set's own.
+        ignore_index: the label that is no class; None: that of the data set.
         label_transforms: names of the transforms that change labels, see
             :func:`~mmseg_imbalance.counting.count_classes`. It does not see those of a ClassWeightHook, which
             warns where it has counted other labels.
@@ -109,17 +110,17 @@ class RareClassSampler(Sampler):
             check_count('min_pixels', min_pixels)
         self.rank, self.world_size = get_dist_info()
         self.seed = sync_random_seed() if seed is None else seed
+        heads = [] if ignore_index is None else [dict(ignore_index=ignore_index)]
         frequency = training_frequency(
             dataset,
-            heads=None if ignore_index is None else [dict(ignore_index=ignore_index)],
+            heads=heads,
             num_workers=num_workers,
             cache_dir=cache_dir,
             per_image=True,
             label_transforms=label_transforms,
         )
         self.pixels = frequency.pixels  # (C,), which ClassWeightHook holds against its own
-        labels = sorted(_ignored_labels(dataset)) if ignore_index is None else [ignore_index]
-        self.ignore_index = labels[0] if len(labels) == 1 else tuple(labels)  # what was no class
+        self.ignore_index = ignored_label(dataset, heads)  # what was no class
         self.num_images = int(frequency.repeats.sum())
         least = least_pixels(frequency.counts) if rule == 'softmax' else np.ones_like(self.pixels)
         least = least if min_pixels is None else np.full_like(least, min_pixels)  # (C,)
@@ -243,6 +244,8 @@ class RareClassSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch. MMEngine calls it before each, and before a run of iterations."""
+        if (label := ignored_label(heads=heads_of_run())) != UNSAID:  # they are not known earlier
+            check_counted(self, self.ignore_index, label)
         self.endless = _trains_by_iterations() if self.by_iterations is None else self.by_iterations
         if not self.endless:  # else a loader may have drawn already, and goes on
             self.next = self.skipped + epoch * self.length
@@ -283,13 +286,6 @@ def _too_small(frequency: ClassFrequency, found: np.ndarray) -> str:
         for (name, pixels), enough in zip(most.items(), found, strict=True)
         if pixels and not enough
     )
-
-
-def _ignored_labels(dataset: Any) -> set[int]:
-    """Those of the data sets inside `dataset`."""
-    inner = getattr(dataset, 'datasets', None) or filter(None, [getattr(dataset, 'dataset', None)])
-    labels = {label for wrapped in inner for label in _ignored_labels(wrapped)}
-    return labels or {getattr(dataset, 'ignore_index', 255)}
 
 
 def _trains_by_iterations() -> bool:

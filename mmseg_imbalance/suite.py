@@ -31,8 +31,8 @@ from mmseg_imbalance.registry import TRANSFORMS
 from mmengine.config import Config, ConfigDict
 
 import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
+from mmseg_imbalance.config_fields import innermost
 from mmseg_imbalance.files import locked, write_atomically
-from mmseg_imbalance.ignored_label import innermost
 from mmseg_imbalance.reports.identity import settings
 from mmseg_imbalance.reports.work_dirs import read_records
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
-from mmseg_imbalance.ignored_label import give_ignored_label, innermost, label_of_evaluation
+from mmseg_imbalance.config_fields import innermost, type_name
+from mmseg_imbalance.ignored_label import give_ignored_label, label_of_evaluation
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.terms import CrossEntropy
 from mmseg_imbalance.weighting import log_prior, scheduled_weights
@@ -129,7 +130,7 @@ def _last_weights(
         return class_weight.given()
     weights = _record(checkpoint).weights
     for hook in cfg.get('custom_hooks') or ():
-        if 'ClassWeightHook' in str(hook.get('type')) and hook.get('power_schedule') is not None:
+        if type_name(hook) == 'ClassWeightHook' and hook.get('power_schedule') is not None:
             info = checkpoint['message_hub']['runtime_info']
             if not {'iter', 'max_iters'} <= set(info):
                 raise ValueError(

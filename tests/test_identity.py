@@ -5,11 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from test_comparison import CLASSES, change_rows, write_run
 
+from mmseg_imbalance.decisions import LogitAdjustmentHook
 from mmseg_imbalance.reports.comparison import compare
-from mmseg_imbalance.reports.identity import data_roots, evaluated_at
+from mmseg_imbalance.reports.identity import data_roots, deciding_hooks, evaluated_at, settings
 from mmseg_imbalance.reports.work_dirs import read_run
+from mmseg_imbalance.run_hook import RunHook
 
 TESTED = """
 data = dict(data_root={root!r}, data_prefix=dict(img_path='images/val'), indices={indices})
@@ -112,6 +115,13 @@ def test_a_hook_that_looks_on_is_no_other_training(pair, hook, groups):
     for work_dir, hooks in zip(pair, ([], [hook]), strict=True):
         train_with(work_dir, f'custom_hooks = {[*hooks, dict(type="ClassWeightHook")]}\n')
     assert number_of_groups(*pair) == groups
+
+
+def test_hooks_that_a_python_config_gives_as_classes_are_known():
+    plain = Config(dict(custom_hooks=[]))
+    assert settings(Config(dict(custom_hooks=[dict(type=RunHook)])), 'val') == settings(plain, 'val')
+    deciding = dict(type=LogitAdjustmentHook, tau=0.5)
+    assert deciding_hooks(Config(dict(custom_hooks=[dict(type=RunHook), deciding]))) == [deciding]
 
 
 def test_another_cache_folder_is_no_other_training(pair):

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 
+from mmseg_imbalance.config_fields import get_field, innermost, type_name
+
 # settings of any depth that say where and how a run was carried out, not what was trained
 ELSEWHERE = {
     'cache_dir', 'custom_imports', 'data_root', 'default_hooks', 'default_scope', 'env_cfg',
@@ -64,7 +66,7 @@ def settings(config: Config, split: str, tested: Config | None = None) -> dict[s
     while 'module' in trained.get('model', {}):
         trained['model'] = trained['model']['module']
     if 'custom_hooks' in trained:
-        trained['custom_hooks'] = [hook for hook in _hooks(config) if _type(hook) not in WATCHING]
+        trained['custom_hooks'] = [hook for hook in _hooks(config) if type_name(hook) not in WATCHING]
     return dict(_flatten(trained, '')) | dict(_flatten(evaluated, 'evaluation'))
 
 
@@ -72,18 +74,13 @@ def _hooks(config: Config) -> list:
     return list(config.get('custom_hooks') or ())
 
 
-def _type(hook: object) -> str:
-    """Of a hook or another part of a config, without the scope of a registry."""
-    return str(hook.get('type') if isinstance(hook, dict) else type(hook).__name__).rpartition('.')[2]
-
-
 def deciding_hooks(config: Config) -> list:
     """The hooks that change what a test predicts."""
-    return [hook for hook in _hooks(config) if _type(hook) in DECIDING]
+    return [hook for hook in _hooks(config) if type_name(hook) in DECIDING]
 
 
 def has_hook(config: Config, name: str) -> bool:
-    return any(_type(hook) == name for hook in _hooks(config))
+    return any(type_name(hook) == name for hook in _hooks(config))
 
 
 def _flatten(node: object, key: str) -> Iterator[tuple[str, object]]:
@@ -102,12 +99,8 @@ def _flatten(node: object, key: str) -> Iterator[tuple[str, object]]:
 
 def data_roots(dataset: object) -> list[str]:
     """The folders of a data set and of those that it wraps."""
-    if isinstance(dataset, dict):
-        own = [str(dataset['data_root'])] if dataset.get('data_root') is not None else []
-        return sorted({*own, *(root for value in dataset.values() for root in data_roots(value))})
-    if isinstance(dataset, list | tuple):
-        return sorted({root for value in dataset for root in data_roots(value)})
-    return []
+    roots = {get_field(each, 'data_root') for each in innermost(dataset)}
+    return sorted(str(root) for root in roots if root is not None)
 
 
 def training_data(config: Config, class_pixels: dict[str, int]) -> str:
@@ -130,7 +123,7 @@ def tested_data(tested: Config, split: str, scores: dict | None) -> str:
 def shown_data(tested: Config, split: str, scores: dict | None) -> str:
     """What was tested on and by which metric, in words."""
     metrics = tested.get(f'{split}_evaluator') or []
-    names = [_type(metric) for metric in ([metrics] if isinstance(metrics, dict) else metrics)]
+    names = [type_name(metric) for metric in ([metrics] if isinstance(metrics, dict) else metrics)]
     known = [] if scores is None else [tested_data(tested, split, scores)]
     return ', '.join(filter(None, [_place(tested, split), *known, *names])) or '-'
 

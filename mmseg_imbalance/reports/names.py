@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from mmseg_imbalance.config_fields import type_name
 from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.reports.work_dirs import Run
 
@@ -43,23 +44,17 @@ def _method(run: Run) -> str | None:
     steps = [_loss(loss) for loss in losses]
     if not steps or None in steps:
         return None
-    sampler = _type((run.config.get('train_dataloader') or {}).get('sampler'))
+    sampler = type_name((run.config.get('train_dataloader') or {}).get('sampler') or {})
     if sampler and sampler not in USUAL_SAMPLERS:
         steps.append(sampler)
     return ' + '.join(dict.fromkeys(steps))
 
 
 def _loss(loss: Mapping) -> str | None:
-    name = _type(loss)
+    name = type_name(loss)
     if name == 'CrossEntropyLoss':
         return 'cross-entropy' if loss.get('class_weight') is None else 'weighted cross-entropy'
-    return name
-
-
-def _type(node: object) -> str | None:
-    kind = node.get('type') if isinstance(node, dict) else None
-    name = getattr(kind, '__name__', kind)
-    return None if name is None else str(name).rpartition('.')[2]  # without the scope
+    return name or None
 
 
 def _added_by_test(runs: Sequence[Run]) -> list[str]:

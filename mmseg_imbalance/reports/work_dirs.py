@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 
+from mmseg_imbalance.config_fields import type_name
 from mmseg_imbalance.reports.identity import (
     deciding_hooks,
     evaluated_at,
@@ -264,12 +265,12 @@ def _source(checkpoint: str, split: str, tested: Config) -> str:
     """What was evaluated, and by what it is more than the model's own prediction."""
     model, more = tested.get('model') or {}, []
     while 'module' in model:
-        more.append(str(model['type']))
+        more.append(type_name(model))
         model = model['module']
     if (model.get('test_cfg') or {}).get('mode') == 'slide':
         more.append('sliding window')
     for hook in deciding_hooks(tested):
-        if 'LogitAdjustment' in hook['type']:
+        if 'LogitAdjustment' in type_name(hook):
             more.append(f'logit adjustment {hook.get("tau", 1.0)}')
         if hook.get('rule', 'argmax') != 'argmax':
             more.append(hook['rule'])
