@@ -1,6 +1,7 @@
 """Wrapped data sets count as training sees them, in memory of their images and not of their repeats."""
 
 import tracemalloc
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -163,6 +164,64 @@ def test_a_data_set_that_cannot_be_counted_is_an_error_with_those_that_can(root,
     with pytest.raises(TypeError, match=f'{name} cannot be counted, it has no {missing}') as raised:
         count_classes(other(root))
     assert 'BaseSegDataset, alone or in ConcatDataset' in str(raised.value)
+
+
+class Chosen:
+    """Takes the images of a data set in an order of its own."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices, self.metainfo = dataset, indices, dataset.metainfo
+
+    def full_init(self):
+        self.dataset.full_init()
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        return self.dataset[self.indices[index]]
+
+
+class Endless(Street):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return super().__getitem__(index % 4)
+
+
+class Binary(Street):
+    def prepare_data(self, index):
+        results = super().prepare_data(index)
+        return results | dict(gt_seg_map=results['gt_seg_map'] > 0)
+
+
+def test_a_data_set_that_chooses_its_images_by_itself_is_refused(root):
+    endless = dict(metainfo={}, data_root=str(root), data_prefix=dict(img_path='img', seg_map_path='ann'))
+    for dataset, number in ((Chosen(make(root), [1, 1, 3]), 4), (Endless(pipeline=[], **endless), 4)):
+        message = f'{type(dataset).__name__} has {len(dataset)} images, but {number} are found'
+        with pytest.raises(TypeError, match=f'{message}.*repeat_indices'):
+            count_classes(dataset)
+
+
+def test_a_wrapper_that_tells_its_indices_is_counted_and_drawn_from(root, warned):
+    chosen = Chosen(make(root), [1, 1, 3])
+    chosen.repeat_indices = chosen.indices
+    rows = [count_classes(make(root, indices=[row])).pixels for row in (1, 3)]
+    assert count_classes(chosen).pixels.tolist() == (2 * rows[0] + rows[1]).tolist()
+    assert first_indices(chosen).tolist() == [0, 2]
+    assert warned == []
+
+
+def test_what_takes_images_in_its_own_way_is_named(root, warned):
+    count_classes(concat(make(root), make(root)))
+    assert warned == []
+    binary = Binary(metainfo={}, data_root=str(root), data_prefix=dict(img_path='img', seg_map_path='ann'))
+    for dataset, method in ((Chosen(make(root), [3, 1, 0, 2]), '__getitem__'), (binary, 'prepare_data')):
+        with suppress(ValueError):
+            count_classes(repeat(dataset, 2))
+        name = f'test_dataset_parts.{type(dataset).__name__}.{method}'
+        assert f'{name} is not run in counting' in warned.pop()
 
 
 class OfMMEngine(BaseDataset):

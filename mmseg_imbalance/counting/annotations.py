@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_imbalance.counting.dataset_parts import Part, part_repeats
+from mmseg_imbalance.counting.dataset_parts import Part, own_access, part_repeats
 from mmseg_imbalance.counting.label_files import as_bytes, decode
 from mmseg_imbalance.counting.label_steps import LabelSteps
 from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
@@ -63,6 +63,13 @@ def find_annotations(
         raise ValueError(
             f'{type(dataset).__name__} holds no image, nothing to count{reason}. Check data_root, '
             'data_prefix, img_suffix, ann_file and indices.'
+        )
+    if own := ', '.join(dict.fromkeys(own_access(dataset))):
+        warn(
+            f'{own} is not run in counting: counted are the labels that the pipeline makes of the list of '
+            'images. If it takes other images or changes labels, the counts are wrong. Change labels in a '
+            'transform, and give a wrapper that chooses images repeat_indices, as ClassBalancedDataset has '
+            'them: the index in `dataset` of each of its images.'
         )
     classes = _classes(part.dataset for part in repeats)
     wanted = [label_transforms] if isinstance(label_transforms, str) else label_transforms

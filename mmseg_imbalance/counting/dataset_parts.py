@@ -63,6 +63,21 @@ def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.nd
         )
     with initialising():
         dataset.full_init()
+    found = _repeats_inside(dataset, mixers)
+    number = sum(int(times.sum()) for times in found.values())
+    if number != len(dataset):
+        raise TypeError(
+            f'{type(dataset).__module__}.{type(dataset).__name__} has {len(dataset)} images, but {number} '
+            'are found in it. It chooses them by itself, so it cannot be counted. If it wraps a data set, '
+            'give it repeat_indices as ClassBalancedDataset has them: the index in `dataset` of each of its '
+            'images. Else give class_weight as numbers or as a file.'
+        )
+    return found
+
+
+def _repeats_inside(dataset: Any, mixers: tuple[Any, ...]) -> dict[Part, np.ndarray]:
+    from mmengine.dataset import BaseDataset
+
     if hasattr(dataset, 'datasets'):  # ConcatDataset
         found: dict[Part, np.ndarray] = {}
         for inner in dataset.datasets:
@@ -70,7 +85,8 @@ def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.nd
                 found[part] = found[part] + times if part in found else times
         return found
     if not hasattr(dataset, 'dataset'):
-        return {Part(dataset, mixers): np.ones(len(dataset), dtype=np.int64)}
+        rows = BaseDataset.__len__(dataset) if isinstance(dataset, BaseDataset) else len(dataset)
+        return {Part(dataset, mixers): np.ones(rows, dtype=np.int64)}
     if hasattr(dataset, 'pipeline'):  # MultiImageMixDataset
         mixers = (dataset, *mixers)
     found = part_repeats(dataset.dataset, mixers)
@@ -82,6 +98,18 @@ def part_repeats(dataset: Any, mixers: tuple[Any, ...] = ()) -> dict[Part, np.nd
         times = np.bincount(chosen, minlength=size)
         return {part: times[starts[part] : starts[part] + len(rows)] for part, rows in found.items()}
     return {part: times * getattr(dataset, 'times', 1) for part, times in found.items()}  # RepeatDataset
+
+
+def own_access(dataset: Any) -> Iterator[str]:
+    """Names of the methods by which a data set, or one inside it, takes images in a way of its own."""
+    if not hasattr(dataset, 'repeat_indices'):
+        for name in ('__len__', '__getitem__', 'prepare_data'):
+            method: Any = getattr(type(dataset), name, None)
+            if getattr(method, '__module__', 'mmengine').partition('.')[0] not in ('mmengine', 'mmseg'):
+                yield f'{method.__module__}.{method.__qualname__}'
+    for inner in [*getattr(dataset, 'datasets', ()), getattr(dataset, 'dataset', None)]:
+        if inner is not None:
+            yield from own_access(inner)
 
 
 def part_starts(repeats: dict[Part, np.ndarray]) -> tuple[dict[Part, int], int]:
