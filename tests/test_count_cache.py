@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmengine.fileio import BaseStorageBackend
+from mmengine.fileio.backends import backends
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
@@ -312,6 +315,39 @@ def test_other_processes_find_what_one_has_counted(tmp_path):
     assert 'are taken from' not in first
     assert 'are taken from' in second
     assert len(cached_counts(tmp_path / 'cache')) == 1
+
+
+class InOneFile(BaseStorageBackend):
+    """Files in an archive, as LmdbBackend has them in a database; `db_path` is it or its folder."""
+
+    def __init__(self, db_path):
+        self.path = Path(db_path, 'data.mdb') if os.path.isdir(db_path) else db_path
+
+    def get(self, filepath):
+        with zipfile.ZipFile(self.path) as archive:
+            return archive.read(filepath.rpartition('/')[2])
+
+    def get_text(self, filepath, encoding='utf-8'):
+        return self.get(filepath).decode(encoding)
+
+
+@pytest.mark.parametrize('of_folder', [False, True])
+def test_a_database_that_was_written_anew_is_counted_again(root, tmp_path, monkeypatch, of_folder):
+    monkeypatch.setitem(backends, 'in_one_file', InOneFile)
+    monkeypatch.setattr(count_cache, 'RECOUNTED', 0)
+    data = tmp_path / 'database' / 'data.mdb'
+    data.parent.mkdir()
+    where = dict(backend='in_one_file', db_path=str(data.parent if of_folder else data))
+    found = []
+    for value in (0, 1):
+        with zipfile.ZipFile(data, 'w') as archive:
+            for path in (root / 'ann').iterdir():
+                Image.fromarray(np.full((37, 53), value, np.uint8)).save(buffer := io.BytesIO(), 'png')
+                archive.writestr(path.name, buffer.getvalue())
+        os.utime(data, (10**9, 10**9 + value))
+        dataset = make(root, loader=LoadAnnotations(backend_args=where))
+        found.append(count_classes(dataset, cache_dir=tmp_path / 'cache').pixels[value])
+    assert found == [7 * 37 * 53] * 2
 
 
 def test_what_no_fingerprint_sees_is_seen_in_a_few_images(root, tmp_path, warned, decoded):

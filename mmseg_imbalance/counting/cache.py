@@ -6,10 +6,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,9 +63,9 @@ def counts_file(
 ) -> Path:
     """The path of the counts of these annotations; another one where anything that they depend on differs.
 
-    These are path, size and time of each file (of files that are not local the path; for transforms of
-    somebody's own, of all files that the data info names), how it is read and labelled, the code of the
-    loader, classes, ignored label and repeats.
+    These are path, size and time of each file (of files that are not local the path, and those of a local
+    database; for transforms of somebody's own, of all files that the data info names), how it is read and
+    labelled, the code of the loader, classes, ignored label and repeats.
     """
     numbers: dict[tuple[int, ...], int] = {}  # of each way to read a file
     rules: list[tuple[object, ...]] = []
@@ -78,7 +78,7 @@ def counts_file(
             len(numbers),
         )
         if number == len(rules):
-            rules.append(rule)
+            rules.append((*rule, _databases(annotation.steps.parts())))
         info, named = None, [annotation.path]
         if annotation.table is None or annotation.steps.change:  # a transform sees all that the data set says
             info = annotation.dataset.get_data_info(annotation.row)
@@ -91,6 +91,14 @@ def counts_file(
     with np.printoptions(threshold=sys.maxsize):  # arrays whole
         name = fingerprint([_FORMAT, classes, dataset_images, rules, repr(files)], own)
     return Path(folder, f'class_frequency_{name}.npz')
+
+
+def _databases(steps: Iterable[Any]) -> list[tuple[str, tuple[int, int] | None]]:
+    """The local files that the storage backends of loaders name, and the content of an LMDB's folder."""
+    options = [value for step in steps for value in (getattr(step, 'backend_args', None) or {}).values()]
+    paths = [Path(value) for value in options if isinstance(value, str)]
+    files = [str(path / 'data.mdb') if path.is_dir() else str(path) for path in paths]
+    return [(file, _stamp(file)) for file in files]
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
