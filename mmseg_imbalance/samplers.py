@@ -301,13 +301,22 @@ def _trains_by_iterations() -> bool:
 
 
 def tell_sampler_of_loop(runner: Any) -> None:
-    """Before training, tell RareClassSampler whether the loop goes by iterations or by epochs."""
+    """Before training, tell RareClassSampler whether the loop goes by iterations or by epochs.
+
+    Upstream's loop of iterations has started its workers by then. If they have asked for draws, the first
+    epoch may have an end for them: the loop gets a new iterator.
+    """
     loop = runner.train_loop
-    if isinstance(loop, IterBasedTrainLoop | EpochBasedTrainLoop):
-        loader = loop.dataloader
-        for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
-            if isinstance(sampler, RareClassSampler):
-                sampler.by_iterations = isinstance(loop, IterBasedTrainLoop)
+    if not isinstance(loop, IterBasedTrainLoop | EpochBasedTrainLoop):
+        return
+    loader = loop.dataloader
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if not isinstance(sampler, RareClassSampler):
+            continue
+        sampler.by_iterations = sampler.endless = isinstance(loop, IterBasedTrainLoop)
+        if sampler.endless and sampler.next != sampler.skipped:
+            sampler.next = sampler.skipped
+            loop.dataloader_iterator = type(loop.dataloader_iterator)(loader)
 
 
 @HOOKS.register_module()

@@ -334,7 +334,6 @@ class InOneFile(BaseStorageBackend):
 @pytest.mark.parametrize('of_folder', [False, True])
 def test_a_database_that_was_written_anew_is_counted_again(root, tmp_path, monkeypatch, of_folder):
     monkeypatch.setitem(backends, 'in_one_file', InOneFile)
-    monkeypatch.setattr(count_cache, 'RECOUNTED', 0)
     data = tmp_path / 'database' / 'data.mdb'
     data.parent.mkdir()
     where = dict(backend='in_one_file', db_path=str(data.parent if of_folder else data))
@@ -348,6 +347,7 @@ def test_a_database_that_was_written_anew_is_counted_again(root, tmp_path, monke
         dataset = make(root, loader=LoadAnnotations(backend_args=where))
         found.append(count_classes(dataset, cache_dir=tmp_path / 'cache').pixels[value])
     assert found == [7 * 37 * 53] * 2
+    assert len(list((tmp_path / 'cache').glob('*.npz'))) == 2  # not found out by looking at a few images
 
 
 def test_what_no_fingerprint_sees_is_seen_in_a_few_images(root, tmp_path, warned, decoded):

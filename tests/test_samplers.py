@@ -803,11 +803,13 @@ def test_epochs_end_and_a_resumed_run_goes_on_with_the_next_one(train, tmp_path,
     assert len({tuple(batch) for batch in whole.values()}) > 3  # no epoch is the one before
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_run_of_iterations_never_restarts_the_loader(train, workers, monkeypatch):
-    """MMEngine would warn, wait 2 s and start new workers each time."""
+@pytest.mark.parametrize(
+    ('loop', 'workers'), [('IterBasedTrainLoop', 0), ('IterBasedTrainLoop', 1), ('UpstreamLoop', 2)]
+)
+def test_a_run_of_iterations_never_restarts_the_loader(train, loop, workers, monkeypatch):
+    """MMEngine would warn, wait 2 s and start new workers each time. Two workers ask for 4 batches at once."""
     messages = []
     monkeypatch.setattr('mmengine.runner.loops.print_log', lambda text, *_, **__: messages.append(text))
-    seen = train('run', dict(type='IterBasedTrainLoop', max_iters=7, val_interval=100), workers).seen
-    assert len(seen) == 7
+    seen = train('run', dict(type=loop, max_iters=7, val_interval=100), workers).seen
+    assert [len(batch) for batch in seen.values()] == [2] * 7
     assert not [text for text in messages if 'Reach the end' in text]
