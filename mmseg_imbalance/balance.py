@@ -70,9 +70,16 @@ class GradNorm(nn.Module):
             raise ValueError(f'interval must be a whole number of iterations, at least 1, got {interval!r}')
         self.asymmetry = asymmetry
         self.interval = interval
-        self.calls = 0
-        self.register_buffer('factors', torch.tensor([*factors], dtype=torch.float32))
+        self.given = torch.tensor([*factors], dtype=torch.float32)
+        self.register_buffer('factors', self.given.clone())
         self.register_buffer('first', torch.zeros(len(factors)))  # L(0); 0 before the first measurement
+        self.calls = 0
+
+    def start_anew(self) -> None:
+        """Forget what has been measured: for a new training from a checkpoint of an earlier one."""
+        self.factors.copy_(self.given)
+        self.first.zero_()
+        self.calls = 0
 
     def forward(self, terms: Sequence[Tensor], logits: Tensor) -> Balanced:
         if self.training and logits.requires_grad:

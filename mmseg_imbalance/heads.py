@@ -60,7 +60,8 @@ def check_heads(model: nn.Module) -> None:
     for name, head in model.named_modules():
         if not isinstance(head, BaseDecodeHead) or isinstance(head, LowResolutionLogitHead):
             continue
-        losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+        losses = getattr(head, 'loss_decode', None)  # IterativeDecodeHead has none, but heads inside
+        losses = losses if isinstance(losses, nn.ModuleList) else [losses]
         if not any(isinstance(loss, WeightedLoss) for loss in losses):
             continue
         for loss in losses:

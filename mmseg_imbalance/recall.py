@@ -67,6 +67,11 @@ class RecallWeightedLoss(WeightedLoss):
         if momentum < 1:
             self.register_buffer('running_shares', torch.zeros(2, MOST_CLASSES))
 
+    def start_anew(self) -> None:
+        """Forget the running means: for a new training from a checkpoint of an earlier one."""
+        if self.momentum < 1:
+            self.running_shares.zero_()
+
     def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.stack([stats.class_correct.sum(0), stats.class_count.sum(0)])  # (2, C)
         if self.training:

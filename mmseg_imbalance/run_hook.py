@@ -9,9 +9,11 @@ from mmseg_imbalance.registry import HOOKS
 import torch
 from mmengine.hooks import Hook, LoggerHook
 
+from mmseg_imbalance.balance import GradNorm
 from mmseg_imbalance.ignored_label import follow_ignored_label
 from mmseg_imbalance.logged_parts import log_parts, losses_by_head, unwrapped
 from mmseg_imbalance.monitored import check_monitored_keys
+from mmseg_imbalance.recall import RecallWeightedLoss
 from mmseg_imbalance.samplers import tell_sampler_of_loop
 
 # Iterations in a row: mixed precision may meet a few and goes on, weights that are NaN stay so.
@@ -32,6 +34,8 @@ class RunHook(Hook):
     - RareClassSampler is told which loop trains
     - everything follows the label that is no class, see
       :func:`~mmseg_imbalance.ignored_label.follow_ignored_label`
+    - where the run is not a resumed one, GradNorm and the running means of RecallWeightedLoss start anew,
+      whatever ``load_from`` has brought
     - the keys that are watched are checked, see :func:`~mmseg_imbalance.monitored.check_monitored_keys`
 
     While training:
@@ -54,6 +58,10 @@ class RunHook(Hook):
         tell_sampler_of_loop(runner)
         follow_ignored_label(runner)
         check_monitored_keys(runner)
+        if runner.iter == 0:  # load_from is no resume
+            for module in unwrapped(runner.model).modules():
+                if isinstance(module, GradNorm | RecallWeightedLoss):
+                    module.start_anew()
         self.not_finite = 0  # iterations in a row
         self.by_head = losses_by_head(unwrapped(runner.model))
         logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)

@@ -23,6 +23,7 @@ from mmseg_imbalance.class_weight import ClassWeight, WeightRecord
 from mmseg_imbalance.config_fields import innermost, type_name
 from mmseg_imbalance.ignored_label import give_ignored_label, label_of_evaluation
 from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.subclass import NLLSum
 from mmseg_imbalance.terms import CrossEntropy
 from mmseg_imbalance.weighting import log_prior, scheduled_weights
 
@@ -77,7 +78,7 @@ def classifying_head(model: nn.Module, wanted_by: str) -> nn.Module:
     if not isinstance(getattr(head, 'conv_seg', None), nn.Module):
         raise TypeError(
             f'{wanted_by} needs the logits of a conv_seg, which {type(head).__name__} of '
-            f'{type(model).__name__} does not have; it works with heads derived from BaseDecodeHead'
+            f'{type(model).__name__} does not have; most heads derived from BaseDecodeHead do'
         )
     return head
 
@@ -101,7 +102,7 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
     offset = np.zeros(max(head.num_classes, 2))
     for loss in _losses(head):
         if isinstance(loss, WeightedLoss):
-            names = [name for name, term in loss.terms.items() if isinstance(term, CrossEntropy)]
+            names = [name for name, term in loss.terms.items() if isinstance(term, CrossEntropy | NLLSum)]
             if not names:
                 continue
             weights = _last_weights(cfg, loss.class_weight_of[names[0]], checkpoint)

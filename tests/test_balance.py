@@ -231,6 +231,24 @@ def test_learnt_log_variances_are_optimized_logged_and_saved(small_config):
     assert 'decode.combined_ce_log_variance: ' in log_of(runner)
 
 
+def test_a_new_training_from_a_checkpoint_starts_gradnorm_and_recall_anew(small_config, tmp_path):
+    def trained(name, ce_weight, **options):
+        cfg = small_config(BALANCED, experiment_name=f'{tmp_path.name}-{name}', **options)
+        loss = dict(type='CombinedWeightedLoss', ce_weight=ce_weight, balance='gradnorm')
+        cfg.model.decode_head.loss_decode = [loss, dict(type='RecallWeightedLoss', momentum=0.1)]
+        cfg.default_hooks.checkpoint.interval = 2
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        gradnorm, recall = runner.model.decode_head.loss_decode
+        return gradnorm.balance.factors.sum().item(), recall.running_shares.sum(1), runner.work_dir
+
+    total, shares, folder = trained('first', 0.6)
+    assert total == pytest.approx(1.0)
+    total, again, _ = trained('second', 1.6, load_from=f'{folder}/iter_2.pth')
+    assert total == pytest.approx(2.0)
+    assert again[1] == pytest.approx(shares[1])  # of two iterations, 1 - 0.9^2, and not of four
+
+
 def test_gradnorm_trains_is_logged_and_saved(small_config):
     cfg = small_config(BALANCED)
     cfg.model.decode_head.loss_decode.balance = dict(type='gradnorm', interval=1)

@@ -211,6 +211,17 @@ def test_heads_that_work_pass_the_check():
         *pair('FCNHead', boundary),
     ):
         heads.check_heads(torch.nn.ModuleList([head]))
+    kernels = MODELS.build(  # K-Net's has no losses of its own
+        dict(
+            type='IterativeDecodeHead',
+            num_stages=0,
+            kernel_update_head=[],
+            kernel_generate_head=dict(
+                type='FCNHead', in_channels=8, channels=8, num_classes=3, loss_decode=COMBINED
+            ),
+        )
+    )
+    heads.check_heads(torch.nn.ModuleList([kernels]))
     theirs, _ = pair('FCNHead', COMBINED, sampler=OHEM, **ONE_CHANNEL)
     with pytest.raises(ValueError, match=r"0: the sampler of FCNHead .* out_channels=1.*base='FCNHead'"):
         heads.check_heads(torch.nn.ModuleList([theirs]))

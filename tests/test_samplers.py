@@ -807,7 +807,7 @@ def test_epochs_end_and_a_resumed_run_goes_on_with_the_next_one(train, tmp_path,
     ('loop', 'workers'), [('IterBasedTrainLoop', 0), ('IterBasedTrainLoop', 1), ('UpstreamLoop', 2)]
 )
 def test_a_run_of_iterations_never_restarts_the_loader(train, loop, workers, monkeypatch):
-    """MMEngine would warn, wait 2 s and start new workers each time. Two workers ask for 4 batches at once."""
+    """MMEngine would warn, wait 2 s and start new workers each time. Two workers ask for 4 batches."""
     messages = []
     monkeypatch.setattr('mmengine.runner.loops.print_log', lambda text, *_, **__: messages.append(text))
     seen = train('run', dict(type=loop, max_iters=7, val_interval=100), workers).seen

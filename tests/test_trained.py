@@ -42,6 +42,11 @@ def offset_of(*losses, checkpoint=None, **config):
     )
 
 
+def test_weights_of_the_published_form_of_similarity_are_taken_back():
+    loss = dict(type='SimilaritySubclassifiedLoss', paper_exact=True, class_weight=WEIGHTS)
+    np.testing.assert_allclose(offset_of(loss), -np.log(WEIGHTS))
+
+
 @pytest.mark.parametrize(
     ('options', 'offset'),
     [
