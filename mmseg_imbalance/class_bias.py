@@ -14,8 +14,6 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-__all__ = ['ClassBias', 'expected_iou', 'fit_class_bias']
-
 SHARPNESS = 4.0  # of the softmax that stands for argmax while the bias is looked for
 MINIMUM_PIXELS = 20.0  # expected of a class, else it keeps its logits
 

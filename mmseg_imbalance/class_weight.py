@@ -331,12 +331,9 @@ class ClassWeight:
         return self._pixels
 
 
-# Training may follow a first call in inference mode, whose tensors no backward takes.
-
-
 def _single(numbers: Sequence[float]) -> Tensor:
     """Not by way of a double tensor, which some devices do not have."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # training may follow a call in it, and takes no tensors of its kind
         return torch.tensor(numbers, dtype=torch.float32)
 
 

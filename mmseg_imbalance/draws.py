@@ -9,19 +9,6 @@ import numpy as np
 from mmseg_imbalance.counting.dataset_parts import first_indices
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = [
-    'DrawnIndex',
-    'Draws',
-    'check_count',
-    'check_temperature',
-    'class_probability',
-    'least_pixels',
-    'make_draws',
-    'repeat_factor_choices',
-    'repeat_factors',
-    'softmax_choices',
-]
-
 
 class DrawnIndex(int):
     """An index of a data set that knows what it was drawn for.

@@ -14,8 +14,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['locked', 'write_atomically']
-
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], wait: bool = True) -> Iterator[int | None]:

@@ -12,8 +12,6 @@ import numpy as np
 
 from mmseg_imbalance.files import write_atomically
 
-__all__ = ['CITYSCAPES_TRAIN', 'ClassFrequency']
-
 
 @dataclass(frozen=True, eq=False)
 class ClassFrequency:
@@ -153,26 +151,6 @@ class ClassFrequency:
         valid = self.counts.sum(axis=1)
         once = np.divide(self.repeats, valid, out=np.zeros(len(valid)), where=valid > 0)
         return once @ self.counts / max(int(self.repeats[valid > 0].sum()), 1)
-
-    def __add__(self, other: ClassFrequency) -> ClassFrequency:
-        """Counts of both data sets together; per-image rows only if both have them."""
-        if self.classes != other.classes:
-            raise ValueError(
-                f'cannot add counts of {other.classes} to counts of {self.classes}. Count both '
-                'data sets with the same classes in the same order.'
-            )
-        total: dict[str, Any] = {}
-        for name in [field.name for field in fields(self)][1:]:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is None or theirs is None or name in ('counted', 'unusual'):
-                total[name] = None
-            elif name == 'sources':
-                total[name] = np.concatenate([mine, theirs + len(self.source_names or ())])
-            elif name in ('counts', 'repeats', 'ignored_counts'):
-                total[name] = np.concatenate([mine, theirs])
-            else:
-                total[name] = mine + theirs
-        return ClassFrequency(self.classes, **total)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz`` file."""

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ['cores', 'cpu_name', 'slow_in_bfloat16']
-
 
 def cores() -> int:
     """The CPU cores that this process may use."""

@@ -97,10 +97,10 @@ class ClassWeightHook(RunHook):
     def before_train(self, runner) -> None:
         # not before_run: weights are initialised and a checkpoint's message hub is loaded between the two
         super().before_train(runner)
-        check_heads(unwrapped(runner.model))
+        model = unwrapped(runner.model)
+        check_heads(model)
         self.label_check = LabelCheck(runner)
         self.scheduled: list[ClassWeight] = []  # that change while training
-        model = unwrapped(runner.model)
         ours = [
             (name if weight.name == 'class_weight' else f'{weight.name} of {name}', weight)
             for name, loss in model.named_modules()

@@ -1,4 +1,4 @@
-"""The net under the counts: what the losses really receive, held against what was counted.
+"""Compares the labels that the losses receive with those that were counted.
 
 In the first iterations of a run the labels that arrive are added up on the device. At a few of them they are
 compared with the counts that the weights come from; then the losses are left alone.

@@ -133,7 +133,7 @@ def group_scores(
         areas: 'intersect', 'union', 'pred', 'label': (N, C) pixels of each class in each image.
         groups: indices of classes, by the name of the group.
         blocks: see :func:`~mmseg_imbalance.intervals.jackknife`.
-        absent: IoU that a class counts with that is neither in labels nor predicted; None: it counts not.
+        absent: IoU of a class that is neither in the labels nor predicted; None: the mean leaves it out.
 
     Returns:
         'mIoU.GROUP', 'mPrecision.GROUP', 'mRecall.GROUP', 'mIoU.GROUP.low', '.high' and the interval of the

@@ -27,14 +27,6 @@ from mmseg_imbalance.subclass import NLLSum
 from mmseg_imbalance.terms import CrossEntropy
 from mmseg_imbalance.weighting import log_prior, scheduled_weights
 
-__all__ = [
-    'belief_offset',
-    'classifying_head',
-    'load_segmentor',
-    'sampled_logits',
-    'split_with_test_pipeline',
-]
-
 
 def load_segmentor(
     cfg: Config, config: str, checkpoint_path: str | os.PathLike[str]

@@ -12,15 +12,6 @@ from numpy.typing import ArrayLike
 
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = [
-    'SCHEMES',
-    'check_options',
-    'check_power_schedule',
-    'class_weights',
-    'log_prior',
-    'scheduled_weights',
-]
-
 SCHEMES = ('inverse_freq', 'sqrt_inv_freq', 'effective_num', 'median_freq', 'log_inv_freq')
 # A class so many times as heavy as the lightest, with fewer images or pixels behind it, is warned of.
 RATIO, FEW_IMAGES, FEW_PIXELS = 100, 10, 1000

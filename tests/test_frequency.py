@@ -2,7 +2,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmengine.dataset import RepeatDataset
 from test_counting import make, make_labels, numbers, same
 
 from mmseg_imbalance.counting import count_classes
@@ -12,15 +12,6 @@ from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
 def test_published_counts_cannot_be_changed():
     with pytest.raises(ValueError, match='read-only'):
         CITYSCAPES_TRAIN.pixels[0] = 1
-
-
-def test_sum_of_two_data_sets_is_the_count_of_both(tmp_path):
-    root, other = make_labels(tmp_path / 'data'), make_labels(tmp_path / 'other', seed=1, images=3)
-    both = count_classes(ConcatDataset([make(root), make(other)]))
-    same(both, count_classes(make(root)) + count_classes(make(other)))
-    assert (CITYSCAPES_TRAIN + CITYSCAPES_TRAIN).counts is None
-    with pytest.raises(ValueError, match='cannot add'):
-        both + CITYSCAPES_TRAIN
 
 
 def test_saved_counts_are_loaded_again(tmp_path):
@@ -49,8 +40,6 @@ def test_counts_know_the_data_sets_that_they_are_of(tmp_path):
             same(part, count_classes(RepeatDataset(alone, times=2)))
         assert frequency.counted == counted.counted
     assert CITYSCAPES_TRAIN.by_source() == []
-    both = count_classes(make(root)) + count_classes(make(other))
-    assert [part.num_images for _, part in both.by_source()] == [7, 3]
 
 
 def test_a_file_of_an_older_version_has_no_data_sets(tmp_path):

@@ -1,4 +1,4 @@
-"""What the commands of this folder have in common: options, reading a config."""
+"""What train.py and test.py have in common: options, reading a config."""
 
 import argparse
 import os

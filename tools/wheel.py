@@ -9,6 +9,7 @@ from setuptools.command.build_py import build_py
 
 # where OpenMMLab's mim looks for them in an installed package: mmseg_imbalance/.mim
 SHIPPED = ('configs', 'tools', 'model-index.yml')
+CHECKOUT_ALONE = ('wheel.py', 'bench_gpu.py')  # need the checkout's tests, or build the package
 # what a source distribution holds besides, so that its tests and docs can be made from it
 BESIDES = ('tests', 'docs', 'Makefile', 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff')
 
@@ -23,7 +24,7 @@ class BuildPy(build_py):
         folder = Path(self.build_lib, 'mmseg_imbalance', '.mim')
         shutil.rmtree(folder, ignore_errors=True)  # of a former build
         for path in _files(SHIPPED):
-            if path.name == Path(__file__).name:
+            if path.name in CHECKOUT_ALONE:
                 continue
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, folder / path)

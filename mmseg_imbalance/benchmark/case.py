@@ -20,7 +20,7 @@ class Row:
     truth: Callable | None = None  # the result by the formula; None: the trial's own
     note: str = ''
     ours: bool = False
-    trial: Any = None  # LossTrial and its kin
+    trial: Any = None  # what make_trial has made
     skipped: str | None = None  # why
     off_by: float | None = None
     right: bool = False

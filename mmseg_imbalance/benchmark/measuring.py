@@ -33,7 +33,7 @@ def check(row, tolerance):
 
 
 def seconds(run, device):
-    """Of a run, and on CUDA what the host takes to queue it, else None.
+    """How long a run takes, and on CUDA how long the host takes to queue it, else None.
 
     On CUDA the first is what the device works, where its queue holds all calls; of longer runs, as training
     steps, the time from one to the next.

@@ -1,9 +1,7 @@
 """Counting the classes of a data set, from its annotations alone.
 
-`training` finds what a run trains on; `counts` counts a data set on all ranks, `rows` its annotations one by
-one. Below them, `annotations` lists the label files, `label_trial` finds the transforms that load and change
-labels, `label_steps` runs them, `label_files` decodes a file and `pixel_counts` counts it. `cache` and
-`fingerprint` keep the counts.
+`training` finds what a run trains on; `counts` counts a data set on all ranks. docs/architecture.md lists the
+other modules.
 """
 
 from mmseg_imbalance.counting.cache import default_cache_dir

@@ -19,8 +19,6 @@ from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
 from mmseg_imbalance.counting.ranks import speaks, warn
 from mmseg_imbalance.counting.transforms import TAKEN_AWAY, attempt, keeps_labels, name_of, names, packs
 
-__all__ = ['Annotation', 'find_annotations']
-
 
 class Annotation(NamedTuple):
     """One annotation file of a data set and how it is read."""

@@ -19,18 +19,6 @@ from mmseg_imbalance.counting.ranks import speaks, warn
 from mmseg_imbalance.counting.rows import named_files
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = [
-    'MAX_BYTES',
-    'MAX_FILES',
-    'CachedCounts',
-    'cached_counts',
-    'clear',
-    'counts_file',
-    'default_cache_dir',
-    'load_counts',
-    'store_counts',
-]
-
 MAX_FILES, MAX_BYTES = 200, 10**9  # of a folder; what was not used for longest goes first
 RECOUNTED = 8  # images, each time
 _FORMAT = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,8 +11,6 @@ import numpy as np
 from mmseg_imbalance.counting.annotations import Annotation
 from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN
-
-__all__ = ['CITYSCAPES_CITIES', 'is_cityscapes_train', 'looks_like_it']
 
 CITYSCAPES_CITIES = {
     'aachen', 'bochum', 'bremen', 'cologne', 'darmstadt', 'dusseldorf', 'erfurt', 'hamburg',
@@ -104,12 +101,13 @@ def _in_images() -> list[float]:
 
 
 def _chance(images: int, number: int, share: float) -> float:
-    """That of `number` images so few, or so many, hold a class which a `share` of all holds.
+    """The probability that so few, or so many, of `number` images hold a class that a `share` of all holds.
 
     Binomial; images that are spread over the data set vary less.
     """
-    exactly = [math.comb(number, n) * share**n * (1 - share) ** (number - n) for n in range(number + 1)]
-    return min(sum(exactly[: images + 1]), sum(exactly[images:]))
+    from scipy.stats import binom  # takes a second
+
+    return min(binom.cdf(images, number, share), binom.sf(images - 1, number, share))
 
 
 def _overlooked() -> str:

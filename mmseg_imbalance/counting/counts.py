@@ -24,8 +24,6 @@ from mmseg_imbalance.counting.rows import AnnotationRows, count_rows, default_wo
 from mmseg_imbalance.files import locked
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
 
-__all__ = ['check_counting', 'count_classes']
-
 
 def count_classes(
     dataset: Any,

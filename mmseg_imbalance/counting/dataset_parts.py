@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ['Part', 'first_indices', 'initialising', 'part_repeats', 'part_rows', 'part_starts']
-
 NEVER = 2**62  # an index behind all others
 
 

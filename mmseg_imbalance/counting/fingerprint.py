@@ -1,4 +1,4 @@
-"""Fingerprints of code and data: the same in every process, another one where code, tables or files are."""
+"""Fingerprints of code and data: the same in every process; they differ where code, tables or files differ."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-__all__ = ['fingerprint', 'packages']
 
 EDITED = ('mmcv', 'mmseg')  # users add their transforms to a clone
 FRAMEWORKS = ('mmengine', 'mmseg_imbalance')  # registries and backends, which change as they are used

@@ -22,9 +22,6 @@ from mmseg_imbalance.counting.transforms import (
     with_labels,
 )
 
-__all__ = ['DROPPED', 'LabelSteps', 'loads_images', 'moves_labels', 'noisy', 'same_labels']
-
-
 LOOKED_AT = 64  # pixels of a window, and places where one may start
 DROPPED = '{} returns None, so training takes another image and this counts nothing'
 

@@ -26,8 +26,6 @@ from mmseg_imbalance.counting.transforms import (
     with_image,
 )
 
-__all__ = ['Found', 'find_steps']
-
 IDLE = 'it does nothing to these'
 DEPENDS = 'its labels depend on the image'
 LOOKED_AT, TRIED = 8, 4  # rows whose labels are loaded, and those with the most labels among them

@@ -11,8 +11,6 @@ from mmseg_imbalance.counting.pixel_counts import not_run
 from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.frequency import ClassFrequency
 
-__all__ = ['refuse_lonely_class']
-
 RARELY = 0.1  # of the images with objects
 
 

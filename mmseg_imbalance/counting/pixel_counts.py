@@ -21,8 +21,6 @@ from mmseg_imbalance.counting.label_files import (
 from mmseg_imbalance.counting.label_steps import DROPPED, LabelSteps, loads_images
 from mmseg_imbalance.counting.transforms import name_of
 
-__all__ = ['Note', 'PixelCount', 'count_pixels', 'not_run', 'notes_text', 'one_class_alone']
-
 
 class Note(NamedTuple):
     """What is unusual about a file and yet counted, in words that are the same for other files."""

@@ -6,13 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ['alone', 'attempt', 'exchange', 'place', 'speaks', 'warn']
-
 T = TypeVar('T')
 
 
 def alone() -> bool:
-    """Whether this is a worker of a data loader: the group of its rank, if it has it, is not its own."""
+    """Whether this is a worker of a data loader, which takes no part in what the ranks do together."""
     from torch.utils.data import get_worker_info
 
     return get_worker_info() is not None
@@ -26,7 +24,7 @@ def place() -> tuple[int, int]:
 
 
 def speaks() -> bool:
-    """Whether this process logs what all find: the first of the ranks, of workers its first."""
+    """Whether this process logs what all find: the main rank, or the first worker of its data loader."""
     from mmengine.dist import is_main_process
     from torch.utils.data import get_worker_info
 

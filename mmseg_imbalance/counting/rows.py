@@ -19,8 +19,6 @@ from mmseg_imbalance.counting.annotations import Annotation
 from mmseg_imbalance.counting.pixel_counts import Note, count_pixels
 from mmseg_imbalance.counting.ranks import warn
 
-__all__ = ['AnnotationRows', 'Row', 'count_rows', 'default_workers', 'named_files']
-
 _OPENING = threading.Lock()
 
 
@@ -36,7 +34,7 @@ class Row(NamedTuple):
 
 
 class AnnotationRows(Dataset[Row]):
-    """Sources as the data set of a loader, whose workers count."""
+    """Annotations as the data set of a data loader, whose workers count them."""
 
     def __init__(self, annotations: Sequence[Annotation], num_classes: int) -> None:
         self.annotations, self.num_classes = annotations, num_classes

@@ -15,8 +15,6 @@ from mmseg_imbalance.counting.ranks import attempt, exchange, warn
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.ignored_label import current_config, decode_heads, ignored_label
 
-__all__ = ['training_frequency']
-
 
 def training_frequency(
     source: Any = None,

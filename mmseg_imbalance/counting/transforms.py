@@ -13,12 +13,6 @@ import torch
 
 from mmseg_imbalance.config_fields import get_field
 
-__all__ = [
-    'IMAGE_LOADERS', 'KEEP_LABELS', 'TAKEN_AWAY', 'LabelsTakenAway', 'attempt', 'attempt_labels', 'fresh',
-    'is_known', 'is_one_of', 'keeps_labels', 'name_of', 'names', 'own_name', 'packs', 'parts', 'run',
-    'with_image', 'with_labels',
-]  # fmt: skip
-
 # Transforms of MMCV and MMSegmentation. By name, since users add their own to a copy of MMSegmentation.
 IMAGE_LOADERS = {
     'InferencerLoader', 'LoadBiomedicalImageFromFile', 'LoadDepthAnnotation', 'LoadImageFromFile',

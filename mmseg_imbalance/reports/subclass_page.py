@@ -81,13 +81,13 @@ def class_tables(classes, palette, state):
         yield '</table>'
 
 
-def page(model, losses, dataset, state, config, checkpoint, images):
+def page(model, losses, dataset, content, config, checkpoint, images):
     """The lines of the page."""
     number = max(2, *(head.out_channels for head, _ in losses.values()))
     classes, palette = names_and_colours(dataset.metainfo, number)
     states = {name: subclasses(loss) for name, (_, loss) in losses.items()}
     facts = dict(config=config, checkpoint=checkpoint)
-    facts['iteration'] = state.get('meta', {}).get('iter', 'unknown')
+    facts['iteration'] = content.get('meta', {}).get('iter', 'unknown')
     yield '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Subclasses</title>'
     yield f'<style>{STYLE}</style></head><body><h1>Subclasses</h1><dl>'
     for name, value in facts.items():
