@@ -1,4 +1,4 @@
-"""Fingerprints of code and data: the same in every process; they differ where code, tables or files differ."""
+"""Fingerprints of code and data: equal in every process; other code, tables or files have another."""
 
 from __future__ import annotations
 
