@@ -12,7 +12,8 @@ import torch.distributed as dist
 from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import Runner
 from ranks import on_ranks
-from test_hooks import BALANCED, log_of
+from scripted import log_of
+from test_hooks import BALANCED
 
 from mmseg_imbalance.balance import GradNorm
 from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedDiceLoss

@@ -19,7 +19,8 @@ from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 from ranks import on_ranks
 from rankseg import RankSEG
-from test_hooks import log_of, recoloured
+from scripted import log_of
+from test_hooks import recoloured
 from torch import nn
 
 from mmseg_imbalance.compat import adapt_to_cpu

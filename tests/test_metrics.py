@@ -12,7 +12,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 from PIL import Image
 from scipy import ndimage
-from scripted import config, run, write_images
+from scripted import config, log_of, run, write_images
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
 from test_hooks import recoloured
 
@@ -583,10 +583,6 @@ def test_a_rank_that_is_gone_ends_the_evaluation(monkeypatch, watch):
     metric.process({}, samples(*scenes_of(2)))
     with pytest.raises(RuntimeError, match='Connection closed by peer'):
         metric.expect('mIoU.tail') if watch else metric.evaluate(2)
-
-
-def log_of(runner):
-    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
 
 
 def validated(cfg):
