@@ -32,6 +32,16 @@ needs_triton = pytest.mark.skipif(isinstance(triton, str), reason=str(triton))
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
+class Payload:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
 def pytest_collection_modifyitems(items):
     """What takes a small config trains with it."""
     for item in items:
@@ -115,7 +125,7 @@ def warned(monkeypatch):
     messages = []
 
     def log(message, logger=None, level=logging.INFO):
-        if level == logging.WARNING:
+        if level >= logging.WARNING:
             messages.append(message)
 
     monkeypatch.setattr('mmengine.logging.print_log', log)
