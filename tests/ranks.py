@@ -64,6 +64,13 @@ def share_of_rank(function, *args):
     return function(*args, slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
 
 
+def in_process(work):
+    """A process that runs `work` and ends with 0 if it did not raise."""
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    return process
+
+
 def on_ranks(world_size, function, *args, timeout=120):
     """What ``function(*args)`` returned, or the exception it raised, on each rank."""
     queue = CONTEXT.Queue()

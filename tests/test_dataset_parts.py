@@ -2,15 +2,16 @@
 
 import tracemalloc
 from contextlib import suppress
+from functools import partial
 
+import label_sets
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
-from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
+from mmseg.datasets import MultiImageMixDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
-from test_counting import dataset_rows
 
 from mmseg_imbalance.counting import count_classes, training_frequency
 from mmseg_imbalance.counting.annotations import find_annotations
@@ -20,11 +21,11 @@ from mmseg_imbalance.samplers import RareClassSampler
 NAMES = ('sky', 'road', 'tree')
 
 
-class Street(BaseSegDataset):
+class ThreeClasses(label_sets.StreetDataset):
     METAINFO = {'classes': NAMES, 'palette': [[at] * 3 for at in range(3)]}
 
-    def get_cat_ids(self, index):
-        return np.unique(self[index]['gt_seg_map']).tolist()
+
+make = partial(label_sets.make, kind=ThreeClasses)
 
 
 @pytest.fixture
@@ -37,15 +38,6 @@ def root(tmp_path):
         Image.fromarray(labels.astype(np.uint8)).save(tmp_path / 'ann' / f'{at}.png')
         (tmp_path / 'img' / f'{at}.jpg').touch()
     return tmp_path
-
-
-def make(root, **options):
-    return Street(
-        data_root=str(root),
-        data_prefix={'img_path': 'img', 'seg_map_path': 'ann'},
-        pipeline=[LoadAnnotations()],
-        **options,
-    )
 
 
 def given(dataset):
@@ -101,7 +93,7 @@ def test_counts_and_rows_are_those_of_the_data_set_index_by_index(root, case):
     assert frequency.num_images == len(dataset)
     first = first_indices(dataset)
     assert truth[first].tolist() == frequency.counts.tolist()
-    rows = dataset_rows(dataset)
+    rows = label_sets.dataset_rows(dataset)
     assert first.tolist() == np.unique(rows, return_index=True)[1].tolist()
     assert (rows.dtype, rows.shape) == (np.int64, (len(dataset),))
     assert count_classes(dataset).counts[rows].tolist() == truth.tolist()
