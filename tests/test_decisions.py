@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import recoloured
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -20,7 +21,6 @@ from mmseg.structures import SegDataSample
 from ranks import on_ranks
 from rankseg import RankSEG
 from scripted import log_of
-from test_hooks import recoloured
 from torch import nn
 
 from mmseg_imbalance.compat import adapt_to_cpu

@@ -1,7 +1,6 @@
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import recoloured
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
@@ -40,15 +40,6 @@ def filled(runner):
         for name, module in runner.model.named_modules()
         if getattr(module, 'class_weight', None) is not None
     }
-
-
-def recoloured(camvid, folder, label=None):
-    """A copy of the data in which a label has become road."""
-    shutil.copytree(camvid, folder, dirs_exist_ok=True)
-    for path in (folder / 'annotations' / 'train').glob('*.png'):
-        pixels = np.array(Image.open(path))
-        Image.fromarray(np.where(pixels == label, 3, pixels).astype(np.uint8)).save(path)
-    return str(folder)
 
 
 def test_every_auto_loss_of_both_heads_gets_the_counted_weights(small_config):

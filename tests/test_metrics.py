@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import recoloured
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import METRICS, DefaultScope
@@ -14,7 +15,6 @@ from PIL import Image
 from scipy import ndimage
 from scripted import config, log_of, run, write_images
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
-from test_hooks import recoloured
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.datasets import CamVidDataset
