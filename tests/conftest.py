@@ -3,6 +3,7 @@ import gc
 import logging
 import os
 import pickle
+import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,16 @@ triton = _compiled_backend('triton')
 needs_triton = pytest.mark.skipif(isinstance(triton, str), reason=str(triton))
 # without a device, Triton's interpreter runs the kernels
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+class Payload:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
 
 
 def pytest_collection_modifyitems(items):
@@ -115,7 +126,7 @@ def warned(monkeypatch):
     messages = []
 
     def log(message, logger=None, level=logging.INFO):
-        if level == logging.WARNING:
+        if level >= logging.WARNING:
             messages.append(message)
 
     monkeypatch.setattr('mmengine.logging.print_log', log)
@@ -184,6 +195,15 @@ def noise(root, labels):
             label = np.kron(rng.integers(0, labels, (6, 8), dtype=np.uint8), np.ones((12, 12), np.uint8))
             Image.fromarray(label).save(root / 'annotations' / split / f'{i}.png')
     return root
+
+
+def recoloured(camvid, folder, label=None):
+    """A copy of the data in which a label has become road."""
+    shutil.copytree(camvid, folder, dirs_exist_ok=True)
+    for path in (folder / 'annotations' / 'train').glob('*.png'):
+        pixels = np.array(Image.open(path))
+        Image.fromarray(np.where(pixels == label, 3, pixels).astype(np.uint8)).save(path)
+    return str(folder)
 
 
 @pytest.fixture(scope='session')

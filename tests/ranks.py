@@ -38,8 +38,8 @@ def _worker(rank, world_size, store, environment, function, args, queue):
     dist.destroy_process_group()
 
 
-def trained_on_rank(text):
-    """The runner of this rank after the training of a config."""
+def runner_on_rank(text):
+    """The runner of this rank before the training of a config."""
     from mmengine.config import Config
     from mmengine.runner import Runner
 
@@ -50,9 +50,25 @@ def trained_on_rank(text):
     rank = str(dist.get_rank())
     os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=str(dist.get_world_size()))
     adapt_to_cpu(cfg)
-    runner = Runner.from_cfg(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def trained_on_rank(text):
+    runner = runner_on_rank(text)
     runner.train()
     return runner
+
+
+def share_of_rank(function, *args):
+    """What a function of a slice of the images makes of this rank's two of four."""
+    return function(*args, slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+
+
+def in_process(work):
+    """A process that runs `work` and ends with 0 if it did not raise."""
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    return process
 
 
 def on_ranks(world_size, function, *args, timeout=120):

@@ -1,7 +1,7 @@
 """A generated data set of streets, and one of lesions, for the tests of samplers and transforms."""
 
+import label_sets
 import numpy as np
-from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
@@ -10,11 +10,8 @@ CLASSES = ('road', 'house', 'car', 'pole', 'bike')
 SHARES = (0.55, 0.3, 0.1, 0.04, 0.01)  # about, of the pixels
 
 
-class StreetDataset(BaseSegDataset):
+class StreetDataset(label_sets.StreetDataset):
     METAINFO = {'classes': CLASSES, 'palette': [[i, i, i] for i in range(5)]}
-
-    def get_cat_ids(self, index):
-        return np.unique(self[index]['gt_seg_map']).tolist()
 
 
 class DropImage:
@@ -43,12 +40,7 @@ def write_streets(root):
 
 
 def make(root, kind=StreetDataset, **options):
-    return kind(
-        data_root=str(root),
-        data_prefix=dict(img_path='img', seg_map_path='ann'),
-        pipeline=[LoadAnnotations(), DropImage()],
-        **options,
-    )
+    return label_sets.make(root, kind, pipeline=[LoadAnnotations(), DropImage()], **options)
 
 
 def lesions(folder, images, holding, pixels=20, size=(60, 64)):

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import Runner
 from ranks import on_ranks
-from test_hooks import BALANCED, log_of
+from scripted import log_of
 
 from mmseg_imbalance.balance import GradNorm
 from mmseg_imbalance.losses import CombinedWeightedLoss, WeightedCrossEntropyLoss, WeightedDiceLoss
 
 WEIGHT = [0.2, 3.0, 1.0, 0.0, 1.7]
+BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 
 
 def combined(**options):

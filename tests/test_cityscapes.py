@@ -5,11 +5,11 @@ import os
 
 import numpy as np
 import pytest
+from label_sets import mosaic
 from mmengine.dataset import RepeatDataset
 from mmseg.datasets import CityscapesDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
-from test_counting import mosaic
 
 from mmseg_imbalance.counting import cityscapes as module
 from mmseg_imbalance.counting import count_classes

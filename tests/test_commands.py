@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
-from test_tools import BALANCED, run, small, succeed
+from processes import run, succeed
+from test_tools import BALANCED, small
 
 from mmseg_imbalance.commands import COMMANDS, main
 

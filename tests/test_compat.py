@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Payload
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner
@@ -59,16 +59,6 @@ def test_that_opens_no_way_to_other_attributes(tmp_path):
     torch.save(Escaping(), tmp_path / 'checkpoint.pth')
     with pytest.raises(Exception, match='__globals__'):
         torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
-
-
-class Payload:
-    """A pickle of it writes a file when it is loaded whole."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 @weights_only

@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from label_sets import NAMES, ShiftedLoader, StreetDataset, make, make_labels, same, spoil
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmengine.fileio import BaseStorageBackend
@@ -22,16 +23,7 @@ from mmengine.fileio.backends import backends
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
-from test_counting import (
-    NAMES,
-    ShiftedLoader,
-    StreetDataset,
-    in_process,
-    make,
-    make_labels,
-    same,
-    spoil,
-)
+from ranks import in_process
 
 from mmseg_imbalance.counting import cache as count_cache
 from mmseg_imbalance.counting import count_classes, rows, training_frequency
@@ -248,7 +240,7 @@ COUNT = """
 import sys
 sys.path[:0] = {path}
 import numpy as np
-from test_counting import make
+from label_sets import make
 from {loaders} import Loader
 from mmseg_imbalance.counting import count_classes
 frequency = count_classes(make({root!r}, loader=Loader()), cache_dir={cache!r})
@@ -638,7 +630,7 @@ def test_without_a_home_folder_counts_are_not_kept(root, monkeypatch, warned):
 KILLED = """
 import os, signal, sys
 from mmseg_imbalance.counting import count_classes, rows
-from test_counting import make
+from label_sets import make
 count = rows.count_pixels
 seen = []
 def until_killed(annotation, *args):

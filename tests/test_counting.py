@@ -15,15 +15,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from label_sets import (
+    NAMES,
+    ShiftedLoader,
+    StreetDataset,
+    dataset_rows,
+    make,
+    make_labels,
+    mosaic,
+    numbers,
+    same,
+    spoil,
+)
 from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
-from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
+from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
+from ranks import in_process
 from torch.utils.data import DataLoader
 
 from mmseg_imbalance.counting import (
@@ -32,27 +45,9 @@ from mmseg_imbalance.counting import (
     rows,
     training_frequency,
 )
-from mmseg_imbalance.counting.dataset_parts import part_repeats, part_rows, part_starts
 from mmseg_imbalance.frequency import ClassFrequency
 
 CAMVID = Path(__file__).resolve().parents[2] / 'shared' / 'camvid'
-NAMES = ('sky', 'road', 'tree', 'car', 'sign')
-
-
-class StreetDataset(BaseSegDataset):
-    METAINFO = {'classes': NAMES, 'palette': [[i, i, i] for i in range(5)]}
-
-    def get_cat_ids(self, index):
-        return np.unique(self[index]['gt_seg_map']).tolist()
-
-
-class ShiftedLoader(LoadAnnotations):
-    """A loader of a user's own: 64-bit labels, one more than those in the file."""
-
-    def _load_seg_map(self, results):
-        super()._load_seg_map(results)
-        labels = results['gt_seg_map'].astype(np.int64)
-        results['gt_seg_map'] = np.where(labels == 255, 255, labels + 1)
 
 
 @fileio.register_backend('mmseg_imbalance_test')
@@ -67,34 +62,6 @@ class PrefixBackend(fileio.BaseStorageBackend):
 
     def get_text(self, filepath, encoding='utf-8'):
         raise NotImplementedError
-
-
-def write(path, labels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(labels)).save(path)
-
-
-def make_labels(root, images=7, values=(0, 1, 2, 3, 255), seed=0, size=(37, 53)):
-    """Label PNGs, each with some of the values, blocks and noise; and empty images."""
-    random = np.random.default_rng(seed)
-    for number in range(images):
-        present = random.choice(values, 3)
-        labels = np.kron(random.choice(present, (5, 3)), np.ones((8, 20), int))[: size[0], : size[1]]
-        if number % 2:
-            labels[: size[0] // 2] = random.choice(present, (size[0] // 2, size[1]))
-        write(root / 'ann' / f'{number}.png', labels.astype(np.uint8))
-        (root / 'img').mkdir(exist_ok=True)
-        (root / 'img' / f'{number}.jpg').touch()  # never read
-    return root
-
-
-def make(root, kind=StreetDataset, loader=None, **options):
-    return kind(
-        data_root=str(root),
-        data_prefix={'img_path': 'img', 'seg_map_path': 'ann'},
-        pipeline=[loader or LoadAnnotations()],
-        **options,
-    )
 
 
 def slow_count(dataset, classes, ignore_index=255):
@@ -113,37 +80,9 @@ def slow_count(dataset, classes, ignore_index=255):
     return pixels, images, image_pixels, ignored
 
 
-def numbers(frequency):
-    return (
-        frequency.pixels.tolist(),
-        frequency.images.tolist(),
-        frequency.image_pixels.tolist(),
-        frequency.ignored,
-    )
-
-
 @pytest.fixture
 def root(tmp_path):
     return make_labels(tmp_path / 'data')
-
-
-def dataset_rows(dataset):
-    """(len(dataset),): which row of the counts of all images each index of a data set is."""
-    repeats = part_repeats(dataset)
-    occurs = np.concatenate(list(repeats.values())) > 0
-    return (np.cumsum(occurs) - 1)[part_rows(dataset, part_starts(repeats)[0])]
-
-
-def same(first, second):
-    for name in ('classes', 'image_keys', 'num_images', 'dataset_images'):
-        assert getattr(first, name) == getattr(second, name)
-    for name in ('counts', 'repeats'):
-        assert getattr(first, name).tolist() == getattr(second, name).tolist()
-    assert numbers(first) == numbers(second)
-
-
-def mosaic(dataset):
-    return MultiImageMixDataset(ConcatDataset([dataset]), pipeline=[])
 
 
 CASES = {
@@ -275,7 +214,7 @@ def test_a_loader_that_no_process_can_be_given_is_used_in_this_one(root, monkeyp
 SCRIPT = """
 import multiprocessing
 multiprocessing.set_start_method('spawn')
-from test_counting import make
+from label_sets import make
 from mmseg_imbalance.counting import count_classes
 print('pixels', count_classes(make({root!r}), num_workers=1).pixels.tolist())
 """
@@ -384,16 +323,6 @@ def test_camvid_equals_its_published_counts():
 
 
 # Errors
-
-
-def spoil(root, data=None, labels=None, name='3.png'):
-    path = root / 'ann' / name
-    path.unlink()
-    if labels is not None:
-        write(path, labels)
-    elif data is not None:
-        path.write_bytes(data)
-    return path
 
 
 def test_a_label_out_of_range_is_named_with_its_pixels_and_usual_causes(root):
@@ -612,13 +541,6 @@ def test_sampler_hooks_metric_and_command_share_one_file_of_counts(
 
 
 # Ranks
-
-
-def in_process(work):
-    """A process that runs `work` and ends with 0 if it did not raise."""
-    process = multiprocessing.get_context('fork').Process(target=work)
-    process.start()
-    return process
 
 
 def on_rank(rank, port, root, folder, results):

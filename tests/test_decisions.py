@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import recoloured
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -19,7 +20,7 @@ from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 from ranks import on_ranks
 from rankseg import RankSEG
-from test_hooks import log_of, recoloured
+from scripted import log_of
 from torch import nn
 
 from mmseg_imbalance.compat import adapt_to_cpu

@@ -4,7 +4,6 @@ docs/faults.md has a row for each.
 """
 
 import json
-import logging
 import os
 import pickle
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Payload
 from long_run import train
 from mmengine.utils import digit_version
 from ranks import free_port
@@ -170,19 +169,6 @@ def table(output):
     return [line for line in output.splitlines() if line.startswith('│')]
 
 
-@pytest.fixture
-def warned(monkeypatch):
-    """The warnings that went into the log."""
-    messages = []
-
-    def print_log(message, logger=None, level=logging.INFO):
-        if level >= logging.WARNING:
-            messages.append(message)
-
-    monkeypatch.setattr('mmengine.logging.print_log', print_log)
-    return messages
-
-
 # Counting and its cache
 
 
@@ -243,16 +229,6 @@ def test_results_that_cannot_be_written_end_the_command_with_the_reason(write_co
         with pytest.raises(SystemExit, match='1'):
             main(['class-weights', config, '--workers', '0', option, str(name)])
         assert 'Errno' in capsys.readouterr().err.splitlines()[-1]
-
-
-class Payload:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 def cut(path):

@@ -2,8 +2,8 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from label_sets import make, make_labels, numbers, same
 from mmengine.dataset import RepeatDataset
-from test_counting import make, make_labels, numbers, same
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import REPOSITORY
+from dispatch import Largest
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.runner import turn_on_activation_checkpointing
@@ -12,7 +13,6 @@ from mmengine.structures import PixelData
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmseg_imbalance import heads
@@ -332,19 +332,6 @@ def test_the_accuracy_is_of_the_prediction_where_every_loss_changes_the_logits(i
 
 
 # memory
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that a tensor had which an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_flatten(result)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 import json
 import logging
-import os
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import recoloured
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
 from PIL import Image
-from ranks import on_ranks
+from ranks import on_ranks, runner_on_rank
+from scripted import log_of
 from test_subclass_state import LateHead
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -40,19 +40,6 @@ def filled(runner):
         for name, module in runner.model.named_modules()
         if getattr(module, 'class_weight', None) is not None
     }
-
-
-def log_of(runner):
-    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
-
-
-def recoloured(camvid, folder, label=None):
-    """A copy of the data in which a label has become road."""
-    shutil.copytree(camvid, folder, dirs_exist_ok=True)
-    for path in (folder / 'annotations' / 'train').glob('*.png'):
-        pixels = np.array(Image.open(path))
-        Image.fromarray(np.where(pixels == label, 3, pixels).astype(np.uint8)).save(path)
-    return str(folder)
 
 
 def test_every_auto_loss_of_both_heads_gets_the_counted_weights(small_config):
@@ -358,25 +345,11 @@ def test_a_head_that_ignores_another_label_is_counted_so(small_config):
     assert len(filled(runner)['decode_head.loss_decode']) == 11
 
 
-def runner_on_rank(cfg_text, root=None):
-    from mmengine.config import Config
-
-    from mmseg_imbalance.compat import adapt_to_cpu
-
-    cfg = Config.fromstring(cfg_text, '.py')
-    cfg.launcher = 'pytorch'
-    rank = str(dist.get_rank())
-    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    adapt_to_cpu(cfg)
+def train_on_ranks(cfg_text, root):
     if root:
         Path(root, 'annotations', 'train', '1.png').write_bytes(b'no image')
     dist.barrier()
-    return Runner.from_cfg(cfg)
-
-
-def train_on_ranks(cfg_text, root):
-    runner = runner_on_rank(cfg_text, root)
+    runner = runner_on_rank(cfg_text)
     runner.train()
     losses = {n: m for n, m in runner.model.named_modules() if isinstance(m, WeightedLoss)}
     weights = {n: loss.class_weight.values.tolist() for n, loss in losses.items()}

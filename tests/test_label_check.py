@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS, MODELS, TRANSFORMS
 from mmengine.runner import Runner
 from PIL import Image
 from ranks import on_ranks, trained_on_rank
+from scripted import log_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -377,10 +378,6 @@ def small_run(tmp_path, transforms=(), loss=AUTO, classes=3, head=FCN, iteration
     config = Config(cfg)
     config.merge_from_dict(more)
     return config
-
-
-def log_of(runner):
-    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
 
 
 def train(cfg):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from label_sets import of_classes
 from mmcv.transforms import BaseTransform
-from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations, PackSegInputs
 from PIL import Image, features
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -62,14 +62,8 @@ def save(tmp_path):
 
 
 def make(root, loader=None, after=(), classes=NAMES, suffix='.png', **options):
-    return BaseSegDataset(
-        data_root=str(root),
-        data_prefix={'img_path': 'img', 'seg_map_path': 'ann'},
-        seg_map_suffix=suffix,
-        metainfo={'classes': classes},
-        pipeline=[loader or LoadAnnotations(), *after, PackSegInputs()],
-        **options,
-    )
+    pipeline = [loader or LoadAnnotations(), *after, PackSegInputs()]
+    return of_classes(root, classes, pipeline=pipeline, seg_map_suffix=suffix, **options)
 
 
 def seen(dataset):

@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 import pytest
+from label_sets import of_classes, same, write
 from mmengine.config import Config
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
-from test_counting import same, write
 
 from mmseg_imbalance import commands
 from mmseg_imbalance.counting import count_classes, training_frequency
@@ -27,12 +27,7 @@ def masks(root, *images):
 
 
 def make(root, classes=NAMES, **options):
-    return BaseSegDataset(
-        data_root=str(root),
-        data_prefix=dict(img_path='img', seg_map_path='ann'),
-        metainfo=dict(classes=classes),
-        **dict(dict(pipeline=[LoadAnnotations()]), **options),
-    )
+    return of_classes(root, classes, **options)
 
 
 OBJECT_IGNORED = [(0, 0, 255, 255), (0, 0, 0, 0), (0, 255, 0, 0)]

@@ -7,13 +7,13 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatch import NoDoubles
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_imbalance.class_balance import ClassWatcher
 from mmseg_imbalance.hardness import HardnessWeightedLoss
@@ -679,17 +679,6 @@ def test_value_and_gradient_are_finite_whatever_the_batch_holds(make_batch, name
     for parameter in loss.parameters():
         assert parameter.grad.isfinite().all()
     assert all(x.isfinite().all() for x in loss.buffers() if x.is_floating_point())
-
-
-class NoDoubles(TorchDispatchMode):
-    """A device without float64, as Apple's."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
-                raise TypeError(f'{function} makes a float64 tensor')
-        return result
 
 
 @pytest.mark.parametrize('name', EVERY_LOSS)

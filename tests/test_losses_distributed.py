@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import on_ranks, share_of_rank
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -68,13 +68,9 @@ def train_step(images):
     return results
 
 
-def share_of_rank():
-    return train_step(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
-
-
 def test_two_ranks_of_two_images_are_one_rank_of_four():
     alone = train_step(slice(None))
-    for rank in on_ranks(2, share_of_rank):
+    for rank in on_ranks(2, share_of_rank, train_step):
         for name, (value, gradient) in alone.items():
             assert rank[name][0] == pytest.approx(value, rel=1e-12), name
             np.testing.assert_allclose(rank[name][1], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
@@ -112,13 +108,9 @@ def step_by_pixels(images):
     return results
 
 
-def share_by_pixels():
-    return step_by_pixels(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
-
-
 def test_divided_by_pixels_the_gradient_of_two_ranks_is_that_of_one_without_a_sum_over_ranks():
     alone = step_by_pixels(slice(None))
-    ranks = on_ranks(2, share_by_pixels)
+    ranks = on_ranks(2, share_of_rank, step_by_pixels)
     for name, (value, gradient) in alone.items():
         assert np.mean([rank[name][0] for rank in ranks]) == pytest.approx(value, rel=1e-12), name
         for rank in ranks:
@@ -151,7 +143,7 @@ def recall_steps(images):
 
 
 def recall_on_rank():
-    results = recall_steps(slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+    results = share_of_rank(recall_steps)
     loss = RecallWeightedLoss(momentum=0.3).eval()
     x, target = batch()
     if dist.get_rank() == 0:  # evaluation waits for nobody

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import recoloured
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import METRICS, DefaultScope
@@ -12,9 +13,8 @@ from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 from PIL import Image
 from scipy import ndimage
-from scripted import config, run, write_images
+from scripted import config, log_of, run, write_images
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_score, recall_score
-from test_hooks import recoloured
 
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.datasets import CamVidDataset
@@ -583,10 +583,6 @@ def test_a_rank_that_is_gone_ends_the_evaluation(monkeypatch, watch):
     metric.process({}, samples(*scenes_of(2)))
     with pytest.raises(RuntimeError, match='Connection closed by peer'):
         metric.expect('mIoU.tail') if watch else metric.evaluate(2)
-
-
-def log_of(runner):
-    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
 
 
 def validated(cfg):

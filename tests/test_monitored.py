@@ -14,6 +14,17 @@ from scripted import config, log_of, run, write_images
 ROAD, POLE, SKY = range(3)
 
 
+@METRICS.register_module()
+class OwnMetric(BaseMetric):
+    """A metric of somebody else's, which may give any key."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(1)
+
+    def compute_metrics(self, results):
+        return dict(own=1.0)
+
+
 @pytest.fixture
 def data(tmp_path):
     """Labels without a pole, half road, half sky."""
@@ -125,14 +136,6 @@ def test_other_watchers_and_metrics_are_looked_at_too(data, tmp_path):
 
 
 def test_a_metric_of_somebody_elses_may_give_any_key(data, tmp_path):
-    @METRICS.register_module(force=True)
-    class OwnMetric(BaseMetric):
-        def process(self, data_batch, data_samples):
-            self.results.append(1)
-
-        def compute_metrics(self, results):
-            return dict(own=1.0)
-
     evaluators = [dict(type='ClassIoUMetric'), dict(type='OwnMetric')]
     runner = run(config(data, val_evaluator=evaluators, **with_best('own')), tmp_path.name)
     runner.train()
@@ -216,16 +219,11 @@ def test_without_a_hook_a_group_that_cannot_be_counted_ends_the_first_evaluation
 
 
 def test_without_a_hook_what_is_right_or_not_known_ends_nothing(data, tmp_path):
-    evaluators = [dict(type='ClassIoUMetric', prefix='a'), dict(type='mmseg.IoUMetric'), dict(type='Any')]
-
-    @METRICS.register_module(name='Any', force=True)
-    class AnyMetric(BaseMetric):
-        def process(self, data_batch, data_samples):
-            self.results.append(1)
-
-        def compute_metrics(self, results):
-            return dict(own=1.0)
-
+    evaluators = [
+        dict(type='ClassIoUMetric', prefix='a'),
+        dict(type='mmseg.IoUMetric'),
+        dict(type='OwnMetric'),
+    ]
     best = with_best(['a/IoU.pole', 'mIoU', 'own'])
     runner = watched(data, tmp_path.name, [seeing(0)], val_evaluator=evaluators, **best, **NO_HOOK)
     assert len(list(Path(runner.work_dir).glob('best_*'))) == 3

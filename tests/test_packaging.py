@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import yaml
 from conftest import REPOSITORY
@@ -62,26 +63,9 @@ default_hooks = dict(
 """
 
 
-def call(*command, cwd, **env):
-    """Exit status and output of a process that does not know the checkout."""
-    known = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=known | dict(OMP_NUM_THREADS='1') | env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout
-
-
-def succeed(*command, cwd, **env):
-    code, output = call(*command, cwd=cwd, **env)
-    assert code == 0, output[-4000:]
-    return output
+# processes that do not know the checkout
+run = partial(processes.run, PYTHONPATH='', PATH=os.environ['PATH'])
+succeed = partial(processes.succeed, PYTHONPATH='', PATH=os.environ['PATH'])
 
 
 @pytest.fixture(scope='module')
@@ -186,7 +170,7 @@ def test_the_core_needs_no_mmsegmentation(outside, package):
 def test_without_mmsegmentation_a_command_says_what_to_install(outside):
     code = HIDE.format(names=FRAMEWORK) + 'from mmseg_imbalance.commands import main; sys.exit(main())'
     python = outside / 'env' / 'bin' / 'python'
-    status, output = call(python, '-c', code, 'compare', 'run', cwd=outside)
+    status, output = run(python, '-c', code, 'compare', 'run', cwd=outside)
     assert status == 1
     assert output.startswith('mmseg-imbalance compare: ')
     assert "pip install 'mmseg-imbalance[onedl]'" in output

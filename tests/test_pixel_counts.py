@@ -3,9 +3,9 @@
 import contextlib
 
 import pytest
+from label_sets import of_classes
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
-from test_annotations import make
 
 from mmseg_imbalance.counting import count_classes
 
@@ -31,7 +31,7 @@ def message(dataset, **options):
     ],
 )
 def test_two_values_and_one_class_are_named(save, files, options):
-    text = message(make(save(*files), **{'classes': ('water',)} | options))
+    text = message(of_classes(save(*files), **{'classes': ('water',)} | options))
     assert 'labels out of range' in text
     assert 'two values and one class' in text
     assert "classes=('background', 'water')" in text
@@ -43,7 +43,7 @@ def test_two_values_and_one_class_are_named(save, files, options):
     [([[0], [0]], {}), ([[0, 255]], {}), ([[0, 1]], {'reduce_zero_label': True}), ([[255]], {})],
 )
 def test_one_class_alone_teaches_nothing(save, tmp_path, files, options):
-    dataset = make(save(*files), ('water',), **options)
+    dataset = of_classes(save(*files), ('water',), **options)
     for _ in range(2):
         text = message(dataset, cache_dir=tmp_path / 'cache')
         assert "'water' is the only class" in text
@@ -73,7 +73,7 @@ def test_one_class_alone_teaches_nothing(save, tmp_path, files, options):
 def test_masks_scaled_for_viewing_are_named_with_the_remedy(save, values, classes):
     root = save(list(values))
     names = [f'class {at}' for at in range(classes)]
-    text = message(make(root, names))
+    text = message(of_classes(root, names))
     assert 'spread over the byte' in text
     assert f'to 0 to {classes - 1}' in text
     assert 'First collect the values of all files' in text
@@ -83,7 +83,7 @@ def test_masks_scaled_for_viewing_are_named_with_the_remedy(save, values, classe
     with contextlib.suppress(ValueError):  # a list of another length cannot be written into the table
         exec('import numpy, PIL.Image; ' + code.rstrip('.'), space)
         assert len(values) >= classes
-        assert count_classes(make(root, names)).pixels.tolist() == [6] * classes
+        assert count_classes(of_classes(root, names)).pixels.tolist() == [6] * classes
 
 
 def test_a_file_that_lacks_values_gives_no_list_that_would_destroy_labels(save):
@@ -93,11 +93,11 @@ def test_a_file_that_lacks_values_gives_no_list_that_would_destroy_labels(save):
         ([100, 200, 255], 3),
         ([0, 255, 128], 4),
     ):
-        text = message(make(save(values), [f'class {at}' for at in range(classes)]))
+        text = message(of_classes(save(values), [f'class {at}' for at in range(classes)]))
         assert 'spread over the byte' in text
         assert 'in this file' not in text
         assert 'searchsorted' not in text
-    text = message(make(save([0, 100, 200, 255]), ('a', 'b', 'c')))
+    text = message(of_classes(save([0, 100, 200, 255]), ('a', 'b', 'c')))
     assert 'as [0, 100, 200] in this file' in text
     assert 'numpy.full(256, 255' in text
 
@@ -115,13 +115,13 @@ def test_a_file_that_lacks_values_gives_no_list_that_would_destroy_labels(save):
 )
 def test_masks_with_smooth_edges_are_told_from_scaled_ones(save, values, classes):
     root = save(list(values))
-    text = message(make(root, [f'class {at}' for at in range(classes)]))
+    text = message(of_classes(root, [f'class {at}' for at in range(classes)]))
     assert 'smooth edges' in text
     assert 'interpolation' in text
     assert 'once was JPEG' in text
     code = text.partition('restores them: ')[2].partition(', or the same')[0]
     exec('import numpy, PIL.Image; ' + code, {'PATH': root / 'ann' / '0.png'})
-    assert count_classes(make(root, ('a', 'b'))).pixels.all()
+    assert count_classes(of_classes(root, ('a', 'b'))).pixels.all()
 
 
 def test_the_label_of_classes_that_are_left_out_must_be_the_ignored_one(save):
@@ -139,7 +139,7 @@ def test_the_label_of_classes_that_are_left_out_must_be_the_ignored_one(save):
     assert 'label_map makes 255 of the labels of the others, and ignore_index is 7. It must be 255' in text
     assert 'reduce_zero_label' not in text
     assert count_classes(three()).pixels.tolist() == [6, 6]
-    assert 'reduce_zero_label' in message(make(save([0, 1, 255]), ('a', 'b'), ignore_index=7))
+    assert 'reduce_zero_label' in message(of_classes(save([0, 1, 255]), ('a', 'b'), ignore_index=7))
 
 
 def test_a_step_that_fails_on_a_file_out_of_range_is_named_there(save):
@@ -150,7 +150,7 @@ def test_a_step_that_fails_on_a_file_out_of_range_is_named_there(save):
         return results
 
     files = [[0, 128], [0, 128]]
-    dataset = make(save(*files), ('a', 'b'), pipeline=[LoadAnnotations(), maps])
+    dataset = of_classes(save(*files), ('a', 'b'), pipeline=[LoadAnnotations(), maps])
     assert 'maps fails on some labels' in message(dataset)
 
 
@@ -167,6 +167,6 @@ def test_a_step_that_fails_on_a_file_out_of_range_is_named_there(save):
     ],
 )
 def test_other_labels_out_of_range_have_the_usual_causes(save, values, classes, options):
-    text = message(make(save(values), [f'class {at}' for at in range(classes)], **options))
+    text = message(of_classes(save(values), [f'class {at}' for at in range(classes)], **options))
     assert 'Usual causes' in text
     assert 'spread' not in text

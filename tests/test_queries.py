@@ -13,6 +13,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from scripted import log_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,10 +171,6 @@ def query_config(small_config, loss_cls, hooks=(), **options):
         loss_cls=theirs | loss_cls,
     )
     return cfg
-
-
-def log_of(runner):
-    return Path(runner._log_dir, f'{runner.timestamp}.log').read_text()
 
 
 def test_the_hook_fills_a_query_head_and_a_resumed_run_goes_on(small_config, tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, cpu, needs_numba, triton
 from conftest import needs_triton as needs
+from dispatch import Largest, NoDoubles
 
 from mmseg_imbalance.ops import SoftStats, soft_stats, strips
 from mmseg_imbalance.ops.contract import Options
@@ -699,32 +700,12 @@ def test_autocast_does_not_lower_the_precision(make_batch, backend):
 
 
 def test_strips_holds_no_tensor_of_label_size(make_batch, monkeypatch):
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.numel = max(self.numel, out.numel())
-            return out
-
     logits, target = make_batch((8, 8), (256, 256))
     monkeypatch.setattr(strips, 'STRIP_NUMBERS', 5 * 1024)
     leaf = logits.requires_grad_()
     with Largest() as seen:
         soft_stats(leaf, target, backend='strips').nll.sum().backward()
     assert seen.numel <= 2 * 256 * 256  # the label itself; logits at that size would be five times as much
-
-
-class NoDoubles(torch.utils._python_dispatch.TorchDispatchMode):
-    """As on a device without double precision, Apple's for one."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
-                raise TypeError(f'{function} makes a double tensor')
-        return out
 
 
 @pytest.mark.parametrize('option', ['plain', 'all'])

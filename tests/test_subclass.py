@@ -11,15 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
+from dispatch import Largest, NoDoubles
 from mmengine.logging import MessageHub
 from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from test_heads import Largest
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from mmseg_imbalance import kmeans as kmeans_module
 from mmseg_imbalance.kmeans import draw_uniform, kmeans
@@ -817,17 +815,6 @@ def test_similarity_without_a_pixel_that_counts_is_finite(options, kind, autocas
 # where there is no double
 
 
-class NoDouble(TorchDispatchMode):
-    """A device without float64."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_flatten((args, kwargs, out))[0]:
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
-                raise TypeError(f'{function} of float64')
-        return out
-
-
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('normalize', [False, True])
 def test_the_clustering_needs_no_float64(rule, normalize):
@@ -838,10 +825,10 @@ def test_the_clustering_needs_no_float64(rule, normalize):
     moved = 0
     for i in range(8):
         logits, target, features = batch(i, dtype=torch.float32)
-        with NoDouble():
+        with NoDoubles():
             found = loss.weigh_pixels(logits, target, None, 255, False, features)
         stats = soft_stats(logits, target, **found)  # what it does is pinned where it is
-        with NoDouble():
+        with NoDoubles():
             loss.learn(stats)
             state = loss.weighting.table()
         moved += (state.share < 0.0011).sum()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import on_ranks, share_of_rank
 from test_subclass import RULES, batch, make_loss
 
 pytestmark = pytest.mark.slow
@@ -28,14 +28,10 @@ def state_after(rule, images):
     return values, {name: value.item() for name, value in loss.logged.items()}, moved
 
 
-def share_of_rank(rule):
-    return state_after(rule, slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
-
-
 @pytest.mark.parametrize('rule', RULES)
 def test_two_ranks_hold_the_same_state_and_that_of_one_with_all_images(rule):
     alone, logged, moved = state_after(rule, slice(0, 4))
-    ranks = on_ranks(2, share_of_rank, rule)
+    ranks = on_ranks(2, share_of_rank, state_after, rule)
     for rank in ranks:
         if isinstance(rank, Exception):
             raise rank

@@ -1,9 +1,7 @@
 """Training and testing, run as a user runs them: as processes, from the repository's folder."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
+from processes import run, succeed
 from ranks import free_port
 
 from mmseg_imbalance.commands import main
@@ -20,26 +19,6 @@ pytestmark = pytest.mark.slow
 
 PLAIN = 'configs/segformer/segformer_mit-b0-small_1xb8-2k_longtail-cityscapes-256x128.py'
 BALANCED = 'configs/segformer/segformer_mit-b0-small-combined_1xb8-2k_longtail-cityscapes-256x128.py'
-
-
-def run(*command, **env):
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=REPOSITORY,
-        env=os.environ | dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}') | env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout
-
-
-def succeed(*command, **env):
-    code, output = run(*command, **env)
-    assert code == 0, output[-4000:]
-    return output
 
 
 def small(scenes, iterations=2):
