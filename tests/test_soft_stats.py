@@ -688,6 +688,46 @@ def test_inputs_are_bitwise_unchanged_after_backward(make_batch, backend, logit_
     assert all(torch.equal(a, b.detach()) for a, b in zip(before, inputs, strict=True))
 
 
+@pytest.mark.parametrize('backend', BACKENDS[1:])
+@pytest.mark.parametrize('name', ['pixel_weight', 'logit_bias', 'marked'])
+def test_what_is_changed_before_backward_is_an_error(make_batch, backend, name):
+    logits, target = make_batch((3, 5), (6, 10), **batch_of(backend))
+    options = options_for('all', target)
+    stats = soft_stats(logits.requires_grad_(), target, backend=backend, **options)
+    options[name].zero_()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        stats.nll.sum().backward()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_backward_reads_only_what_was_saved_for_it(make_batch, backend):
+    """What is kept elsewhere, checkpointing cannot drop, and it lives as long as the loss."""
+    logits, target = make_batch((3, 5), (6, 10), **batch_of(backend))
+    options = options_for('all', target)
+    leaf = logits.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x):
+        stats = soft_stats(leaf, target, backend=backend, **options)
+        total = stats.nll.sum() + stats.marked_intersection.sum()
+    (expected,) = torch.autograd.grad(total, leaf, retain_graph=True)
+    for tensor in (leaf, target, *(x for x in options.values() if isinstance(x, torch.Tensor))):
+        tensor.data.zero_()
+    (found,) = torch.autograd.grad(total, leaf)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_the_default_type_changes_nothing(make_batch, backend):
+    logits, target = make_batch((3, 5), (6, 10), **batch_of(backend))
+    options = options_for('plain', target)
+    expected = gradients(logits, target, backend, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = gradients(logits, target, backend, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_autocast_does_not_lower_the_precision(make_batch, backend):
     logits, target = make_batch((3, 4), (5, 7), dtype=torch.float32)

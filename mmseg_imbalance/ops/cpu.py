@@ -7,6 +7,7 @@ results are the same bits for any number of threads.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -182,8 +183,8 @@ class _SoftStats(torch.autograd.Function):
             torch.from_numpy(np.stack(values).reshape(len(logits), number, *values[0].shape).sum(1))
             for values in zip(*counted, strict=True)
         )
-        ctx.save_for_backward(logits, target)
-        ctx.batch = here
+        ctx.save_for_backward(logits, target, pixel_weight, o.logit_bias, o.marked)
+        ctx.options = replace(o, pixel_weight=None, logit_bias=None, group=None, marked=None)
         ctx.set_materialize_grads(False)
         nll, intersection, truth, *of_marked, prediction = sums.float().unbind(1)
         marked_intersection, marked_truth = of_marked if o.marked is not None else (None, None)
@@ -211,14 +212,19 @@ class _SoftStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
         g_nll, g_intersection, g_prediction, g_truth, _, g_log_prob, g_marked, g_marked_truth, *_ = by
-        (logits, target), here = ctx.saved_tensors, ctx.batch
-        weight = here.o.pixel_weight
+        logits, target, weight, bias, marked = ctx.saved_tensors
+        here = _Pass(
+            logits, target, replace(ctx.options, pixel_weight=weight, logit_bias=bias, marked=marked)
+        )
         given = (g_nll, g_intersection, g_truth, g_marked, g_marked_truth, g_prediction, g_log_prob)
-        zeros = torch.zeros(logits.shape[:2])
+        zeros = torch.zeros(logits.shape[:2], dtype=torch.float32)
         upstream = torch.stack([zeros if x is None else x.float() for x in given]).numpy()
         size = target.shape if ctx.needs_input_grad[2] else (*target.shape[:2], 0)
-        weight_grad = torch.zeros(size)
-        grad = torch.zeros(logits.shape) if here.resized else _room(logits.shape, logits.dtype)
+        weight_grad = torch.zeros(size, dtype=torch.float32)
+        if here.resized:
+            grad = torch.zeros(logits.shape, dtype=torch.float32)
+        else:
+            grad = _room(logits.shape, logits.dtype)
         parts = here.parts()
         weights = weight_grad.numpy()
         bands = each(lambda part: here.gradient(part, upstream, grad, weights), parts, on_cpu=True)

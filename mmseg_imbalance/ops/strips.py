@@ -369,8 +369,6 @@ def _same(rows: Tensor) -> Tensor:
 class _SoftStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, pixel_weight, o):  # type: ignore[no-untyped-def]
-        if pixel_weight is not None:  # threads of the pool record what requires grad
-            o = replace(o, pixel_weight=pixel_weight.detach())
         parts = _split(logits, target, o)
         counted = list(each(_sums, parts, logits.is_cpu))
         number = len(parts) // len(logits)  # of an image
@@ -378,8 +376,8 @@ class _SoftStats(torch.autograd.Function):
         by_label, prediction, correct, log_prob, group_nll, group_count, recall = (
             None if of[0] is None else torch.stack(of) for of in zip(*images, strict=True)
         )
-        ctx.save_for_backward(logits, target)
-        ctx.options = o
+        ctx.save_for_backward(logits, target, pixel_weight, o.logit_bias, o.marked)
+        ctx.options = replace(o, pixel_weight=None, logit_bias=None, group=None, marked=None)
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         nll, intersection, truth, *of_marked = (sums.to(dtype, copy=True) for sums in by_label.unbind(1))
@@ -400,15 +398,16 @@ class _SoftStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):  # type: ignore[no-untyped-def]
-        logits, target = ctx.saved_tensors
+        logits, target, weight, bias, marked = ctx.saved_tensors
+        o = replace(ctx.options, pixel_weight=weight, logit_bias=bias, marked=marked)
         upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
-        weight, weight_grad = ctx.options.pixel_weight, None
+        weight_grad = None
         if ctx.needs_input_grad[2]:
             weight_grad = logits.new_zeros(
                 target.shape, dtype=torch.promote_types(logits.dtype, torch.float32)
             )
         with torch.autocast(logits.device.type, enabled=False):
-            parts = _split(logits, target, ctx.options)
+            parts = _split(logits, target, o)
             if parts[0].axes is None:
                 grad = logits.new_zeros(logits.shape)
             else:
