@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmseg_imbalance.functional import one_each
 from mmseg_imbalance.ops import SoftStats
+from mmseg_imbalance.ops.contract import once_differentiable
 from mmseg_imbalance.terms import CrossEntropy, Overlap, Term
 
 
@@ -166,25 +166,26 @@ class _Terms(torch.autograd.Function):
     def forward(ctx, nll, intersection, prediction, truth, ce_weight, overlap_weight, formula):
         images, classes = nll.shape
         value, details = nll.new_empty(()), nll.new_empty(2 + classes)
-        ctx.slopes = nll.new_empty(3, images, classes)
+        slopes = nll.new_empty(3, images, classes)
         ctx.ce, ctx.overlap = (name is not None for name in formula.names)
         sums = [x if x.stride(1) == 1 else x.contiguous() for x in (nll, intersection, prediction, truth)]
         with torch.cuda.device_of(nll):
             _terms_kernel[(1,)](
-                *sums, ce_weight, overlap_weight, value, details, ctx.slopes, *(x.stride(0) for x in sums),
+                *sums, ce_weight, overlap_weight, value, details, slopes, *(x.stride(0) for x in sums),
                 images=images, C=classes, CE=ctx.ce, OVERLAP=ctx.overlap,
                 BLOCK=max(16, triton.next_power_of_2(classes)), num_warps=1, **formula.options,
             )  # fmt: skip
+        ctx.save_for_backward(slopes, nll, intersection, prediction)  # whose values backward does not need
         ctx.mark_non_differentiable(details)
         ctx.set_materialize_grads(False)
         return value, details
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx, saved, upstream, _):
         if upstream is None:
             return (None,) * 7
-        nll, intersection, prediction = (upstream * ctx.slopes).unbind()
+        nll, intersection, prediction = (upstream * saved[0]).unbind()
         if not ctx.ce:
             nll = None
         if not ctx.overlap:

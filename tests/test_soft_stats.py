@@ -294,6 +294,28 @@ def test_triton_has_the_gradient_of_each_field_alone(make_batch, field, gamma):
     )
 
 
+@pytest.mark.parametrize('backend', BACKENDS[1:])
+def test_differentiated_twice_only_eager_does_not_refuse(make_batch, backend):
+    """torch refuses only where an incoming gradient requires grad: that of cross-entropy is a number."""
+    logits, target = make_batch((3, 5), (6, 10), **batch_of(backend))
+    logits, factor = logits.requires_grad_(), torch.ones((), device=DEVICE, requires_grad=True)
+    weight = torch.rand(target.shape, dtype=logits.dtype, device=DEVICE, requires_grad=True)
+    for name in (backend, 'eager'):
+        stats = soft_stats(logits * 1, target, pixel_weight=weight, backend=name)
+        loss = factor * stats.nll.sum()
+        plain = torch.autograd.grad(loss, (logits, weight), retain_graph=True)
+        twice = torch.autograd.grad(loss, (logits, weight), create_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(plain, twice, strict=True))
+        for gradient in twice:
+            for source in (logits, weight, factor):
+                again = dict(retain_graph=True, allow_unused=True)
+                if name == 'eager':
+                    torch.autograd.grad(gradient.sum(), source, **again)
+                else:
+                    with pytest.raises(RuntimeError, match=r"differentiated again.*backend='eager'"):
+                        torch.autograd.grad(gradient.sum(), source, **again)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('field', DIFFERENTIABLE)
 @pytest.mark.parametrize('backend', ['eager', 'strips'])

@@ -128,6 +128,16 @@ def test_no_gradient_arrives(term_kernel):
     assert (logits.grad == 1).all()
 
 
+def test_a_second_derivative_is_refused(term_kernel):
+    sums = make_sums(2, 5)
+    formula = term_kernel.formula_of(TERMS['both'], FACTORS)
+    stats = SoftStats(*sums, correct=torch.zeros(1))
+    value, _, _ = term_kernel.weighted_sum_of_terms(stats, dict.fromkeys(FACTORS), formula)
+    for gradient in torch.autograd.grad(value, sums[:3], create_graph=True):
+        with pytest.raises(RuntimeError, match=r"differentiated again.*backend='eager'"):
+            gradient.sum().backward(retain_graph=True)
+
+
 def test_sums_of_any_strides(term_kernel):
     sums = [x.detach() for x in make_sums(3, 7)]
     formula = term_kernel.formula_of(TERMS['both'], FACTORS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 NOTHING_IGNORED = torch.iinfo(torch.int64).min  # a number that no label has
 
@@ -77,6 +79,38 @@ class Options:
     marked: Tensor | None = None
 
 
+class _Once(torch.autograd.Function):
+    """A gradient as it is; to differentiate it by one of ``sources`` is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor | None) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, *by: Tensor) -> None:
+        raise RuntimeError(
+            "this gradient cannot be differentiated again; losses with backend='eager' differentiate twice"
+        )
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """The ``backward(ctx, saved, *by)`` of a function without a second derivative; ``saved``: its tensors.
+
+    torch's decorator of this name lets a second derivative be 0 where no incoming gradient requires grad.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # checkpointing allows to read them once
+        with torch.no_grad():
+            gradients = backward(ctx, saved, *by)
+        if not torch.is_grad_enabled():
+            return gradients
+        return tuple(None if x is None else _Once.apply(x, *saved, *by) for x in gradients)
+
+    return wrapper
+
+
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor:
     """Which pixels of a label count, bool of its shape; None: all of them."""
     limits = torch.iinfo(target.dtype)  # beyond them a comparison would wrap around
@@ -107,11 +141,8 @@ class _SumOverRanks(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
+        return _SumOverRanks.apply(grad)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

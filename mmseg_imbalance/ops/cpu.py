@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmseg_imbalance.ops import cpu_kernels as kernels
 from mmseg_imbalance.ops.bilinear import Taps, taps
-from mmseg_imbalance.ops.contract import Options, SoftStats
+from mmseg_imbalance.ops.contract import Options, SoftStats, once_differentiable
 from mmseg_imbalance.ops.threads import each
 
 # of a part, C times its pixels: enough for Python's share to be small, and a part for each thread
@@ -210,9 +209,9 @@ class _SoftStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *by: Tensor | None) -> tuple[Tensor | None, ...]:
         g_nll, g_intersection, g_prediction, g_truth, _, g_log_prob, g_marked, g_marked_truth, *_ = by
-        logits, target, weight, bias, marked = ctx.saved_tensors
+        logits, target, weight, bias, marked = saved
         here = _Pass(
             logits, target, replace(ctx.options, pixel_weight=weight, logit_bias=bias, marked=marked)
         )

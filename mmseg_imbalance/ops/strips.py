@@ -34,10 +34,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmseg_imbalance.ops.bilinear import Axis
-from mmseg_imbalance.ops.contract import Options, SoftStats, sum_dtype
+from mmseg_imbalance.ops.contract import Options, SoftStats, once_differentiable, sum_dtype
 from mmseg_imbalance.ops.threads import each
 
 # numbers in a (C, r, W) buffer of a strip: few enough for the cache, enough for Python's share to be small
@@ -397,8 +396,8 @@ class _SoftStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):  # type: ignore[no-untyped-def]
-        logits, target, weight, bias, marked = ctx.saved_tensors
+    def backward(ctx, saved, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):  # type: ignore[no-untyped-def]
+        logits, target, weight, bias, marked = saved
         o = replace(ctx.options, pixel_weight=weight, logit_bias=bias, marked=marked)
         upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
         weight_grad = None

@@ -39,9 +39,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmseg_imbalance.ops.contract import Options, SoftStats
+from mmseg_imbalance.ops.contract import Options, SoftStats, once_differentiable
 
 if tuple(int(n) for n in triton.__version__.split('.')[:2]) < (3, 3):
     raise ImportError(f'the kernels need Triton 3.3 or newer, got {triton.__version__}')
@@ -683,8 +682,8 @@ class _SoftStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):
-        logits, target, bias, weight, marked = ctx.saved_tensors
+    def backward(ctx, saved, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):
+        logits, target, bias, weight, marked = saved
         launch, weight_grad = ctx.launch, None
         if ctx.needs_input_grad[2]:
             weight_grad = logits.new_empty(target.shape, dtype=torch.float32)
