@@ -257,7 +257,7 @@ def _as_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Ten
     """Sampled points as images of one row, and a single output channel as the logits [0, z]."""
     if pred.ndim == 3 and target.ndim == 2:
         pred, target = pred[:, :, None], target[:, None]
-        weight = None if weight is None or weight.ndim != 2 else weight[:, None]
+        weight = None if weight is None else torch.atleast_1d(weight)[:, None]
     if pred.ndim == 4 and pred.shape[1] == 1:
         pred = torch.cat([torch.zeros_like(pred), pred], 1)
     return pred, target, weight

@@ -375,6 +375,13 @@ def test_points_are_an_image_of_one_row(make_batch, loss):
     torch.testing.assert_close(module(logits.flatten(2), target.flatten(1)), module(logits, target))
 
 
+@pytest.mark.parametrize('shape', [(2, 1, 20), (2, 20, 1), (20,), ()])
+def test_a_weight_of_points_of_another_shape_is_refused(shape):
+    logits, target = torch.randn(2, 3, 20), torch.zeros(2, 20, dtype=torch.long)
+    with pytest.raises(ValueError, match='pixel_weight must be of the shape of target'):
+        WeightedCrossEntropyLoss()(logits, target, weight=torch.ones(shape))
+
+
 @pytest.mark.parametrize('loss', LOSSES)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_logits_give_a_float32_loss_close_to_the_exact_one(make_batch, loss, dtype):
