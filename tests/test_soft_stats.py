@@ -1115,6 +1115,15 @@ def test_auto_takes_the_cpu_kernels_but_not_for_float64(dtype):
 
 
 @needs_numba
+def test_auto_takes_strips_where_numba_does_not_compile(monkeypatch):
+    monkeypatch.setattr(cpu.kernels, 'sum_rows', cpu.kernels.sum_rows.py_func)  # with NUMBA_DISABLE_JIT=1
+    logits = torch.zeros(1, 2, 1, 1)
+    assert contract.choose_backend('auto', logits, 0) is strips
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: NUMBA_DISABLE_JIT is set"):
+        contract.choose_backend('cpu', logits, 0)
+
+
+@needs_numba
 def test_the_cpu_kernels_refuse_another_device():
     with pytest.raises(RuntimeError, match='it runs on a CPU and the logits are on meta'):
         contract.choose_backend('cpu', torch.zeros(1, 2, 1, 1, device='meta'), 0)
@@ -1122,8 +1131,10 @@ def test_the_cpu_kernels_refuse_another_device():
 
 @needs_numba
 def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads(make_batch):
-    logits, target = make_batch((5, 7), (37, 51), dtype=torch.float32)
-    options = options_for('all', target)
+    logits, target = (t.cpu() for t in make_batch((5, 7), (37, 51), dtype=torch.float32))
+    options = {
+        k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options_for('all', target).items()
+    }
     options.pop('with_log_prob')
     found = []
     for threads in (1, 2, 3):
@@ -1137,7 +1148,7 @@ def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads(make_batc
 @needs_numba
 @pytest.mark.slow
 def test_a_compiled_loss_calls_the_cpu_kernels_as_they_are(make_batch):
-    logits, target = make_batch((5, 7), (13, 17), dtype=torch.float32)
+    logits, target = (t.cpu() for t in make_batch((5, 7), (13, 17), dtype=torch.float32))
 
     @torch.compile(backend='eager')
     def loss(z):
@@ -1164,8 +1175,8 @@ def test_exp_and_log_of_the_cpu_kernels_are_exact_to_single_precision():
 
 @needs_numba
 @pytest.mark.slow
-@pytest.mark.parametrize('kept', [True, False])
-def test_the_cpu_kernels_are_kept_on_disk_where_there_is_a_place(kept, tmp_path):
+@pytest.mark.parametrize('place', ['a folder', 'none', 'a full disk'])
+def test_the_cpu_kernels_are_kept_on_disk_where_there_is_a_place(place, tmp_path):
     """A child that forks after the first pass, as a data loader does, makes one too."""
     package, folder = tmp_path / 'ops', tmp_path / 'cache'
     package.mkdir()
@@ -1182,8 +1193,10 @@ def test_the_cpu_kernels_are_kept_on_disk_where_there_is_a_place(kept, tmp_path)
         text = Path(strips.__file__).with_name(f'{name}.py').read_text()
         (package / f'{name}.py').write_text(text.replace('mmseg_imbalance.ops', 'ops'))
     script = """
-import multiprocessing, sys, time, torch
+import multiprocessing, resource, sys, torch
 import ops.cpu, ops.soft_stats
+if sys.argv[1] == 'a full disk':
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 def use(_=None):
     leaf = torch.randn(1, 3, 64, 64).requires_grad_()
     ops.soft_stats(leaf, torch.ones(1, 64, 64, dtype=torch.long), backend='cpu').nll.sum().backward()
@@ -1197,15 +1210,14 @@ print(sum(ops.cpu.kernels.sum_rows.stats.cache_hits.values()))
     (package / '__pycache__').write_text('')
     (tmp_path / 'no').write_text('')
     environment = {**os.environ, 'HOME': str(tmp_path / 'no'), 'XDG_CACHE_HOME': str(tmp_path / 'no')}
-    environment |= dict(NUMBA_CACHE_DIR=str(folder)) if kept else {}
+    environment |= {} if place == 'none' else dict(NUMBA_CACHE_DIR=str(folder))
     hits = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, '-c', script], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        command = [sys.executable, '-c', script, place]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         hits.append(done.stdout.split()[-1])
-    assert hits == (['0', '1'] if kept else ['0', '0'])
+    assert hits == (['0', '1'] if place == 'a folder' else ['0', '0'])
 
 
 @pytest.mark.parametrize(('reason', 'chosen'), [(None, 'kernels'), ('float64', 'strips')])

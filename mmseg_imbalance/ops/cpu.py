@@ -32,6 +32,8 @@ def why_not(logits: Tensor, num_groups: int) -> str | None:
         return f'it runs on a CPU and the logits are on {logits.device}'
     if logits.dtype == torch.float64:
         return 'it calculates in float32 and the logits are float64'
+    if not hasattr(kernels.sum_rows, 'py_func'):
+        return 'NUMBA_DISABLE_JIT is set, so Numba compiles nothing'
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,13 @@ def compiled(*also: str) -> Callable[[Callable], Any]:
 
     def compile_it(function: Callable) -> Any:
         try:
-            return njit(cache=True, **options)(function)
+            kernel = njit(cache=True, **options)(function)
         except RuntimeError:  # no folder that can be written
             return njit(**options)(function)
+        # Numba's own guard, which works on Windows alone: a full disk is no reason to stop
+        with suppress(AttributeError):
+            kernel._cache._guard_against_spurious_io_errors = lambda: suppress(OSError)
+        return kernel
 
     return compile_it
 
