@@ -9,10 +9,9 @@ from mmseg_imbalance.registry import MODELS
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mmseg_imbalance.class_weight import ClassWeightSpec
-from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.losses import Batch, WeightedLoss
 from mmseg_imbalance.ops import valid_pixels
 from mmseg_imbalance.options import check_at_least_0, not_handed_over, take
 from mmseg_imbalance.terms import CrossEntropy
@@ -29,7 +28,6 @@ class _Reversed(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return -ctx.rate * grad, None
 
@@ -82,17 +80,9 @@ class HardnessWeightedLoss(WeightedLoss):
         nn.init.zeros_(last.bias)
         self.weight_head = nn.Sequential(nn.Conv2d(channels, WIDTH, 3, padding=1), nn.ReLU(), last)
 
-    def weigh_pixels(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int | None,
-        align_corners: bool,
-        features: Tensor | None,
-    ) -> dict[str, Any]:
-        """The learnt weights times those of a sampler, (B, H, W)."""
-        if features is None:
+    def weigh_pixels(self, batch: Batch) -> dict[str, Any]:
+        """The learnt weights, (B, H, W)."""
+        if batch.features is None:
             needs = 'HardnessWeightedLoss learns from the features that enter the classifier'
             raise RuntimeError(not_handed_over(needs))
         if self.weight_head is None:
@@ -100,14 +90,14 @@ class HardnessWeightedLoss(WeightedLoss):
                 'HardnessWeightedLoss has no weight head: it is made when the decode head is built, and this '
                 'one has no conv_seg when it is built'
             )
-        h = self.weight_head(features.detach().to(self.weight_head[0].weight.dtype))
+        h = self.weight_head(batch.features.detach().to(self.weight_head[0].weight.dtype))
         h = h.to(torch.promote_types(h.dtype, torch.float32))
-        if h.shape[2:] != target.shape[1:]:
-            h = F.interpolate(h, target.shape[1:], mode='bilinear', align_corners=align_corners)
+        size = batch.target.shape[1:]
+        if h.shape[2:] != size:
+            h = F.interpolate(h, size, mode='bilinear', align_corners=batch.align_corners)
         hardness = h[:, 0].sigmoid()
         if self.training:
-            valid = valid_pixels(target, ignore_index)
+            valid = valid_pixels(batch.target, batch.ignore_index)
             mean = (hardness.detach() * valid).sum() / valid.sum().clamp_min(1)
             self.logged = self._named(dict(mean=mean))
-        own_weight = _Reversed.apply(hardness + self.floor, self.rate)
-        return dict(pixel_weight=own_weight if weight is None else weight * own_weight)
+        return dict(pixel_weight=_Reversed.apply(hardness + self.floor, self.rate))

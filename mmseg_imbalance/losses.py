@@ -7,7 +7,7 @@ Losses that do more than a formula on the sums have modules of their own: :mod:`
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmseg_imbalance.registry import MODELS
 
@@ -28,6 +28,16 @@ from mmseg_imbalance.terms import CrossEntropy, Overlap, Term, pass_options
 
 Watcher = Callable[[Tensor, Tensor, SoftStats, Tensor], None]
 INDEX_OPTIONS = [name for name in Overlap.OPTIONS if name not in ('alpha', 'beta')]
+
+
+class Batch(NamedTuple):
+    """What a loss looks at."""
+
+    logits: Tensor  # (B, C, h, w)
+    target: Tensor  # (B, H, W)
+    ignore_index: int | None = 255
+    align_corners: bool = False
+    features: Tensor | None = None  # (B, D, h', w'), see forward
 
 
 class WeightedLoss(nn.Module):
@@ -165,6 +175,9 @@ class WeightedLoss(nn.Module):
             raise RuntimeError(not_handed_over(f'{type(self).__name__} needs the tubes around skeletons'))
         if self.logit_variation > 0 and self.training:
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
+        own = self.weigh_pixels(Batch(logits, target, ignore_index, align_corners, features))
+        if weight is not None:
+            own['pixel_weight'] = weight * own['pixel_weight'] if own else weight
         watchers = self.watchers if self.training else []
         stats = soft_stats(
             logits,
@@ -175,7 +188,7 @@ class WeightedLoss(nn.Module):
             backend=self.backend,
             marked=marked if self.needs_marked else None,
             **dict(with_recall=bool(watchers)) | self.pass_options,
-            **self.weigh_pixels(logits, target, weight, ignore_index, align_corners, features),
+            **own,
         )
         self.correct = None if self.changes_logits else stats.correct
         parts, value = self.combine(stats, logits)
@@ -185,17 +198,9 @@ class WeightedLoss(nn.Module):
         plain = isinstance(self.loss_weight, float) and self.loss_weight == 1
         return value if plain else self.loss_weight * value  # one launch less
 
-    def weigh_pixels(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int | None,
-        align_corners: bool,
-        features: Tensor | None,
-    ) -> dict[str, Any]:
-        """``pixel_weight``, and ``group`` and ``num_groups`` where a loss has them, of ``soft_stats``."""
-        return dict(pixel_weight=weight)
+    def weigh_pixels(self, batch: Batch) -> dict[str, Any]:
+        """The loss's own ``pixel_weight``, ``group`` and ``num_groups`` of ``soft_stats``, if it has them."""
+        return {}
 
     def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What each class adds to the loss, (C,), and the scalar; leaves the terms in ``logged``."""

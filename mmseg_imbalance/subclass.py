@@ -18,16 +18,12 @@ from torch import Tensor
 
 from mmseg_imbalance.class_weight import ClassWeightSpec
 from mmseg_imbalance.clustering import SubclassClustering
-from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.losses import Batch, WeightedLoss
 from mmseg_imbalance.ops import SoftStats, similarity_weight, valid_pixels
 from mmseg_imbalance.options import not_handed_over, take
 from mmseg_imbalance.terms import CrossEntropy
 
 CLUSTERING_OPTIONS = tuple(inspect.signature(SubclassClustering).parameters)
-
-
-def _times(weight: Tensor | None, own_weight: Tensor) -> Tensor:
-    return own_weight if weight is None else weight * own_weight
 
 
 @MODELS.register_module()
@@ -62,23 +58,16 @@ class SubclassifiedLoss(WeightedLoss):
         """Make the state for what a head hands over; heads call it when they are built."""
         self.weighting.allocate(num_classes, channels)
 
-    def weigh_pixels(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int | None,
-        align_corners: bool,
-        features: Tensor | None,
-    ) -> dict[str, Any]:
+    def weigh_pixels(self, batch: Batch) -> dict[str, Any]:
         """The weights of the subclasses, (B, H, W), and the subclasses c K + k as groups of the pixels."""
-        if features is None:
+        if batch.features is None:
             message = not_handed_over('SubclassifiedLoss clusters the features that enter the classifier')
             raise RuntimeError(f'{message}. SimilaritySubclassifiedLoss needs the logits alone')
+        logits, target = batch.logits.detach(), batch.target
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-            valid = valid_pixels(target, ignore_index)
-            own_weight, group, num_groups = self.weighting(logits.detach(), target, valid, features)
-        return dict(pixel_weight=_times(weight, own_weight), group=group, num_groups=num_groups)
+            valid = valid_pixels(target, batch.ignore_index)
+            weight, group, num_groups = self.weighting(logits, target, valid, batch.features)
+        return dict(pixel_weight=weight, group=group, num_groups=num_groups)
 
     def learn(self, stats: SoftStats) -> None:
         if self.training:
@@ -148,24 +137,16 @@ class SimilaritySubclassifiedLoss(WeightedLoss):
         self.threshold = threshold
         self.paper_exact = paper_exact
 
-    def weigh_pixels(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int | None,
-        align_corners: bool,
-        features: Tensor | None,
-    ) -> dict[str, Any]:
+    def weigh_pixels(self, batch: Batch) -> dict[str, Any]:
         """The weights by similarity, (B, H, W)."""
-        own_weight = similarity_weight(
-            logits,
-            target,
+        weight = similarity_weight(
+            batch.logits,
+            batch.target,
             threshold=self.threshold,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
+            ignore_index=batch.ignore_index,
+            align_corners=batch.align_corners,
             paper_exact=self.paper_exact,
         )
         if self.paper_exact:
-            own_weight = own_weight / target.numel()
-        return dict(pixel_weight=_times(weight, own_weight))
+            weight = weight / batch.target.numel()
+        return dict(pixel_weight=weight)

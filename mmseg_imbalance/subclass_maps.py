@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.heads import FeatureKeeper
+from mmseg_imbalance.losses import Batch
 from mmseg_imbalance.ops import valid_pixels
 from mmseg_imbalance.plots import SubclassMaps
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
@@ -107,7 +108,7 @@ def subclass_maps(
     maps = {}
     for name, (head, loss) in losses.items():
         logits, features = _run(head, from_backbone)
-        found = loss.weigh_pixels(logits, target, None, head.ignore_index, head.align_corners, features)
+        found = loss.weigh_pixels(Batch(logits, target, head.ignore_index, head.align_corners, features))
         counted = valid_pixels(target, head.ignore_index) & (target < logits.shape[1])
         truth = target.where(counted, -1)[0].cpu().numpy()
         subclass = None

@@ -449,7 +449,7 @@ def test_so_many_images_are_drawn_and_an_averaged_model_is_drawn_in_half_precisi
     loss = runner.model.decode_head.loss_decode[1]
     seen = []
     weigh = loss.weigh_pixels
-    loss.weigh_pixels = lambda pred, *args: (seen.append((pred.dtype, loss.training)), weigh(pred, *args))[1]
+    loss.weigh_pixels = lambda batch: (seen.append((batch.logits.dtype, loss.training)), weigh(batch))[1]
     runner.train()
     assert list(pictures(runner)) == ['decode_head.1_subclass_0_2.png']
     # of two iterations and of one image

@@ -21,6 +21,7 @@ from mmseg.structures import SegDataSample
 
 from mmseg_imbalance import kmeans as kmeans_module
 from mmseg_imbalance.kmeans import draw_uniform, kmeans
+from mmseg_imbalance.losses import Batch
 from mmseg_imbalance.ops import similarity_weight, soft_stats, strips
 from mmseg_imbalance.subclass import SimilaritySubclassifiedLoss, SubclassifiedLoss
 
@@ -94,7 +95,7 @@ def test_equals_the_algorithm_in_nested_loops(rule, number, normalize, max_ratio
     moved = 0
     for i in range(12):
         logits, target, features = batch(i)
-        found = loss.eval().weigh_pixels(logits, target, None, 255, False, features)
+        found = loss.eval().weigh_pixels(Batch(logits, target, features=features))
         weight, group, groups = found['pixel_weight'], found['group'], found['num_groups']
         value = loss.train()(logits, target, features=features)
         arrays = (x.cpu().numpy() for x in (features, logits, target))
@@ -167,7 +168,7 @@ def test_pixels_weigh_1_before_there_are_centroids():
     loss = make_loss(num_subclasses=3, update='kmeans', update_freq=4)
     for i in range(5):
         logits, target, features = batch(i)
-        weight = loss.eval().weigh_pixels(logits, target, None, 255, False, features)['pixel_weight']
+        weight = loss.eval().weigh_pixels(Batch(logits, target, features=features))['pixel_weight']
         assert (weight == 1).all() == (i < 4)
         loss.train()(logits, target, features=features)
 
@@ -826,7 +827,7 @@ def test_the_clustering_needs_no_float64(rule, normalize):
     for i in range(8):
         logits, target, features = batch(i, dtype=torch.float32)
         with NoDoubles():
-            found = loss.weigh_pixels(logits, target, None, 255, False, features)
+            found = loss.weigh_pixels(Batch(logits, target, features=features))
         stats = soft_stats(logits, target, **found)  # what it does is pinned where it is
         with NoDoubles():
             loss.learn(stats)
