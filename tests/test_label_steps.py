@@ -1211,6 +1211,7 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
         cfg=cfg,
         logger=logging.getLogger('x'),
         message_hub=MessageHub('x'),
+        iter=0,
         train_dataloader=DataLoader(dataset),
         train_loop=None,
         val_loop=None,
