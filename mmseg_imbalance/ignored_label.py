@@ -97,12 +97,14 @@ def current_config() -> Any:
     return Config.fromstring(text, '.py') if text else None
 
 
-def heads_of_run() -> list[Any]:
-    """The decode heads in the config of the run, where the model is not at hand; none if it is not known."""
+def check_heads_of_run(user: Any, counted: int) -> None:
+    """As :func:`check_counted`, by the config of the run, where it is known and its heads say a label."""
     try:
-        return decode_heads((current_config() or {}).get('model'))
+        label = ignored_label(heads=decode_heads((current_config() or {}).get('model')))
     except Exception:  # objects in a config make a text that is no Python
-        return []
+        return
+    if label != UNSAID:
+        check_counted(user, counted, label)
 
 
 def label_of_evaluation(config: Any) -> int:
@@ -191,8 +193,8 @@ def follow_ignored_label(runner: Any) -> None:
     check_counted(sampler, getattr(sampler, 'ignore_index', None), label)
     for step in transforms_of(dataset):
         if type_name(step) == 'RareClassPaste':  # counts in another process
-            step.ignore_index = label if step.ignore_index is None else step.ignore_index
-            check_counted(step, step.ignore_index, label)
+            own = step.ignore_index
+            check_counted(step, ignored_label(dataset) if own is None else own, label)
     if getattr(runner.val_loop, 'evaluator', None) is not None:
         _check_metrics(runner, label)
 

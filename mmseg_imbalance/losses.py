@@ -177,7 +177,7 @@ class WeightedLoss(nn.Module):
             logits = logits + self.class_weight.logit_noise(logits, self.logit_variation)
         own = self.weigh_pixels(Batch(logits, target, ignore_index, align_corners, features))
         if weight is not None:
-            own['pixel_weight'] = weight * own['pixel_weight'] if own else weight
+            own['pixel_weight'] = weight * own['pixel_weight'] if 'pixel_weight' in own else weight
         watchers = self.watchers if self.training else []
         stats = soft_stats(
             logits,

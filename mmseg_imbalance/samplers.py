@@ -33,7 +33,7 @@ from mmseg_imbalance.draws import (
     softmax_choices,
 )
 from mmseg_imbalance.frequency import ClassFrequency
-from mmseg_imbalance.ignored_label import UNSAID, check_counted, heads_of_run, ignored_label
+from mmseg_imbalance.ignored_label import check_heads_of_run, ignored_label
 from mmseg_imbalance.tables import table_text
 
 NEVER = 0.01  # draws of an image that are practically none, in as many draws as the data set has images
@@ -244,8 +244,7 @@ class RareClassSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch. MMEngine calls it before each, and before a run of iterations."""
-        if (label := ignored_label(heads=heads_of_run())) != UNSAID:  # they are not known earlier
-            check_counted(self, self.ignore_index, label)
+        check_heads_of_run(self, self.ignore_index)  # the config is not known earlier
         self.endless = _trains_by_iterations() if self.by_iterations is None else self.by_iterations
         if not self.endless:  # else a loader may have drawn already, and goes on
             self.next = self.skipped + epoch * self.length
@@ -310,11 +309,12 @@ def tell_sampler_of_loop(runner: Any) -> None:
     if not isinstance(loop, IterBasedTrainLoop | EpochBasedTrainLoop):
         return
     loader = loop.dataloader
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+    for sampler in {loader.sampler, getattr(loader.batch_sampler, 'sampler', None)}:
         if not isinstance(sampler, RareClassSampler):
             continue
+        ends = not sampler.endless and sampler.next != sampler.skipped
         sampler.by_iterations = sampler.endless = isinstance(loop, IterBasedTrainLoop)
-        if sampler.endless and sampler.next != sampler.skipped:
+        if sampler.endless and ends:
             sampler.next = sampler.skipped
             loop.dataloader_iterator = type(loop.dataloader_iterator)(loader)
 
@@ -330,6 +330,7 @@ class ResumeSamplerHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """The loop has its iterator and its number of past iterations, and asks for these next."""
+        runner.message_hub.update_info('cfg', runner.cfg.pretty_text)  # not that of the checkpoint
         tell_sampler_of_loop(runner)
         loop = runner.train_loop
         iterator = getattr(loop, 'dataloader_iterator', None)  # of the loop that goes by iterations

@@ -123,7 +123,7 @@ def _last_weights(
         return class_weight.given()
     weights = _record(checkpoint).weights
     for hook in cfg.get('custom_hooks') or ():
-        if type_name(hook) == 'ClassWeightHook' and hook.get('power_schedule') is not None:
+        if 'ClassWeightHook' in type_name(hook) and hook.get('power_schedule') is not None:
             info = checkpoint['message_hub']['runtime_info']
             if not {'iter', 'max_iters'} <= set(info):
                 raise ValueError(

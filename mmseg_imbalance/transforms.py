@@ -27,7 +27,7 @@ from mmseg_imbalance.draws import (
     make_draws,
     softmax_choices,
 )
-from mmseg_imbalance.ignored_label import heads_of_run, ignored_label
+from mmseg_imbalance.ignored_label import check_heads_of_run, ignored_label
 
 
 @TRANSFORMS.register_module()
@@ -125,7 +125,7 @@ class RareClassPaste(BaseTransform):
         scale: smallest and largest factor, at random between.
         max_share: of the image's pixels, about what an object covers at most, above 0 and at most 1; larger
             ones are made smaller.
-        ignore_index: the label that is no class; None: that of the data set or of the decode head.
+        ignore_index: the label that is no class; None: that of the data set.
         cache_dir, label_transforms: see :class:`~mmseg_imbalance.samplers.RareClassSampler`.
 
     Raises:
@@ -184,8 +184,9 @@ class RareClassPaste(BaseTransform):
         return self.draws.take(np.random.random((1, 2)))
 
     def _draws_of(self, dataset: Any) -> Draws:
-        heads = heads_of_run() if self.ignore_index is None else [dict(ignore_index=self.ignore_index)]
+        heads = [] if self.ignore_index is None else [dict(ignore_index=self.ignore_index)]
         self.ignored = ignored_label(dataset, heads)
+        check_heads_of_run(self, self.ignored)
         frequency = training_frequency(
             dataset,
             heads=heads,

@@ -312,7 +312,7 @@ def test_other_processes_find_what_one_has_counted(tmp_path):
 class InOneFile(BaseStorageBackend):
     """Files in an archive, as LmdbBackend has them in a database; `db_path` is it or its folder."""
 
-    def __init__(self, db_path):
+    def __init__(self, db_path, token):
         self.path = Path(db_path, 'data.mdb') if os.path.isdir(db_path) else db_path
 
     def get(self, filepath):
@@ -328,7 +328,7 @@ def test_a_database_that_was_written_anew_is_counted_again(root, tmp_path, monke
     monkeypatch.setitem(backends, 'in_one_file', InOneFile)
     data = tmp_path / 'database' / 'data.mdb'
     data.parent.mkdir()
-    where = dict(backend='in_one_file', db_path=str(data.parent if of_folder else data))
+    where = dict(backend='in_one_file', token='t' * 300, db_path=str(data.parent if of_folder else data))
     found = []
     for value in (0, 1):
         with zipfile.ZipFile(data, 'w') as archive:

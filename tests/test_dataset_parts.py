@@ -194,6 +194,27 @@ def test_a_data_set_that_chooses_its_images_by_itself_is_refused(root):
             count_classes(dataset)
 
 
+class Tiles(ThreeClasses):
+    """Each image twice, found by its own `get_data_info`."""
+
+    def __len__(self):
+        return 2 * super().__len__()
+
+    def get_data_info(self, index):
+        return super().get_data_info(index // 2)
+
+
+class FirstTwo(ThreeClasses):
+    def __len__(self):
+        return min(2, super().__len__())
+
+
+def test_what_a_data_set_s_own_get_data_info_or_shorter_length_says_is_counted(root):
+    whole, start = count_classes(make(root)).pixels, count_classes(make(root, indices=[0, 1])).pixels
+    assert count_classes(make(root, kind=Tiles)).pixels.tolist() == (2 * whole).tolist()
+    assert count_classes(make(root, kind=FirstTwo)).pixels.tolist() == start.tolist()
+
+
 def test_a_wrapper_that_tells_its_indices_is_counted_and_drawn_from(root, warned):
     chosen = Chosen(make(root), [1, 1, 3])
     chosen.repeat_indices = chosen.indices
@@ -210,7 +231,9 @@ def test_what_takes_images_in_its_own_way_is_named(root, warned):
     for dataset, method in ((chosen, '__getitem__'), (binary, 'prepare_data')):
         count_classes(repeat(dataset, 2))
         name = f'test_dataset_parts.{type(dataset).__name__}.{method}'
-        assert f'{name} is not run in counting' in warned.pop()
+        assert f'counting does not call {name}. It counts' in warned.pop()
+        count_classes(repeat(dataset, 2), label_transforms=())
+        assert warned == []
 
 
 class OfMMEngine(BaseDataset):

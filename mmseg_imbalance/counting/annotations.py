@@ -6,7 +6,6 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -62,12 +61,12 @@ def find_annotations(
             f'{type(dataset).__name__} holds no image, nothing to count{reason}. Check data_root, '
             'data_prefix, img_suffix, ann_file and indices.'
         )
-    if own := ', '.join(dict.fromkeys(own_access(dataset))):
+    if label_transforms is None and (own := ', '.join(dict.fromkeys(own_access(dataset)))):
         warn(
-            f'{own} is not run in counting: counted are the labels that the pipeline makes of the list of '
-            'images. If it takes other images or changes labels, the counts are wrong. Change labels in a '
-            'transform, and give a wrapper that chooses images repeat_indices, as ClassBalancedDataset has '
-            'them: the index in `dataset` of each of its images.'
+            f'counting does not call {own}. It counts the labels that the pipeline makes of each image in '
+            'the list. If this method changes labels or takes other images, the counts are wrong. Change '
+            'labels in a transform, and give a wrapper that chooses images repeat_indices, as ClassBalancedDataset '
+            'has them: the index in `dataset` of each of its images. label_transforms=() silences this.'
         )
     classes = _classes(part.dataset for part in repeats)
     wanted = [label_transforms] if isinstance(label_transforms, str) else label_transforms
@@ -208,14 +207,18 @@ def _label_table(steps: LabelSteps, info: dict[str, Any]) -> np.ndarray | None:
         path = os.path.join(folder, 'values.png')
         Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(path)
         found = attempt([probe], {**info, 'seg_map_path': path, 'seg_fields': []})
-    return found['gt_seg_map'].ravel() if isinstance(found, dict) else None  # edited: it reads no PNG
+    table = found.get('gt_seg_map') if isinstance(found, dict) else None
+    return None if table is None or table.size != 256 else table.ravel()  # of an edited loader
 
 
 def _by_table(steps: LabelSteps, info: dict[str, Any], path: str) -> bool:
     """Whether the labels of a file are those of its table: users edit the loader in their MMSegmentation."""
     table = _label_table(steps, info)
-    if table is not None and isinstance(loaded := attempt(steps.load, info), dict):
-        with suppress(Exception):  # of the decoder; counting says why
-            raw, _ = decode(path, steps.load[0])
-            return np.array_equal(table[as_bytes(raw.squeeze())], loaded['gt_seg_map'])
-    return True
+    loaded = None if table is None else attempt(steps.load, info)
+    if table is None or not isinstance(loaded, dict):
+        return True
+    try:
+        raw, _ = decode(path, steps.load[0])
+    except Exception:  # counting says why
+        return True
+    return np.array_equal(table[as_bytes(raw.squeeze())], np.asarray(loaded.get('gt_seg_map')))

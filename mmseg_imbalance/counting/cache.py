@@ -83,9 +83,10 @@ def counts_file(
 
 def _databases(steps: Iterable[Any]) -> list[tuple[str, tuple[int, int] | None]]:
     """The local files that the storage backends of loaders name, and the content of an LMDB's folder."""
-    options = [value for step in steps for value in (getattr(step, 'backend_args', None) or {}).values()]
-    paths = [Path(value) for value in options if isinstance(value, str)]
-    files = [str(path / 'data.mdb') if path.is_dir() else str(path) for path in paths]
+    options = [getattr(step, 'backend_args', None) for step in steps]
+    named = [item for each in options if isinstance(each, dict) for item in each.items()]
+    paths = [value for name, value in named if name != 'backend' and isinstance(value, str)]
+    files = [os.path.join(path, 'data.mdb') if os.path.isdir(path) else path for path in paths]
     return [(file, _stamp(file)) for file in files]
 
 

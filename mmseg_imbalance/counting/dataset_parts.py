@@ -83,7 +83,9 @@ def _repeats_inside(dataset: Any, mixers: tuple[Any, ...]) -> dict[Part, np.ndar
                 found[part] = found[part] + times if part in found else times
         return found
     if not hasattr(dataset, 'dataset'):
-        rows = BaseDataset.__len__(dataset) if isinstance(dataset, BaseDataset) else len(dataset)
+        rows = len(dataset)
+        if getattr(type(dataset), 'get_data_info', None) is BaseDataset.get_data_info:
+            rows = min(rows, BaseDataset.__len__(dataset))  # there are no more, whatever its own __len__ says
         return {Part(dataset, mixers): np.ones(rows, dtype=np.int64)}
     if hasattr(dataset, 'pipeline'):  # MultiImageMixDataset
         mixers = (dataset, *mixers)
@@ -101,7 +103,7 @@ def _repeats_inside(dataset: Any, mixers: tuple[Any, ...]) -> dict[Part, np.ndar
 def own_access(dataset: Any) -> Iterator[str]:
     """Names of the methods by which a data set, or one inside it, takes images in a way of its own."""
     if not hasattr(dataset, 'repeat_indices'):
-        for name in ('__len__', '__getitem__', 'prepare_data'):
+        for name in ('__getitem__', 'prepare_data'):
             method: Any = getattr(type(dataset), name, None)
             if getattr(method, '__module__', 'mmengine').partition('.')[0] not in ('mmengine', 'mmseg'):
                 yield f'{method.__module__}.{method.__qualname__}'
