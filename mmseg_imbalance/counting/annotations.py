@@ -65,8 +65,9 @@ def find_annotations(
         warn(
             f'counting does not call {own}. It counts the labels that the pipeline makes of each image in '
             'the list. If this method changes labels or takes other images, the counts are wrong. Change '
-            'labels in a transform, and give a wrapper that chooses images repeat_indices, as ClassBalancedDataset '
-            'has them: the index in `dataset` of each of its images. label_transforms=() silences this.'
+            'labels in a transform, and give a wrapper that chooses images repeat_indices, as '
+            'ClassBalancedDataset has them: the index in `dataset` of each of its images. '
+            'label_transforms=() silences this.'
         )
     classes = _classes(part.dataset for part in repeats)
     wanted = [label_transforms] if isinstance(label_transforms, str) else label_transforms
