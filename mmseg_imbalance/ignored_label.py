@@ -100,9 +100,10 @@ def current_config() -> Any:
 def check_heads_of_run(user: Any, counted: int) -> None:
     """As :func:`check_counted`, by the config of the run, where it is known and its heads say a label."""
     try:
-        label = ignored_label(heads=decode_heads((current_config() or {}).get('model')))
-    except Exception:  # objects in a config make a text that is no Python
+        config = current_config() or {}
+    except (ImportError, NameError, SyntaxError):  # objects in a config make a text that is no Python
         return
+    label = ignored_label(heads=decode_heads(config.get('model')))
     if label != UNSAID:
         check_counted(user, counted, label)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmseg_imbalance.counting.dataset_parts import Part, own_access, part_repeats
-from mmseg_imbalance.counting.label_files import as_bytes, decode
+from mmseg_imbalance.counting.label_files import as_bytes, decode, reading
 from mmseg_imbalance.counting.label_steps import LabelSteps
 from mmseg_imbalance.counting.label_trial import LOOKED_AT, Found, find_steps
 from mmseg_imbalance.counting.ranks import speaks, warn
@@ -219,7 +219,8 @@ def _by_table(steps: LabelSteps, info: dict[str, Any], path: str) -> bool:
     if table is None or not isinstance(loaded, dict):
         return True
     try:
-        raw, _ = decode(path, steps.load[0])
-    except Exception:  # counting says why
+        with reading(path):
+            raw, _ = decode(path, steps.load[0])
+    except (FileNotFoundError, ValueError):  # counting says why
         return True
     return np.array_equal(table[as_bytes(raw.squeeze())], np.asarray(loaded.get('gt_seg_map')))

@@ -105,7 +105,7 @@ def _chance(images: int, number: int, share: float) -> float:
 
     Binomial; images that are spread over the data set vary less.
     """
-    from scipy.stats import binom  # takes a second
+    from scipy.stats import binom  # slow to import
 
     return min(binom.cdf(images, number, share), binom.sf(images - 1, number, share))
 

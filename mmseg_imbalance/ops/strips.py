@@ -396,8 +396,9 @@ class _SoftStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more):  # type: ignore[no-untyped-def]
+    def backward(ctx, saved, *by):  # type: ignore[no-untyped-def]
         logits, target, weight, bias, marked = saved
+        g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more = by
         o = replace(ctx.options, pixel_weight=weight, logit_bias=bias, marked=marked)
         upstream = _Upstream(g_nll, g_intersection, g_prediction, g_log_prob, g_truth, *more[:2])
         weight_grad = None
