@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmseg_imbalance.ops import sum_over_ranks
-from mmseg_imbalance.options import check_at_least_0, check_choice
+from mmseg_imbalance.options import check_at_least_0, check_choice, check_whole
 
 
 class Balanced(NamedTuple):
@@ -66,8 +66,7 @@ class GradNorm(nn.Module):
     def __init__(self, factors: Sequence[float], asymmetry: float = 1.5, interval: int = 20) -> None:
         super().__init__()
         check_at_least_0(asymmetry=asymmetry)
-        if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f'interval must be a whole number of iterations, at least 1, got {interval!r}')
+        check_whole(1, interval=interval)
         self.asymmetry = asymmetry
         self.interval = interval
         self.given = torch.tensor([*factors], dtype=torch.float32)

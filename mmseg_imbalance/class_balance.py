@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmseg_imbalance.logged_parts import named_losses, unwrapped
 from mmseg_imbalance.ops import SoftStats
+from mmseg_imbalance.options import check_whole
 from mmseg_imbalance.plots import plot_class_balance
 from mmseg_imbalance.run_hook import RunHook
 from mmseg_imbalance.tables import names_and_colours
@@ -96,8 +97,7 @@ class ClassBalanceHook(RunHook):
     """
 
     def __init__(self, interval: int = 50) -> None:
-        if interval < 1:
-            raise ValueError(f'interval must be at least 1 iteration, got {interval}')
+        check_whole(1, interval=interval)
         self.interval = interval
 
     def before_train(self, runner) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +11,10 @@ from typing import Any, TypeVar
 from mmseg_imbalance.registry import METRICS
 
 import numpy as np
-from mmengine.logging import MessageHub, print_log
+from mmengine.logging import MessageHub
 from mmseg.evaluation import IoUMetric
 
+from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.ignored_label import UNSAID, current_config, label_of_evaluation
 from mmseg_imbalance.monitored import (
     FAR,
@@ -91,7 +91,7 @@ class ClassIoUMetric(IoUMetric):
         """A warning, unless one about the same was given already."""
         if about not in self.named:
             self.named.add(about)
-            print_log(f'{type(self).__name__}: {message}', logger='current', level=logging.WARNING)
+            warn(f'{type(self).__name__}: {message}')
 
     def expected_keys(self) -> list[str]:
         """The keys of every evaluation, without the prefix."""
@@ -113,12 +113,10 @@ class ClassIoUMetric(IoUMetric):
             undefined |= missing & set(with_prefix(self.prefix, self.expected_keys()))
         if new := sorted(undefined - self.named):
             self.named.update(new)
-            print_log(
+            warn(
                 f'{type(self).__name__}: {new} have no value at this evaluation. A hook or schedule that '
                 f'watches them gets 0 instead, or {FAR:.0f} for a distance. Labels and predictions hold no '
-                'pixel to compute them of, or no groups are known',
-                logger='current',
-                level=logging.WARNING,
+                'pixel to compute them of, or no groups are known'
             )
         rules = {key: rule_of(key.removeprefix(f'{self.prefix}/')) for key in undefined}
         return metrics | {key: FAR if rule == 'less' else 0.0 for key, rule in rules.items()}
@@ -144,12 +142,10 @@ class ClassIoUMetric(IoUMetric):
         if hub.get_info('max_iters') is None:  # a validation alone, no training
             return
         if hub.get_info('experiment_name') != hub.instance_name:
-            print_log(
+            warn(
                 f'{type(self).__name__}: a resumed run shows the config of its checkpoint. If data, '
                 "ignore_index or what is watched have changed, add dict(type='RunHook') to custom_hooks: the "
-                'metric reads the present config then',
-                logger='current',
-                level=logging.WARNING,
+                'metric reads the present config then'
             )
             return
         try:
@@ -194,10 +190,8 @@ def _ask_config(question: Callable[[Mapping[str, Any]], T], otherwise: T, what: 
     try:
         return question(current_config() or {})
     except Exception as error:  # a config is Python; data sets and heads may disagree
-        print_log(
+        warn(
             f'the config of the run does not tell {what} ({type(error).__name__}: {error}); the metric takes '
-            f'{otherwise}',
-            logger='current',
-            level=logging.WARNING,
+            f'{otherwise}'
         )
         return otherwise

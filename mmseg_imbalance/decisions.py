@@ -28,6 +28,7 @@ from mmseg_imbalance.counting import check_counting, training_frequency
 from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.options import check_whole
 from mmseg_imbalance.trained import classifying_head
 from mmseg_imbalance.weighting import log_prior
 
@@ -151,10 +152,7 @@ class DecisionHook(Hook):
     def __init__(self, rule: str = 'argmax', remove_small: int = 1) -> None:
         if rule not in RULES:
             raise ValueError(f'rule must be one of {RULES}, got {rule!r}')
-        if type(remove_small) is not int or remove_small < 1:
-            raise ValueError(
-                f'remove_small must be an integer number of pixels, at least 1, got {remove_small!r}'
-            )
+        check_whole(1, remove_small=remove_small)
         self.rule = rule
         self.remove_small = remove_small
         self.rank = None if rule == 'argmax' else _rankseg(rule)

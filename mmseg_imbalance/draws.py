@@ -158,12 +158,6 @@ def repeat_factor_choices(
     return choices, chances / chances.sum()
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise a ValueError unless `value`, of this name, is an integer from 1."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name}={value!r}, allowed are integers from 1.')
-
-
 def check_temperature(temperature: float) -> None:
     """Raise a ValueError unless it is one of :func:`class_probability`."""
     if not isinstance(temperature, int | float) or not 0 < temperature < np.inf:

@@ -22,6 +22,7 @@ from mmseg_imbalance.heads import check_heads
 from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
+from mmseg_imbalance.options import check_whole
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
 from mmseg_imbalance.queries import QueryClassLoss
 from mmseg_imbalance.run_hook import RunHook
@@ -269,8 +270,7 @@ class SubclassVisualizationHook(Hook):
     """
 
     def __init__(self, num_images: int = 4) -> None:
-        if num_images < 0:
-            raise ValueError(f'num_images must be at least 0, got {num_images}')
+        check_whole(0, num_images=num_images)
         self.num_images = num_images
         self.drawn = 0
 

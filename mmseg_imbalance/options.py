@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from inspect import Parameter
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -36,6 +36,13 @@ def check_at_least_0(**values: object) -> None:
     for name, value in values.items():
         if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
             raise ValueError(f'{name} must be a finite number, at least 0, got {value!r}')
+
+
+def check_whole(least: int, **values: object) -> None:
+    """Raise a ValueError that names the option unless each value is a whole number, at least so large."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f'{name} must be a whole number, at least {least}, got {value!r}')
 
 
 def not_handed_over(needs: str) -> str:

@@ -14,6 +14,8 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS as FRAMEWORK_MODELS
 from torch import Tensor, nn
 
+from mmseg_imbalance.options import check_whole
+
 
 class ResidualUnit(nn.Module):
     """Norm, activation and 3x3 convolution, twice, added to the shortcut: a full pre-activation unit.
@@ -89,14 +91,8 @@ class ResUNet(BaseModule):
         upsample_cfg: dict | None = None,
         init_cfg: dict | Sequence[dict] | None = None,
     ) -> None:
-        for name, value, least in (
-            ('in_channels', in_channels, 1),
-            ('base_channels', base_channels, 1),
-            ('num_stages', num_stages, 2),
-            ('stem_stride', stem_stride, 1),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f'{name}={value!r}, allowed are whole numbers of at least {least}')
+        check_whole(1, in_channels=in_channels, base_channels=base_channels, stem_stride=stem_stride)
+        check_whole(2, num_stages=num_stages)
         norm_cfg = norm_cfg or dict(type='BN')
         act_cfg = act_cfg or dict(type='ReLU')
         upsample_cfg = upsample_cfg or dict(type='InterpConv')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import os
 import re
@@ -22,9 +21,9 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Sampler
 
 from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.counting.ranks import warn
 from mmseg_imbalance.draws import (
     DrawnIndex,
-    check_count,
     check_temperature,
     least_pixels,
     make_draws,
@@ -34,7 +33,8 @@ from mmseg_imbalance.draws import (
 )
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.ignored_label import check_heads_of_run, ignored_label
-from mmseg_imbalance.tables import table_text
+from mmseg_imbalance.options import check_whole
+from mmseg_imbalance.tables import table_of, table_text
 
 NEVER = 0.01  # draws of an image that are practically none, in as many draws as the data set has images
 NOTABLE = 0.05  # share of such images that is worth a warning
@@ -107,7 +107,7 @@ class RareClassSampler(Sampler):
         self.threshold = threshold
         self._check_numbers()
         if min_pixels is not None:
-            check_count('min_pixels', min_pixels)
+            check_whole(1, min_pixels=min_pixels)
         self.rank, self.world_size = get_dist_info()
         self.seed = sync_random_seed() if seed is None else seed
         heads = [] if ignore_index is None else [dict(ignore_index=ignore_index)]
@@ -142,7 +142,7 @@ class RareClassSampler(Sampler):
         self.skipped = self.next = 0  # draws of this rank: before the stream starts, before the next epoch
         if is_main_process():
             if short:
-                print_log(f'RareClassSampler: {remedy}', 'current', logging.WARNING)
+                warn(f'RareClassSampler: {remedy}')
             chance = frequency.repeats * (choices @ (chances / np.maximum(self.draws.sizes, 1)))
             if rule == 'softmax':
                 self._warn_of_images_never_drawn(self.num_images * chance)
@@ -172,12 +172,10 @@ class RareClassSampler(Sampler):
         """`expected`: (images,) draws of each distinct image, in as many draws as the data set has images."""
         never = np.count_nonzero(expected < NEVER)
         if never > NOTABLE * len(expected):
-            print_log(
+            warn(
                 f'RareClassSampler: {never:,} of {len(expected):,} images ({never / len(expected):.0%}) will '
                 f'practically never be drawn: less than once in {1 / NEVER:.0f} x {self.num_images:,} draws. '
-                f'Raise uniform={self.uniform}, the share of the draws that take any image.',
-                'current',
-                logging.WARNING,
+                f'Raise uniform={self.uniform}, the share of the draws that take any image.'
             )
 
     def _warn_of_a_low_threshold(
@@ -187,16 +185,14 @@ class RareClassSampler(Sampler):
             return
         share = frequency.repeats @ held / self.num_images  # (C,)
         rarest = np.where(share > 0, share, np.inf).argmin()
-        print_log(
+        warn(
             f'RareClassSampler: no class is in less than threshold={self.threshold} of the images, so all '
             f'are drawn alike. The rarest, {frequency.classes[rarest]}, is in {share[rarest]:.3g} of them. '
-            'Raise threshold above that.',
-            'current',
-            logging.WARNING,
+            'Raise threshold above that.'
         )
 
     def _softmax_table(self, frequency: ClassFrequency, chances: np.ndarray) -> Table:
-        table = _table_of('share', 'draws', 'images', 'min pixels')
+        table = table_of('share', 'draws', 'images', 'min pixels')
         sizes = self.draws.sizes
         for row in zip(frequency.classes, frequency.share, chances, sizes, self.min_pixels, strict=False):
             name, share, drawn, images, pixels = row
@@ -213,7 +209,7 @@ class RareClassSampler(Sampler):
         chance: np.ndarray,
     ) -> Table:
         """`chance`: (images,) of each distinct image in a draw."""
-        table = _table_of('images', 'factor', 'draws', 'draws that hold it')
+        table = table_of('images', 'factor', 'draws', 'draws that hold it')
         images, holding = frequency.repeats @ held, chance @ held
         for row in zip(frequency.classes, images, factors, chances, holding, strict=False):
             name, number, factor, drawn, holds = row
@@ -267,14 +263,6 @@ def _check_rule(rule: str, **options: object) -> None:
                 f'{name}={value!r} is no option of rule={rule!r}, which has {" and ".join(RULES[rule])}. '
                 f'Leave it out, or take rule={other!r}.'
             )
-
-
-def _table_of(*numbers: str) -> Table:
-    table = Table()
-    table.add_column('class')
-    for name in numbers:
-        table.add_column(name, justify='right')
-    return table
 
 
 def _too_small(frequency: ClassFrequency, found: np.ndarray) -> str:

@@ -12,9 +12,8 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 
 from mmseg_imbalance.class_weight import ClassWeightSpec
-from mmseg_imbalance.draws import check_count
 from mmseg_imbalance.losses import WeightedLoss
-from mmseg_imbalance.options import check_at_least_0, take
+from mmseg_imbalance.options import check_at_least_0, check_whole, take
 from mmseg_imbalance.terms import CrossEntropy, Overlap, SkeletonRecall
 
 TUBES = 'gt_edge_map'  # PackSegInputs packs a map of this name, and the preprocessor pads it
@@ -54,7 +53,7 @@ class SkeletonTubes(BaseTransform):
             raise ValueError(
                 f'classes={classes!r}, allowed are indices of classes, as [5, 6, 7], or None for all.'
             )
-        check_count('radius', radius)
+        check_whole(1, radius=radius)
         self.classes = classes
         self.radius = radius
         self.ignore_index = ignore_index

@@ -24,16 +24,23 @@ COLOURS = (
 )  # fmt: skip
 
 
+def table_of(*numbers: str, first: str = 'class', title: str | None = None) -> Table:
+    """A table without rows: a first column of names, the others, of numbers, aligned to the right."""
+    table = Table(title=title)
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify='right')
+    return table
+
+
 def class_table(frequency: ClassFrequency, weights: Mapping[str, np.ndarray]) -> Table:
     """One row per class: pixels, share of the valid pixels, images; one column of (C,) weights per name."""
     counted = f'{frequency.num_images} images'
     if frequency.num_images < frequency.dataset_images:
         counted += f', a sample of {frequency.dataset_images}'
     pixels = int(frequency.pixels.sum()) + frequency.ignored
-    table = Table(title=f'{counted}, {pixels:,} pixels, {frequency.ignored / max(pixels, 1):.1%} ignored')
-    table.add_column('class')
-    for name in ('pixels', 'share', 'images', *weights):
-        table.add_column(name, justify='right')
+    title = f'{counted}, {pixels:,} pixels, {frequency.ignored / max(pixels, 1):.1%} ignored'
+    table = table_of('pixels', 'share', 'images', *weights, title=title)
     rows = zip(frequency.classes, frequency.pixels, frequency.share, frequency.images, strict=True)
     for c, (name, count, share, images) in enumerate(rows):
         table.add_row(
@@ -51,10 +58,10 @@ def source_table(frequency: ClassFrequency) -> Table | None:
     parts = frequency.by_source()
     if len(parts) < 2:
         return None
-    table = Table(title=f'pixels of each class in {len(parts)} data sets; - where it has none')
-    table.add_column('class')
-    for name, part in parts:
-        table.add_column(f'{escape(name)}\n{part.num_images:,} images', justify='right')
+    table = table_of(
+        *(f'{escape(name)}\n{part.num_images:,} images' for name, part in parts),
+        title=f'pixels of each class in {len(parts)} data sets; - where it has none',
+    )
     for c, name in enumerate(frequency.classes):
         pixels = [int(part.pixels[c]) for _, part in parts]
         table.add_row(escape(name), *(f'{count:,}' if count else '-' for count in pixels))
@@ -72,10 +79,7 @@ def table_text(table: Table) -> str:
 
 def subclass_table(classes: Sequence[str], state: SubclassTable) -> Table:
     """One row per subclass: share of its class, mean loss, weight; - where it has none yet."""
-    table = Table()
-    table.add_column('class')
-    for name in ('subclass', 'share', 'mean loss', 'weight'):
-        table.add_column(name, justify='right')
+    table = table_of('subclass', 'share', 'mean loss', 'weight')
     for c, name in enumerate(classes):
         table.add_section()
         for k in np.flatnonzero(state.exists[c]):
@@ -93,10 +97,8 @@ def bias_table(classes: Sequence[str], found: ClassBias) -> Table:
     def shown(iou: float) -> str:
         return f'{100 * iou:.2f}' if math.isfinite(iou) else '-'
 
-    table = Table(title='expected of the model by itself; bias: beyond the class weights that are taken back')
-    table.add_column('class')
-    for name in ('share', 'bias', 'IoU', 'with the bias'):
-        table.add_column(name, justify='right')
+    title = 'expected of the model by itself; bias: beyond the class weights that are taken back'
+    table = table_of('share', 'bias', 'IoU', 'with the bias', title=title)
     share = found.pixels / found.pixels.sum()
     for c, name in enumerate(classes):
         iou = shown(found.before[c]), shown(found.after[c])
@@ -124,11 +126,8 @@ def group_table(metrics: Mapping[str, float], sizes: Mapping[str, int]) -> Table
     def shown(key: str) -> str:
         return f'{metrics[key]:.2f}' if math.isfinite(metrics.get(key, math.nan)) else '-'
 
-    table = Table()
-    table.add_column('')
     kinds = ['mPrecision', 'mRecall', *(kind for kind in ('mDice', 'mHD95') if kind in metrics)]
-    for column in ('classes', 'mIoU', '95 % interval', *kinds):
-        table.add_column(column, justify='right')
+    table = table_of('classes', 'mIoU', '95 % interval', *kinds, first='')
     for name, number in sizes.items():
         suffix = '' if name == 'all' else f'.{name}'
         interval = '-'

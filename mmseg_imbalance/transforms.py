@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,21 +12,20 @@ import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmcv.transforms.utils import cache_randomness
-from mmengine.logging import print_log
 from mmseg.datasets.transforms import RandomCrop
 
 from mmseg_imbalance.counting import training_frequency
-from mmseg_imbalance.counting.ranks import alone
+from mmseg_imbalance.counting.ranks import alone, warn
 from mmseg_imbalance.draws import (
     DrawnIndex,
     Draws,
-    check_count,
     check_temperature,
     least_pixels,
     make_draws,
     softmax_choices,
 )
 from mmseg_imbalance.ignored_label import check_heads_of_run, ignored_label
+from mmseg_imbalance.options import check_whole
 
 
 @TRANSFORMS.register_module()
@@ -59,8 +57,8 @@ class RareClassCrop(RandomCrop):
     ) -> None:
         super().__init__(crop_size, cat_max_ratio, ignore_index)
         if min_pixels is not None:
-            check_count('min_pixels', min_pixels)
-        check_count('max_tries', max_tries)
+            check_whole(1, min_pixels=min_pixels)
+        check_whole(1, max_tries=max_tries)
         self.min_pixels = min_pixels
         self.max_tries = max_tries
         self.warned = False
@@ -88,12 +86,10 @@ class RareClassCrop(RandomCrop):
     def _warn_once(self) -> None:
         if not self.warned:
             self.warned = True
-            print_log(
+            warn(
                 'RareClassCrop: an image comes without a drawn class, such crops are plain. Train with '
                 "sampler=dict(type='RareClassSampler'), and not on a ClassBalancedDataset, which loses it. "
-                'Images that a MultiImageMixDataset adds, as for a mosaic, have none.',
-                'current',
-                logging.WARNING,
+                'Images that a MultiImageMixDataset adds, as for a mosaic, have none.'
             )
 
     def __repr__(self) -> str:
@@ -150,7 +146,7 @@ class RareClassPaste(BaseTransform):
         if not isinstance(prob, int | float) or not 0 <= prob <= 1:
             raise ValueError(f'prob={prob!r}, allowed are numbers from 0 to 1, as 0.5.')
         check_temperature(temperature)
-        check_count('min_pixels', min_pixels)
+        check_whole(1, min_pixels=min_pixels)
         if not isinstance(scale, tuple | list) or len(scale) != 2 or not 0 < scale[0] <= scale[1] < np.inf:
             raise ValueError(
                 f'scale={scale!r}, allowed are two finite numbers above 0, the smaller one first, as '
@@ -267,11 +263,9 @@ class RareClassPaste(BaseTransform):
     def _warn_once(self) -> None:
         if not self.warned:
             self.warned = True
-            print_log(
+            warn(
                 'RareClassPaste: a donor comes without a drawn class, nothing is pasted from such images. A '
-                'ClassBalancedDataset inside loses it, and so does MMEngine where a pipeline drops an image.',
-                'current',
-                logging.WARNING,
+                'ClassBalancedDataset inside loses it, and so does MMEngine where a pipeline drops an image.'
             )
 
     def __repr__(self) -> str:

@@ -459,5 +459,5 @@ def test_a_picture_shows_every_class_of_every_loss_also_where_nothing_is_known(t
 
 
 def test_an_interval_below_1_is_refused():
-    with pytest.raises(ValueError, match='interval must be at least 1 iteration, got 0'):
+    with pytest.raises(ValueError, match='interval must be a whole number, at least 1, got 0'):
         ClassBalanceHook(0)

@@ -241,9 +241,9 @@ def test_a_script_without_a_main_guard_counts_although_its_workers_cannot_start(
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        ({'num_workers': -1}, 'num_workers=-1, allowed are integers, 0 and more'),
+        ({'num_workers': -1}, 'num_workers must be a whole number, at least 0, got -1'),
         ({'num_workers': 2.0}, 'num_workers=2.0, allowed'),
-        ({'max_images': True}, 'max_images=True, allowed are integers, 1 and more. None counts all'),
+        ({'max_images': True}, 'max_images must be a whole number, at least 1, got True'),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(root, options, words):

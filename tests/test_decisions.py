@@ -107,7 +107,7 @@ def test_a_class_that_the_sample_of_logit_adjustment_did_not_meet_is_named(small
     _, log = probabilities(cfg)
     assert 'not met in 2 of 4 images are taken for as rare as the rarest that was: bicyclist' in log
     for option in (dict(max_images=0), dict(num_workers=-1)):
-        with pytest.raises(ValueError, match='allowed are integers'):
+        with pytest.raises(ValueError, match='must be a whole number, at least'):
             LogitAdjustmentHook(**option)
 
 

@@ -157,9 +157,9 @@ def test_options_reach_the_scheme(small_config):
         (dict(max_ratio=0.5), ValueError, 'max_ratio=0.5, allowed is 1 and more'),
         (dict(power='2'), ValueError, "power='2', allowed are finite numbers"),
         (dict(unit='pixels'), ValueError, "unit='pixels', allowed are 'image' and 'pixel'"),
-        (dict(max_images=0), ValueError, 'max_images=0, allowed are integers, 1 and more'),
-        (dict(max_images=0.5), ValueError, 'max_images=0.5, allowed are integers'),
-        (dict(num_workers=-1), ValueError, 'num_workers=-1, allowed are integers, 0 and more'),
+        (dict(max_images=0), ValueError, 'max_images must be a whole number, at least 1, got 0'),
+        (dict(max_images=0.5), ValueError, 'max_images must be a whole number, at least 1, got 0.5'),
+        (dict(num_workers=-1), ValueError, 'num_workers must be a whole number, at least 0, got -1'),
     ],
 )
 def test_unknown_and_impossible_options_are_refused_when_the_hook_is_built(options, error, message):
@@ -488,7 +488,7 @@ def test_a_head_whose_channels_are_not_known_yet_is_shown_without_training(small
 
 
 def test_a_number_of_images_below_0_is_refused():
-    with pytest.raises(ValueError, match='num_images must be at least 0, got -1'):
+    with pytest.raises(ValueError, match='num_images must be a whole number, at least 0, got -1'):
         SubclassVisualizationHook(-1)
 
 

@@ -118,11 +118,11 @@ def test_it_is_built_from_a_config_with_and_without_a_scope():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(num_stages=1), 'num_stages=1.*at least 2'),
+        (dict(num_stages=1), 'num_stages must be .* at least 2, got 1'),
         (dict(num_stages=2.0), r'num_stages=2\.0'),
-        (dict(base_channels=0), 'base_channels=0.*at least 1'),
+        (dict(base_channels=0), 'base_channels must be .* at least 1, got 0'),
         (dict(in_channels='3'), "in_channels='3'"),
-        (dict(stem_stride=0), 'stem_stride=0.*at least 1'),
+        (dict(stem_stride=0), 'stem_stride must be .* at least 1, got 0'),
         (
             dict(base_channels=12, norm_cfg=dict(type='GN', num_groups=8)),
             'num_groups must divide base_channels=12. Take num_groups=4',

@@ -529,7 +529,7 @@ def test_a_temperature_out_of_range_is_refused(root, value):
 
 @pytest.mark.parametrize('value', [0, -3, 2.5, '9'])
 def test_counts_out_of_range_are_refused(root, value):
-    with pytest.raises(ValueError, match=f'min_pixels={value!r}, allowed are integers from 1'):
+    with pytest.raises(ValueError, match=f'min_pixels must be a whole number, at least 1, got {value!r}'):
         make_sampler(root, min_pixels=value)
 
 

@@ -90,7 +90,7 @@ def test_it_is_found_by_the_framework_and_says_its_options(skeletonize):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(radius=0), 'radius=0, allowed are integers from 1'),
+        (dict(radius=0), 'radius must be a whole number, at least 1, got 0'),
         *(
             (dict(classes=wrong), r'classes=.*, allowed are indices of classes, as \[5, 6, 7\], or None')
             for wrong in ([], 'pole', ['pole'], [-1], [True], 3)

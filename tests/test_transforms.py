@@ -44,7 +44,7 @@ def logged(monkeypatch):
 @pytest.mark.parametrize('value', [0, -3, 2.5, '9'])
 def test_counts_out_of_range_are_refused(value):
     for name in ('min_pixels', 'max_tries'):
-        with pytest.raises(ValueError, match=f'{name}={value!r}, allowed are integers from 1'):
+        with pytest.raises(ValueError, match=f'{name} must be a whole number, at least 1, got {value!r}'):
             RareClassCrop((8, 8), **{name: value})
 
 
@@ -536,7 +536,7 @@ def test_other_maps_of_an_image_are_refused():
         (dict(prob=1.1), 'prob=1.1, allowed are numbers from 0 to 1'),
         (dict(prob=None), 'prob=None, allowed are'),
         (dict(temperature=0), 'temperature=0, allowed are finite numbers above 0'),
-        (dict(min_pixels=0), 'min_pixels=0, allowed are integers from 1'),
+        (dict(min_pixels=0), 'min_pixels must be a whole number, at least 1, got 0'),
         (dict(scale=(1.5, 0.5)), r'scale=\(1.5, 0.5\), allowed are two finite numbers'),
         (dict(scale=2), 'scale=2, allowed are two finite numbers'),
         (dict(max_share=0), 'max_share=0, allowed are numbers above 0 and at most 1'),

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mmseg_imbalance.counting.ranks import alone, attempt, exchange, place, spea
 from mmseg_imbalance.counting.rows import AnnotationRows, count_rows, default_workers
 from mmseg_imbalance.files import locked
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN, ClassFrequency
+from mmseg_imbalance.options import check_whole
 
 
 def count_classes(
@@ -102,14 +102,10 @@ def count_classes(
 
 def check_counting(max_images: int | None, num_workers: int | None) -> None:
     """Raise a ValueError unless these options can be used."""
-    for name, value, smallest, remedy in (
-        ('max_images', max_images, 1, 'None counts all.'),
-        ('num_workers', num_workers, 0, 'None takes those of the train_dataloader.'),
-    ):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
-            raise ValueError(f'{name}={value!r}, allowed are integers, {smallest} and more. {remedy}')
+    if max_images is not None:  # which counts all
+        check_whole(1, max_images=max_images)
+    if num_workers is not None:  # which takes those of the train_dataloader
+        check_whole(0, num_workers=num_workers)
 
 
 def _count(
