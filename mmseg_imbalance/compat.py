@@ -29,6 +29,8 @@ from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 from torch.nn.parallel import DistributedDataParallel
 
+from mmseg_imbalance.config_fields import type_name
+
 
 def _history_method(owner: object, name: str) -> object:
     """What the pickle of a log history needs of ``getattr``, and no more of it."""
@@ -88,8 +90,9 @@ def adapt_to_cpu(cfg: Config) -> None:
     """Make a config, in place, run where there is no GPU; with a launcher, join its processes by gloo."""
     if get_device() != 'cpu':
         return
-    if (cfg.get('optim_wrapper') or {}).get('type') == 'AmpOptimWrapper':
-        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
+    if type_name(cfg.get('optim_wrapper') or {}) == 'AmpOptimWrapper':
+        named = isinstance(cfg.optim_wrapper.type, str)  # not the class itself, as in Python configs
+        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper' if named else CPUAmpOptimWrapper
         for option in ('loss_scale', 'dtype', 'use_fsdp'):
             cfg.optim_wrapper.pop(option, None)
     if cfg.get('launcher', 'none') == 'none':
@@ -111,7 +114,7 @@ def adapt_to_cpu(cfg: Config) -> None:
 
 def _without_sync_bn(node: object) -> None:
     if isinstance(node, dict):
-        if node.get('type') in ('SyncBN', 'MMSyncBN'):
+        if type_name(node) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
             node['type'] = 'BN'
         node = list(node.values())
     if isinstance(node, list | tuple):

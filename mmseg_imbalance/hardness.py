@@ -32,6 +32,21 @@ class _Reversed(torch.autograd.Function):
         return -ctx.rate * grad, None
 
 
+class _Hardness(nn.Module):
+    """A 1x1 convolution to one channel that starts at 0.
+
+    It is no Conv2d: an ``init_cfg`` of the model for this type would give it other values.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+
 @MODELS.register_module()
 class HardnessWeightedLoss(WeightedLoss):
     """Cross-entropy sum_i w_i l_i / sum_i w_i with weights w = sigmoid(h) + floor of pixels that are learnt.
@@ -75,10 +90,8 @@ class HardnessWeightedLoss(WeightedLoss):
 
     def set_feature_shape(self, num_classes: int, channels: int) -> None:
         """Make the weight head for what a head hands over; heads call it when they are built."""
-        last = nn.Conv2d(WIDTH, 1, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.weight_head = nn.Sequential(nn.Conv2d(channels, WIDTH, 3, padding=1), nn.ReLU(), last)
+        first = nn.Conv2d(channels, WIDTH, 3, padding=1)
+        self.weight_head = nn.Sequential(first, nn.ReLU(), _Hardness(WIDTH))
 
     def weigh_pixels(self, batch: Batch) -> dict[str, Any]:
         """The learnt weights, (B, H, W)."""

@@ -6,6 +6,7 @@ Losses that do more than a formula on the sums have modules of their own: :mod:`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -49,9 +50,9 @@ class WeightedLoss(nn.Module):
         class_weight: one number >= 0 per class: None (all 1); a list; a dict by class name (classes that it
             leaves out weigh 1); the path of a file that ``mmseg-imbalance class-weights CONFIG --out FILE``
             wrote; or 'auto', which :class:`~mmseg_imbalance.hooks.ClassWeightHook` fills before training.
-        balance: 'fixed', or where there are several terms 'uncertainty' or 'gradnorm', which start from the
-            factors and change them while training: see :mod:`mmseg_imbalance.balance`. Its options go into a
-            dict, dict(type='gradnorm', asymmetry=0.5).
+        balance: 'fixed', or where there are several terms 'uncertainty', which starts from the factors, or
+            'gradnorm', which keeps their sum; they change the factors while training, see
+            :mod:`mmseg_imbalance.balance`. Its options go into a dict, dict(type='gradnorm', asymmetry=0.5).
         logit_adjustment: tau >= 0; tau ln f_c is added to the logits, f_c the class's share of the training
             pixels, 0.3 to 1 as a rule (Menon et al. 2021, https://arxiv.org/abs/2007.07314, equation 10).
         logit_variation: sigma >= 0; in training |clamp(e, -1, 1)| rho_c is added to every logit as the head
@@ -190,6 +191,8 @@ class WeightedLoss(nn.Module):
             **dict(with_recall=bool(watchers)) | self.pass_options,
             **own,
         )
+        if self.training and torch.is_grad_enabled() and not logits.requires_grad:
+            self._warn_of_logits_without_gradient()
         self.correct = None if self.changes_logits else stats.correct
         parts, value = self.combine(stats, logits)
         self.learn(stats)
@@ -227,6 +230,16 @@ class WeightedLoss(nn.Module):
                 self.logged |= self._named(dict(zip(names, values, strict=True)))
         weighed = sum(factor * part for factor, part in zip(factors, parts, strict=True))
         return weighed, weighed.sum() + offset
+
+    def _warn_of_logits_without_gradient(self) -> None:
+        """Of another loss autograd says so; that of parameters hides it."""
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            warnings.warn(
+                f'the logits that {type(self).__name__} receives have no gradient: its own parameters learn, '
+                'but not the model. Is the head frozen, or does the reentrant variant of activation '
+                'checkpointing run on it?',
+                stacklevel=3,
+            )
 
     def _on_triton(self, logits: Tensor) -> bool:
         return choose_backend(self.backend, logits).__name__.endswith('.triton')
@@ -368,7 +381,8 @@ class GeneralizedDiceLoss(WeightedTverskyLoss):
     """1 - (2 sum_c w_c I_c + s) / (sum_c w_c (P_c + T_c) + s): one overlap of all classes, each weighted.
 
     Args:
-        class_weight: w; None: 1 / T_c^2 of the image itself, which is the source's.
+        class_weight: w, which is scaled to sum_c w_c T_c = sum_c T_c, so that s counts pixels; None:
+            1 / T_c^2 of the image itself, which is the source's.
         **options: of :class:`WeightedDiceLoss`.
 
     Source: Sudre et al. 2017, https://arxiv.org/abs/1707.03237, section 2.1.

@@ -88,8 +88,8 @@ class RareClassCrop(RandomCrop):
             self.warned = True
             warn(
                 'RareClassCrop: an image comes without a drawn class, such crops are plain. Train with '
-                "sampler=dict(type='RareClassSampler'), and not on a ClassBalancedDataset, which loses it. "
-                'Images that a MultiImageMixDataset adds, as for a mosaic, have none.'
+                "sampler=dict(_delete_=True, type='RareClassSampler'), and not on a ClassBalancedDataset, "
+                'which loses it. Images that a MultiImageMixDataset adds, as for a mosaic, have none.'
             )
 
     def __repr__(self) -> str:

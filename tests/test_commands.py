@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from processes import run, succeed
 from test_tools import BALANCED, small
 
 from mmseg_imbalance.commands import COMMANDS, main
+from mmseg_imbalance.counting import training_frequency
+from mmseg_imbalance.weighting import class_weights
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +92,35 @@ def test_class_weights_prints_every_scheme_and_writes_what_a_loss_reads(scenes, 
         record['weights']
     )
     assert 'Counting' not in succeed(*command)  # from the cache
+
+
+def test_class_weights_writes_the_weights_that_the_hook_of_the_config_would_take(scenes, tmp_path):
+    from mmengine.config import Config
+
+    options = dict(scheme='inverse_freq', power=0.5, max_ratio=5.0)
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f"_base_ = [r'{REPOSITORY / BALANCED}']\n"
+        f"custom_hooks = [dict(type='ClassWeightHook', priority='LOW', max_images=4, **{options})]\n"
+        f"train_dataloader = dict(dataset=dict(data_root=r'{scenes}'))\n"
+    )
+    command = [*COMMAND, 'class-weights', config, '--cache-dir', tmp_path, '--out', tmp_path / 'w.json']
+    output = succeed(*command)
+    assert 'ClassWeightHook: inverse_freq, power=0.5, max_ratio=5.0' in output
+    assert '4 of 6 images' in output
+    record = json.loads((tmp_path / 'w.json').read_text())
+    assert (record['scheme'], record['max_images']) == ('inverse_freq', 4)
+    assert record['options'] == dict(power=0.5, max_ratio=5.0)
+    frequency = training_frequency(Config.fromfile(config), max_images=4, num_workers=0, cache_dir=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert record['weights'] == pytest.approx(class_weights(frequency, **options))
+    succeed(*command, '--scheme', 'inverse_freq')  # what is asked for comes first
+    record = json.loads((tmp_path / 'w.json').read_text())
+    assert record['options'] == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert record['weights'] == pytest.approx(class_weights(frequency, 'inverse_freq'))
 
 
 def test_class_weights_ends_with_one_clear_error(tmp_path):

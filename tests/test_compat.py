@@ -9,12 +9,13 @@ import torch.distributed as dist
 from conftest import REPOSITORY, Payload
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import digit_version
 from ranks import on_ranks
 from torch import nn
 
-from mmseg_imbalance.compat import adapt_to_cpu
+from mmseg_imbalance.compat import CPUAmpOptimWrapper, adapt_to_cpu
 
 weights_only = pytest.mark.skipif(
     digit_version(torch.__version__) < digit_version('2.6'),
@@ -125,6 +126,13 @@ def test_on_a_cpu_amp_becomes_bfloat16_and_nothing_else_changes(monkeypatch):
     adapt_to_cpu(cfg)
     assert cfg.to_dict() == dict(optim_wrapper=dict(type='CPUAmpOptimWrapper', clip_grad=None))
     adapt_to_cpu(Config(dict(optim_wrapper=None)))  # as configs that only test have it
+    for kind, other in (
+        (AmpOptimWrapper, CPUAmpOptimWrapper),
+        ('mmengine.AmpOptimWrapper', 'CPUAmpOptimWrapper'),
+    ):
+        cfg = Config(dict(optim_wrapper=dict(type=kind)))  # as in Python configs, and with a scope
+        adapt_to_cpu(cfg)
+        assert cfg.optim_wrapper.type == other
 
 
 class TwoParts(nn.Module):

@@ -78,6 +78,16 @@ def test_it_starts_as_cross_entropy():
     torch.testing.assert_close(make_loss(trained=False)(logits, target, features=features), expected)
 
 
+def test_an_init_cfg_of_the_model_for_all_convolutions_leaves_the_weights_equal():
+    head = dict(type='FeatureHead', base='FCNHead', num_convs=0, concat_input=False, kernel_size=1)
+    head |= dict(in_channels=4, channels=4, num_classes=5, loss_decode=dict(type='HardnessWeightedLoss'))
+    head = MODELS.build(head | dict(init_cfg=dict(type='Normal', layer=['Conv2d'], std=5.0)))
+    head.init_weights()
+    assert head.conv_seg.weight.std() > 1
+    assert not head.loss_decode.weight_head[-1].weight.any()
+    assert not head.loss_decode.weight_head[-1].bias.any()
+
+
 def test_pixels_that_stay_hard_get_the_weight():
     """Labels in the right half are noise, which nothing can learn; the features tell the halves apart."""
     torch.manual_seed(0)

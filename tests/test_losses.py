@@ -776,6 +776,29 @@ def test_feature_heads_log_the_parts_and_add_only_the_sum_to_the_total(more):
     assert {'combined_ce', 'combined_dice', 'loss_combined', 'loss', *subclass} <= set(logged)
 
 
+@pytest.mark.parametrize('type', ['HardnessWeightedLoss', 'CombinedWeightedLoss'])
+def test_a_loss_that_learns_says_that_the_model_does_not(type):
+    """As under reentrant activation checkpointing, where another loss ends with autograd's error."""
+    more = dict(balance='uncertainty') if type.startswith('Combined') else {}
+    head = dict(type='FeatureHead', base='FCNHead', num_convs=0, concat_input=False, kernel_size=1)
+    head |= dict(in_channels=4, channels=4, num_classes=5, loss_decode=dict(type=type, **more))
+    head = MODELS.build(head)
+    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 5, (1, 8, 8))))
+    features = [torch.randn(1, 4, 4, 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        head.loss(features, [sample], {})
+        with torch.no_grad():
+            head.loss(features, [sample], {})
+    head.conv_seg.requires_grad_(False)
+    with pytest.warns(UserWarning, match=f'the logits that {type} receives have no gradient'):
+        head.loss(features, [sample], {})
+    head.loss_decode.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        head.loss(features, [sample], {})
+
+
 def test_a_head_passes_its_ignore_index():
     loss = dict(type='WeightedCrossEntropyLoss')
     same = torch.where(TARGET == 255, 7, TARGET)

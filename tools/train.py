@@ -5,6 +5,8 @@ The log, the checkpoints and what the hooks write go into the work dir.
 
 from launch import build_runner, parser, read_config
 
+from mmseg_imbalance.config_fields import type_name
+
 
 def main(argv=None):
     options = parser(__doc__, 'CONFIG --work-dir work_dirs/run --cfg-options randomness.seed=0')
@@ -13,9 +15,9 @@ def main(argv=None):
     args = options.parse_args(argv)
 
     cfg = read_config(args)
-    if args.amp and cfg.optim_wrapper.type != 'AmpOptimWrapper':
-        if cfg.optim_wrapper.type != 'OptimWrapper':
-            options.error(f'--amp replaces OptimWrapper, but the config has {cfg.optim_wrapper.type}')
+    if args.amp and (kind := type_name(cfg.optim_wrapper)) != 'AmpOptimWrapper':
+        if kind != 'OptimWrapper':
+            options.error(f'--amp replaces OptimWrapper, but the config has {kind}')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     cfg.resume = args.resume

@@ -40,7 +40,8 @@ def initialising() -> Iterator[None]:
             raise
         raise ValueError(
             f'{error}: ClassBalancedDataset needs it, and data sets of MMSegmentation have none. Take '
-            "the data set without it, and sampler=dict(type='RareClassSampler') in train_dataloader."
+            "the data set without it, and sampler=dict(_delete_=True, type='RareClassSampler') in "
+            'train_dataloader.'
         ) from error
 
 

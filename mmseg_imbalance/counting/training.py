@@ -55,9 +55,10 @@ def training_frequency(
     def find() -> tuple[Any, int, Path | None, int | None, Sequence[str] | None]:
         dataset, config, model, workers = _training_data(source)
         label = ignored_label(dataset, decode_heads(model) if heads is None else heads)
-        folder = cache_dir or _option_of_hook(config, 'cache_dir') or _users_folder() or None
+        hook = hook_of(config)
+        folder = cache_dir or get_field(hook, 'cache_dir') or _users_folder() or None
         workers = workers if num_workers is None else num_workers
-        names = _option_of_hook(config, 'label_transforms') if label_transforms is None else label_transforms
+        names = get_field(hook, 'label_transforms') if label_transforms is None else label_transforms
         path = None if folder is None else Path(folder)
         return dataset, label, path, workers, names
 
@@ -110,9 +111,9 @@ def _training_data(source: Any) -> tuple[Any, Any, Any, int | None]:
     return source, None, None, None
 
 
-def _option_of_hook(config: Any, option: str) -> Any:
-    """What a ClassWeightHook of the config, or one made already, has for an option; None: it does not say."""
+def hook_of(config: Any) -> Any:
+    """The ClassWeightHook among the ``custom_hooks`` of a config, its dict or made already; None without."""
     for hook in (config.get('custom_hooks') or ()) if config is not None else ():
         if type_name(hook) == 'ClassWeightHook':
-            return get_field(hook, option)
+            return hook
     return None
