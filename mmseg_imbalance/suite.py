@@ -336,11 +336,29 @@ def prepare_resume(work_dir: Path, iterations: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of results; none where there is no file."""
+    """The rows of a file of results; none where there is no file.
+
+    Raises:
+        ValueError: it has no rows of a suite, or not any more since it was edited.
+    """
     if not path.exists():
         return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+    rows = []
+    with open(path, newline='', encoding='utf-8-sig') as file:  # spreadsheets write the mark of UTF-8
+        reader = csv.DictReader(file)
+        try:
+            for row in filter(lambda row: any(row.values()), reader):
+                if None in row or None in row.values():
+                    raise ValueError(f'it has {"more" if None in row else "fewer"} cells than the first line')
+                if missing := [name for name in COLUMNS if name not in row]:
+                    raise ValueError(f'there are no columns {missing}')
+                int(row['seed']), int(row['iterations'])
+                rows.append(row)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(
+                f'{path}, line {reader.line_num}: no row of mmseg-imbalance suite: {error}. Mend or delete it'
+            ) from error
+    return rows
 
 
 def append_row(path: Path, row: dict[str, object]) -> None:

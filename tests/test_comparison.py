@@ -295,7 +295,8 @@ def test_what_was_resumed_adds_up_and_what_was_begun_anew_does_not(tmp_path):
     write_run(tmp_path / 'b', tested=False)
     second = (tmp_path / 'b' / '20260101_000000').rename(folder / '20260103_000000')
     [(_, reason)] = compare([folder, write_run(tmp_path / 'c')]).left_out
-    assert 'neither validated nor tested' in reason  # the test is of the former model
+    assert 'neither validated nor tested' in reason
+    assert 'the test 20260102_000000 is older than the training and is left out' in reason
     newer = folder / 'test' / '20260104_000000'
     (folder / 'test' / '20260102_000000').rename(newer)
     (newer / '20260102_000000.json').rename(newer / '20260104_000000.json')
@@ -308,6 +309,20 @@ def test_what_was_resumed_adds_up_and_what_was_begun_anew_does_not(tmp_path):
     log.write_text(log.read_text().split('\n', 2)[2])  # it went on after iteration 10
     [group] = compare([folder]).groups
     assert group.runs[0].seconds == (20 + 10) * 0.5  # iterations 11 to 20 twice
+
+
+def test_a_seed_without_image_scores_is_named_where_others_have_them(tmp_path):
+    seeds = [write_run(tmp_path / f'{seed}', seed=seed) for seed in range(3)]
+    note = 'image_scores.npz of ImbalanceIoUMetric is not there'
+    assert not any(note in line for line in compare(seeds).notes)
+    for file in seeds[1].rglob('image_scores.npz'):
+        file.unlink()
+    comparison = compare(seeds)
+    assert [len(group.runs) for group in comparison.groups] == [2, 1]
+    assert [line.partition(':')[0] for line in comparison.notes if note in line] == [str(seeds[1])]
+    for file in tmp_path.rglob('image_scores.npz'):
+        file.unlink()
+    assert not any(note in line for line in compare(seeds).notes)  # where none has them, nothing is split
 
 
 def test_a_test_that_adds_to_the_model_is_another_config(tmp_path):

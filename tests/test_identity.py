@@ -155,12 +155,30 @@ def test_the_best_checkpoint_is_named_and_no_seed_of_the_last_ones(pair, tmp_pat
         ('a/iter_10.pth', None, 'end'),
         ('a/best_IoU.traffic_light_iter_10.pth', 20, 'best IoU.traffic_light'),
         ('a/latest.pth', 20, 'end'),
+        ('a/bias_iter_20.pth', 20, 'end, bias'),
+        ('a/bias.pth', 20, 'end, bias'),
+        ('a/bias_iter_10.pth', 20, 'iter 10, bias'),
+        ('a/bias_best_mIoU_iter_10.pth', 20, 'best mIoU, bias'),
+        ('a/bias_iter_20.pth', None, 'end, bias'),
+        ('a/averaged.pth', 20, 'averaged'),
+        ('a/released.pth', None, 'end'),
     ],
 )
 def test_what_a_checkpoint_is_of_its_training(checkpoint, end, expected):
     what, note = evaluated_at(checkpoint, end, 'iter')
     assert what == expected
     assert bool(note) == (what != 'end')
+
+
+def test_a_model_with_a_fitted_bias_is_no_seed_of_its_training(pair):
+    plain = compare(pair)
+    of_checkpoint(pair[1], f'{pair[1]}/bias_iter_20.pth')
+    comparison = compare(pair)
+    assert [len(group.runs) for group in plain.groups] == [2]
+    assert [len(group.runs) for group in comparison.groups] == [1, 1]
+    assert [group.runs[0].complete for group in comparison.groups] == [True, True]
+    assert 'checkpoint=end, bias' in comparison.groups[1].name
+    assert any('a bias that was fitted after training' in note for note in comparison.notes)
 
 
 MESSAGES = [

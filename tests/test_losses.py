@@ -2,6 +2,7 @@ import functools
 import itertools
 import json
 import math
+import warnings
 
 import oracle
 import pytest

@@ -15,7 +15,7 @@ from scipy import stats
 from mmseg_imbalance.commands.results import main
 from mmseg_imbalance.reports.results import mean_and_half, read_results
 from mmseg_imbalance.reports.results_page import plots, results_page, write_results
-from mmseg_imbalance.suite import append_row
+from mmseg_imbalance.suite import COLUMNS, append_row, read_rows
 
 SEEDS = range(4)
 BASE = [50.0, 52.0, 51.0, 49.0]
@@ -40,7 +40,7 @@ def row(method, seed, miou, tail, **more):
         'mIoU.tail': tail,
         'mIoU.body': 60.0 + seed,
         'mIoU.head': 90.0,
-        'IoU.road': 95.0,
+        'IoU.road': 90.0,
         'IoU.pole': tail,
         **more,
     }
@@ -64,7 +64,10 @@ ROWS = [
     row('once', 0, 80.0, 80.0),
 ]
 for each in ROWS[4:8]:  # of good
-    each['mIoU.head'] = 92.0 + each['seed'] / 10
+    each['mIoU.head'] = each['IoU.road'] = 92.0 + each['seed'] / 10
+
+FIRST = ','.join(COLUMNS)
+OTHER = ','.join(str(ROWS[0][name]) for name in COLUMNS)
 
 
 def write_rows(folder, rows, name='camvid'):
@@ -266,8 +269,12 @@ def test_a_comparison_without_the_baseline_has_means_alone(tmp_path):
 
 def test_classes_are_in_the_order_of_their_frequency_which_any_row_of_the_data_set_tells(tmp_path):
     known = {'Pixels.road': 100, 'Pixels.pole': 900, 'Pixels.sky': 50, 'IoU.sky': 1.0}
+    thirds = dict(
+        zip(('mIoU.head', 'mIoU.body', 'mIoU.tail'), ('IoU.pole', 'IoU.road', 'IoU.sky'), strict=True)
+    )
     short = [r | dict(schedule='short', iterations=500) | known for r in ROWS]
-    converged, _ = read_results(write_rows(tmp_path, [*ROWS, *short]))
+    rows = [r | {part: (r | known)[name] for part, name in thirds.items()} for r in (*ROWS, *short)]
+    converged, _ = read_results(write_rows(tmp_path, rows))
     assert converged.schedule == 'converged'
     assert converged.classes == ['pole', 'road', 'sky']
     page = results_page([converged], 'results')
@@ -280,6 +287,49 @@ def test_two_classes_are_a_head_and_a_tail(tmp_path):
     regimes = read_results(write_rows(tmp_path / 'results', rows))
     assert '- head: road\n- tail: pole\n\n' in results_page(regimes, 'results')
     write_results(regimes, tmp_path / 'results')
+
+
+def test_a_file_that_a_spreadsheet_has_saved_is_read_as_before(tmp_path):
+    path = next(write_rows(tmp_path, ROWS).glob('*.csv'))
+    before = read_rows(path)
+    text = path.read_text(encoding='utf-8')
+    empty = ',' * text.splitlines()[0].count(',')
+    path.write_text('\ufeff' + f'{text}{empty}\n'.replace('\n', '\r\n'), encoding='utf-8', newline='')
+    assert read_rows(path) == before
+
+
+def test_plots_of_names_that_differ_by_other_characters_alone_lie_side_by_side(tmp_path):
+    both = [r | dict(schedule=name) for name in ('lr+', 'lr-', '短い', '長い') for r in ROWS]
+    regimes = read_results(write_rows(tmp_path / 'results', both))
+    files = [plot.file for regime in regimes for plot in plots(regime)]
+    assert len(files) == len(set(files)) == 12
+    assert sum(file.startswith('suite-camvid-lr--') for file in files) == 6
+
+
+def test_groups_that_are_no_thirds_are_not_called_thirds(tmp_path):
+    pixels = {'Pixels.road': 1000, 'Pixels.pole': 10}
+    thirds = [r | pixels | {'mIoU.head': r['IoU.road'], 'mIoU.tail': r['IoU.pole']} for r in ROWS]
+    swapped = [r | {'mIoU.head': r['IoU.pole'], 'mIoU.tail': r['IoU.road']} for r in thirds]
+    note = 'Head, body and tail are the groups that the metric was given, not thirds'
+    for name, rows, own in (('thirds', thirds, False), ('swapped', swapped, True)):
+        regimes = read_results(write_rows(tmp_path / name, rows))
+        page = results_page(regimes, name)
+        assert (note in page) == own
+        assert ('- tail: pole' in page) == (not own)
+        for plot in plots(regimes[0]):
+            plot.draw(regimes[0])
+
+
+def test_rows_of_other_labels_are_named(tmp_path):
+    rows = [r | {'Pixels.road': 1000, 'Pixels.pole': 10} for r in ROWS]
+    [regime] = read_results(write_rows(tmp_path / 'same', rows))
+    assert 'different labels' not in results_page([regime], 'same')
+    rows[1]['Pixels.pole'] = 20
+    [regime] = read_results(write_rows(tmp_path / 'other', rows))
+    note = 'The runs were trained on different labels; pixels of pole: 10 ('
+    assert note in results_page([regime], 'other')
+    [regime] = read_results(write_rows(tmp_path / 'unknown', [*ROWS[:-1], rows[-1]]))
+    assert 'different labels' not in results_page([regime], 'unknown')
 
 
 def test_without_frequencies_classes_are_in_the_order_of_the_data_set(regime):
@@ -332,7 +382,22 @@ def test_runs_with_one_evaluation_have_no_curve(tmp_path):
     [
         (None, [], 'no rows of a suite in'),
         ('', [], 'no rows of a suite in'),
-        ('class,pixels\nroad,3\n', [], "lacks the columns ['suite', 'dataset',"),
+        (
+            'class,pixels\nroad,3\n',
+            [],
+            "line 2: no row of mmseg-imbalance suite: there are no columns ['su",
+        ),
+        (
+            f'{FIRST},road\n{OTHER},1,2\n',
+            [],
+            'it has more cells than the first line',
+        ),
+        (f'{FIRST},road\n{OTHER}\n', [], 'it has fewer cells than the first line'),
+        (
+            f'{FIRST}\n{OTHER.replace(",0,", ",0.0,", 1)}\n',
+            [],
+            'invalid literal for int()',
+        ),
         (ROWS, ['--baseline', 'plain'], "no row is of the baseline 'plain', but of ['bad', 'cross-entropy',"),
     ],
 )

@@ -7,16 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
+from test_comparison import write_run
 
 from mmseg_imbalance.commands import main
-from mmseg_imbalance.commands.suite import make_slots, seed_list
+from mmseg_imbalance.commands.suite import Execution, make_slots, seed_list
 from mmseg_imbalance.files import locked
 from mmseg_imbalance.hardware import cpu_name
 from mmseg_imbalance.suite import (
+    COLUMNS,
     Suite,
+    SuiteRun,
     append_row,
     commit_of,
     evaluations,
@@ -288,11 +292,12 @@ def test_seeds_that_are_no_list_are_refused(write, capsys):
 
 def test_a_row_brings_columns_that_earlier_rows_lack(tmp_path):
     path = tmp_path / 'results' / 'camvid.csv'
-    append_row(path, dict(method='Jaccard, power 0.5', mIoU=50.5))
-    append_row(path, dict(method='focal', seed=1, mIoU=49.0))
+    common = dict.fromkeys(COLUMNS, '1')
+    append_row(path, common | dict(method='Jaccard, power 0.5', mIoU=50.5))
+    append_row(path, common | {'method': 'focal', 'mIoU': 49.0, 'IoU.road': 90.0})
     assert read_rows(path) == [
-        {'method': 'Jaccard, power 0.5', 'mIoU': '50.5', 'seed': ''},
-        {'method': 'focal', 'mIoU': '49.0', 'seed': '1'},
+        common | {'method': 'Jaccard, power 0.5', 'mIoU': '50.5', 'IoU.road': ''},
+        common | {'method': 'focal', 'mIoU': '49.0', 'IoU.road': '90.0'},
     ]
     assert read_rows(tmp_path / 'none.csv') == []
 
@@ -334,8 +339,8 @@ def test_a_work_dir_is_of_one_suite_at_a_time(write, tmp_path, capsys):
 
 def test_rows_of_several_processes_are_all_there(tmp_path):
     code = (
-        'import sys; from pathlib import Path; from mmseg_imbalance.suite import append_row\n'
-        "for n in range(20): append_row(Path(sys.argv[1]), {'seed': n, sys.argv[2]: n})"
+        'import sys; from pathlib import Path; from mmseg_imbalance.suite import COLUMNS, append_row\n'
+        'for n in range(20): append_row(Path(sys.argv[1]), dict.fromkeys(COLUMNS, n) | {sys.argv[2]: n})'
     )
     path = tmp_path / 'rows.csv'
     writers = [subprocess.Popen([sys.executable, '-c', code, path, name]) for name in 'ab']
@@ -476,6 +481,30 @@ def test_a_training_that_a_killed_suite_leaves_behind_keeps_the_work_dir(quick):
             pass
     finally:
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_row_that_cannot_be_added_ends_no_other_training(tmp_path, capsys):
+    folder, results = write_run(tmp_path / 'run'), tmp_path / 'results'
+    results.mkdir()
+    (results / 'camvid.csv').write_text(f'{",".join(COLUMNS)}\nsuite,camvid\n')  # cut off
+    run = SuiteRun('suite', 'camvid', 'short', 'focal', 0)
+    execution = SimpleNamespace(
+        failed=0,
+        left=20,
+        trained=0,
+        results=results,
+        prints={run: 'config'},
+        suite=SimpleNamespace(iterations=lambda _: 20),
+        iterations=lambda _: 20,
+        folder=lambda _: folder,
+    )
+    ended = SimpleNamespace(returncode=0)
+    slot = SimpleNamespace(run=run, process=ended, commit='abc1234', hardware='a core', started=0.0)
+    Execution.end(execution, slot)
+    assert (execution.failed, execution.trained, slot.process) == (1, 0, None)
+    output = capsys.readouterr().out
+    assert 'its row could not be added' in output
+    assert 'camvid.csv, line 2: no row of mmseg-imbalance suite: it has fewer cells' in output
 
 
 def test_no_run_and_no_data_are_errors_that_say_what_there_is(write, tmp_path, capsys):

@@ -277,7 +277,12 @@ class Execution:
             **metrics,
             **{f'Pixels.{name}': pixels for name, pixels in found.class_pixels.items()},
         )
-        append_row(self.results / f'{run.dataset}.csv', row)
+        try:
+            append_row(self.results / f'{run.dataset}.csv', row)
+        except (OSError, ValueError) as error:  # other trainings go on; the next call adds the row
+            self.failed += 1
+            print(f'{run.name} has ended, but its row could not be added: {error}', flush=True)
+            return
         self.trained += self.iterations(run)
         tail = f', tail {metrics["mIoU.tail"]:.2f}' if 'mIoU.tail' in metrics else ''
         if self.trained:

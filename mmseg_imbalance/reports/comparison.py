@@ -113,6 +113,13 @@ def compare(
         f'{run.work_dir}: {note}' for members in groups.values() for run in members for note in run.notes
     ]
     runs = [run for members in groups.values() for run in members]
+    without = [str(run.work_dir) for run in runs if run.scores is None]
+    if len(without) < len(runs):
+        notes += [
+            f'{name}: image_scores.npz of ImbalanceIoUMetric is not there, so nobody knows whether it was '
+            'tested on the data of the others: it is a config of its own'
+            for name in without
+        ]
     if len({run.source.split()[0] for run in runs}) > 1:
         notes.append('some results are of tests and some of validations')
 

@@ -159,16 +159,26 @@ def model_names(home: Path | None, session: Path, checkpoint: str) -> frozenset[
 
 
 def evaluated_at(checkpoint: str, end: int | None, unit: str) -> tuple[str, str]:
-    """What of a training a checkpoint is: 'end', 'best KEY' or 'iter 1000'; and a note where it is no end."""
+    """What of a training a checkpoint is; and a note where it is not its end.
+
+    Returns:
+        'end', 'best KEY', 'iter 1000', each with ', bias' behind it for a file ``bias_*`` as of fit-bias; or
+        the name of a file that MMEngine would not name so.
+    """
     stem = Path(checkpoint).stem
+    if bias := re.fullmatch(r'bias(?:_(.+))?', stem):
+        what, note = evaluated_at(bias[1] or 'latest', end, unit)
+        return f'{what}, bias', note or f'{stem} is a model with a bias that was fitted after training'
     if best := re.fullmatch(r'best_(.+)_(iter|epoch)_(\d+)', stem):
         key, of, number = best.groups()
         return f'best {key}', (
             f'{stem} is the best checkpoint by {key} on the validation images, after {number} {of}s'
         )
     at = re.fullmatch(rf'{unit or "iter"}_(\d+)', stem)
-    if at is None or end is None or int(at[1]) == end:
+    if end is None or stem == 'latest' or (at is not None and int(at[1]) == end):
         return 'end', ''
+    if at is None:
+        return stem, f'{stem} is no name that MMEngine gives a checkpoint: it is a config of its own'
     return f'{unit} {at[1]}', f'evaluated after {at[1]} of {end} {unit}s'
 
 

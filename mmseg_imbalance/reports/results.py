@@ -11,7 +11,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from mmseg_imbalance.reports.paired import PairedTest, holm, paired_tests
-from mmseg_imbalance.suite import COLUMNS, read_rows
+from mmseg_imbalance.scores import class_groups
+from mmseg_imbalance.suite import read_rows
 
 ALPHA = 0.05
 TESTED = ('mIoU', 'mIoU.tail')  # what claims are made of
@@ -47,6 +48,14 @@ class Regime:
         names = [key.removeprefix('IoU.') for key in self.rows[0] if key.startswith('IoU.')]
         return sorted(names, key=lambda name: -self.pixels.get(name, 0))
 
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """The classes of head, body and tail as thirds; empty where the rows have other groups, or none."""
+        names = self.classes
+        thirds = class_groups(np.array([self.pixels.get(name, 0) for name in names]))
+        parts = {part: [names[c] for c in members] for part, members in thirds.items() if len(members)}
+        return {} if any(_has_other_groups(row, parts) for row in self.rows) else parts
+
     def values(self, metric: str) -> dict[str, dict[int, float]]:
         """The number of each run by method and seed; NaN where it has none."""
         return {
@@ -59,6 +68,16 @@ class Regime:
         if self.baseline not in self.methods:
             return {}
         return self.tests.get(metric) or paired_tests(self.values(metric), self.baseline)
+
+
+def _has_other_groups(row: Row, parts: dict[str, list[str]]) -> bool:
+    """Whether the mean of a part is not that of its classes: the metric was given ``groups``."""
+    for part, members in parts.items():
+        of_classes = [iou for name in members if math.isfinite(iou := number(row, f'IoU.{name}'))]
+        mean = number(row, f'mIoU.{part}')
+        if of_classes and math.isfinite(mean) and abs(math.fsum(of_classes) / len(of_classes) - mean) > 0.02:
+            return True
+    return False
 
 
 def survives(test: PairedTest) -> bool:
@@ -98,8 +117,6 @@ def read_results(folder: Path, baseline: str = 'cross-entropy') -> list[Regime]:
     regimes = []
     for path in sorted(folder.glob('*.csv')):
         rows = read_rows(path)
-        if rows and (missing := [name for name in COLUMNS if name not in rows[0]]):
-            raise ValueError(f'{path} holds no rows of a suite: it lacks the columns {missing}')
         keys = sorted({(row['suite'], row['dataset'], row['schedule']) for row in rows})
         regimes += [
             _regime([row for row in rows if (row['suite'], row['dataset'], row['schedule']) == key], baseline)
@@ -114,7 +131,9 @@ def read_results(folder: Path, baseline: str = 'cross-entropy') -> list[Regime]:
         raise ValueError(f'no row is of the baseline {baseline!r}, but of {names}; --baseline names another')
     for number_, regime in enumerate(regimes):  # frequencies are those of the data set
         pixels = next((r.pixels for r in regimes if r.dataset == regime.dataset and r.pixels), {})
-        regimes[number_] = replace(regime, pixels=pixels)
+        regimes[number_] = regime = replace(regime, pixels=pixels)
+        if pixels and not regime.parts:
+            regime.notes.append('Head, body and tail are the groups that the metric was given, not thirds')
     return sorted(regimes, key=lambda r: (r.dataset, -r.iterations, r.schedule, r.suite))
 
 
@@ -167,6 +186,16 @@ def _notes(methods: dict[str, dict[int, Row]], baseline: str) -> list[str]:
         if len(found) > 1:
             parts = [f'{value or "unknown"} ({_holders(methods, column, value)})' for value in found]
             notes.append(f'{what}: {"; ".join(parts)}')
+    of_all = [row for rows in methods.values() for row in rows.values()]
+    for column in sorted({key for row in of_all for key in row if key.startswith('Pixels.')}):
+        found = sorted({row[column] for row in of_all if row.get(column)}, key=int)
+        if len(found) > 1:
+            parts = [f'{int(value):,} ({_holders(methods, column, value)})' for value in found]
+            notes.append(
+                f'The runs were trained on different labels; pixels of {column.removeprefix("Pixels.")}: '
+                f'{"; ".join(parts)}. Their differences are of that too'
+            )
+            break
     commits = {row['commit'] for rows in methods.values() for row in rows.values()}
     if changed := sorted(commit for commit in commits if commit.endswith('+')):
         notes.append(f'Files differed from the commit where it has a +: {", ".join(changed)}')

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from mmseg_imbalance.files import write_atomically
@@ -25,7 +25,6 @@ from mmseg_imbalance.reports.results import (
     number,
     survives,
 )
-from mmseg_imbalance.scores import class_groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +89,8 @@ def _page(regimes: list[Regime], folder: str) -> Iterator[str]:
     yield '## How to read it\n'
     yield from (
         '- Numbers are per cent, of the last iteration, on the validation images.',
-        '- Head, body and tail are thirds of the classes by training pixels; the tail is the rarest.',
+        '- Head, body and tail are thirds of the classes by training pixels, if no note says otherwise; the '
+        'tail is the rarest.',
         "- A mean is over seeds; ± is half its 95 % interval by Student's t. One seed has none.",
         f'- A difference is the method minus {_text(baseline)}, of the seeds that both have. The range '
         'after it is its 95 % interval. Intervals are not corrected for their number.',
@@ -144,7 +144,7 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
 def _section(regime: Regime, folder: str) -> Iterator[str]:
     yield f'## {_place(regime)}: {regime.iterations:,} iterations\n'
     if regime.pixels:
-        for part, names in _parts(regime).items():
+        for part, names in regime.parts.items():
             yield f'- {part}: {", ".join(map(_text, names))}'
         yield ''
     values = {metric: regime.values(metric) for metric in SUMMARIES}
@@ -247,15 +247,12 @@ def _cells(test: PairedTest, tested: bool) -> list[str]:
     return [_difference(test), _p(test)] if tested else [_difference(test._replace(holm=None))]
 
 
-def _parts(regime: Regime) -> dict[str, list[str]]:
-    names = regime.classes
-    groups = class_groups(np.array([regime.pixels.get(name, 0) for name in names]))
-    return {part: [names[c] for c in members] for part, members in groups.items() if len(members)}
-
-
 def plots(regime: Regime) -> list[Plot]:
     """The plots that the rows of a regime allow."""
-    stem = re.sub(r'[^A-Za-z0-9.]+', '-', f'{regime.suite}-{regime.dataset}-{regime.schedule}')
+    name = f'{regime.suite}-{regime.dataset}-{regime.schedule}'
+    stem = re.sub(r'[^A-Za-z0-9.]+', '-', name)
+    if re.search(r'[^A-Za-z0-9._-]', name):  # without these characters it may be another's
+        stem += f'-{zlib.crc32(name.encode()):08x}'
     base = _text(regime.baseline)
     found = []
     if len(regime.methods) > 1 and regime.tests:
@@ -303,7 +300,7 @@ def plot_classes(regime: Regime) -> Figure:
     labels = classes
     if total := sum(regime.pixels.values()):
         labels = [f'{name}  {100 * regime.pixels.get(name, 0) / total:.3g} %' for name in classes]
-        for part, members in _parts(regime).items():
+        for part, members in regime.parts.items():
             top = classes.index(members[0]) - 0.5
             axes.axhline(top, color='0.6', linewidth=0.8)
             axes.text(1, top + 0.1, part, transform=axes.get_yaxis_transform(), ha='right', va='top')

@@ -118,7 +118,9 @@ def _read(work_dir: Path) -> Run:
         resumed = [bool(_config(session).get('resume')) for session in trainings]
         start = max(n for n, again in enumerate(resumed) if n == 0 or not again)
         trainings = trainings[start:]
-        tests = [session for session in tests if session.name >= trainings[0].name]  # not of a former model
+        former = [session for session in tests if session.name < trainings[0].name]
+        tests = [session for session in tests if session not in former]
+        notes += [f'the test {session.name} is older than the training and is left out' for session in former]
         config.load_from = _config(trainings[0]).get('load_from')
     else:
         config.load_from = None  # the checkpoint of the test
@@ -135,7 +137,7 @@ def _read(work_dir: Path) -> Run:
                 f'half-finished, {end} of {length} {unit}s; '
                 'mmseg-imbalance train CONFIG --resume goes on with it'
             )
-    session, record, checkpoint, split = _results(tests, trainings, logs, unit)
+    session, record, checkpoint, split = _results(tests, trainings, logs, unit, notes)
     what, note = evaluated_at(checkpoint, end, unit)
     notes += [note] if note else []
     prefix = _prefix(record) or ''
@@ -184,7 +186,7 @@ def _read(work_dir: Path) -> Run:
         max((record['memory'] for record in train if 'memory' in record), default=None),
         processes,
         _hardware(text) if trainings else None,
-        what == 'end',
+        what in ('end', 'end, bias'),
         notes,
         session,
     )
@@ -236,7 +238,7 @@ def _reached(trainings: list[Path], logs: dict, length: int, unit: str) -> int:
 
 
 def _results(
-    tests: list[Path], trainings: list[Path], logs: dict, unit: str
+    tests: list[Path], trainings: list[Path], logs: dict, unit: str, notes: list[str]
 ) -> tuple[Path, dict[str, object], str, str]:
     """The session that evaluated last, what it logged, the checkpoint it is of, and the split."""
     if tests:
@@ -252,7 +254,8 @@ def _results(
                 checkpoint = session.parent / f'{unit or "iter"}_{record.get("step")}.pth'
                 return session, record, str(checkpoint), 'val'
     raise Unusable(
-        'it was neither validated nor tested; mmseg-imbalance test CONFIG CHECKPOINT --work-dir DIR does it'
+        'it was neither validated nor tested with mIoU among the iou_metrics; mmseg-imbalance test CONFIG '
+        f'CHECKPOINT --work-dir DIR does it{"".join(f". Note: {note}" for note in notes)}'
     )
 
 
