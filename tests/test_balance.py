@@ -143,7 +143,7 @@ def test_gradnorm_goes_on_from_a_checkpoint(make_batch, tmp_path):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_gradnorm_does_not_lose_small_gradients_in_half_precision(make_batch, dtype):
-    logits, target = make_batch((64, 64), (256, 256))  # gradients far below the smallest half
+    logits, target = make_batch((64, 64), (256, 256))
     exact, half = combined(), combined()
     exact(logits.requires_grad_(), target)
     half(logits.detach().to(dtype).requires_grad_(), target)
@@ -263,3 +263,34 @@ def test_gradnorm_trains_is_logged_and_saved(small_config):
     assert torch.equal(saved['decode_head.loss_decode.balance.factors'], factors)
     assert saved['decode_head.loss_decode.balance._extra_state'] == 2
     assert 'decode.combined_dice_factor: ' in log_of(runner)
+
+
+def measured(balance, scale):
+    logits = torch.ones(1, 2, 4, 4, requires_grad=True)
+    balance([scale * logits.square().mean(), logits.exp().mean()], logits)
+    return balance.factors.tolist()
+
+
+def test_gradnorm_started_anew_measures_progress_from_its_own_start():
+    fresh, used = (GradNorm([0.6, 0.4], interval=2) for _ in range(2))
+    measured(used, 100.0)
+    used.start_anew()
+    for scale in (1.0, 1.0, 0.5):
+        assert measured(used, scale) == measured(fresh, scale)
+
+
+def test_gradnorm_of_a_loss_that_is_called_for_several_outputs(make_batch):
+    loss = combined(interval=1)
+    total = 0
+    for seed in (0, 1):
+        logits, target = make_batch(seed=seed, dtype=torch.float32)
+        total = total + loss(logits.requires_grad_(), target)
+    total.backward()  # as DAHead, which calls its loss three times
+
+
+def test_gradnorm_measures_gradients_below_the_smallest_half():
+    balance = GradNorm([0.6, 0.4])
+    logits = torch.zeros(1, 2, 512, 512, dtype=torch.float16, requires_grad=True)
+    mean = logits.float().mean() + 1
+    balance([1e-3 * mean, 4e-3 * mean], logits)  # 1e-3 / 2^19 is 2e-9, the smallest half 6e-8
+    assert balance.factors.tolist() == pytest.approx([0.8, 0.2])

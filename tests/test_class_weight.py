@@ -252,3 +252,25 @@ def test_errors_name_the_weights_of_the_region_term(make_batch, tmp_path):
     ):
         with pytest.raises(kind, match=message):
             CombinedWeightedLoss(region_class_weight=given)(*make_batch())
+
+
+def test_weights_are_scaled_anew_where_the_pixels_change():
+    weight, logits = ClassWeight([1.0, 3.0], mean_of_1=True), torch.zeros(1, 2, 1, 1)
+    weight.set_pixels([1, 1])
+    assert weight.for_logits(logits).tolist() == [0.5, 1.5]
+    weight.set_pixels([3, 1])
+    assert weight.for_logits(logits).tolist() == pytest.approx([1 / 1.5, 3 / 1.5])
+
+
+def test_later_weights_are_scaled_anew():
+    weight, logits = ClassWeight([1.0, 3.0], mean_of_1=True), torch.zeros(1, 2, 1, 1)
+    weight.set_pixels([1, 1])
+    assert weight.for_logits(logits).tolist() == [0.5, 1.5]
+    weight.set_weights([1.0, 1.0])  # as a power_schedule that fades
+    assert weight.for_logits(logits).tolist() == [1.0, 1.0]
+
+
+def test_the_prior_beside_a_file_of_weights_is_that_of_the_training_data(tmp_path):
+    WeightRecord(['a', 'b'], [1.0, 3.0], pixels=[1, 1]).save(tmp_path / 'weights.json')
+    weight = ClassWeight(str(tmp_path / 'weights.json'), with_prior=True, mean_of_1=True)
+    assert weight.needs_pixels  # the hook hands over what it has counted

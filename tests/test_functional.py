@@ -196,3 +196,21 @@ def test_a_saturated_generalized_dice_is_not_negative(make_batch, gamma):
         assert logits.grad.isfinite().all()
         worst.append(loss.item())
     assert min(worst) >= 0
+
+
+@pytest.mark.parametrize('gamma', [0.1, 0.5])
+def test_the_straight_line_near_0_meets_the_power(gamma):
+    end = 32 * torch.finfo(torch.float64).eps
+    error = end * torch.tensor([[1 - 1e-6, 1 + 1e-6, 0.5]], dtype=torch.float64)
+    below, above, half = (2 + 1) * functional.region_parts(error, torch.ones_like(error), gamma=gamma)
+    assert below.item() == pytest.approx(above.item(), rel=1e-5)
+    assert half.item() == pytest.approx(end**gamma / 2)
+
+
+@pytest.mark.parametrize('gamma', [0.5, 1.5])
+def test_an_error_that_rounding_makes_negative_counts_as_0(gamma):
+    errors = torch.tensor([[-1e-7, 0.5]], requires_grad=True), torch.tensor([[0.0, 0.5]], requires_grad=True)
+    values = [functional.region_parts(error, torch.ones_like(error), gamma=gamma) for error in errors]
+    assert torch.equal(*values)
+    values[0].sum().backward()
+    assert errors[0].grad.isfinite().all()

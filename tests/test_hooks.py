@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import recoloured
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
 from PIL import Image
@@ -646,3 +647,21 @@ def distributed_tensor_on_ranks():
 @pytest.mark.slow
 def test_distributed_tensors_are_sharded():
     assert on_ranks(2, distributed_tensor_on_ranks) == ['DTensor'] * 2
+
+
+@pytest.mark.parametrize(
+    ('change', 'same'),
+    [
+        ({}, True),
+        (dict(options=dict(power=0.5)), False),
+        (dict(max_images=7), False),
+        (dict(scheme='median_freq'), False),
+    ],
+)
+def test_a_resumed_run_takes_old_weights_with_the_same_options_alone(change, same):
+    made = dict(classes=['a', 'b'], weights=[0.5, 1.5], scheme='sqrt_inv_freq', options={}, max_images=None)
+    hub = MessageHub.get_instance('resumed')
+    hub.update_info('class_weights', WeightRecord(**made | change).to_dict())
+    dataset = SimpleNamespace(metainfo=dict(classes=('a', 'b')))
+    runner = SimpleNamespace(message_hub=hub, train_dataloader=SimpleNamespace(dataset=dataset))
+    assert (ClassWeightHook()._of_checkpoint(runner) is not None) == same

@@ -1,5 +1,7 @@
 """One label is no class: data sets, heads, losses, sampler and metric agree, or training does not begin."""
 
+from types import SimpleNamespace
+
 from mmseg_imbalance.registry import DATASETS, HOOKS, METRICS, MODELS
 
 import numpy as np
@@ -14,7 +16,7 @@ from ranks import on_ranks
 from scripted import HEAD, config, log_of, run, write_images
 
 from mmseg_imbalance.heads import FeatureHead
-from mmseg_imbalance.ignored_label import give_ignored_label, ignored_label
+from mmseg_imbalance.ignored_label import _check_metrics, give_ignored_label, ignored_label
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.reports.subclass_page import load
 
@@ -337,3 +339,12 @@ def test_logit_adjustment_counts_with_the_same_label(void_data, tmp_path):
         shift = head.conv_seg.bias[:, None, None] - head.conv_seg(torch.zeros(1, 4, 1, 1))
     expected = torch.tensor([24, 8, 16]).div(48).log()
     torch.testing.assert_close(shift.flatten(), expected)
+
+
+def test_a_metric_follows_the_data_set_that_it_evaluates():
+    metric = SimpleNamespace(ignore_index=None, expect=None, dataset_meta=None)
+    loop = SimpleNamespace(
+        dataloader=SimpleNamespace(dataset=dataset_of(9)), evaluator=SimpleNamespace(metrics=[metric])
+    )
+    _check_metrics(SimpleNamespace(val_loop=loop), 255)
+    assert metric.ignore_index == 9

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from mmseg_imbalance.intervals import (
+    Jackknife,
     Noise,
     difference,
     interval_of_share,
@@ -259,3 +260,55 @@ def test_what_runs_differ_by_from_image_to_image_counts_once():
     expected = 10 / 11 * (deviations**2).sum() / 2 / 3
     assert shared_variance(list(changes)) == pytest.approx(expected)
     assert shared_variance(list(changes[:1])) == 0
+
+
+def by_hand(iou, change, freedom):
+    return Jackknife(np.array(iou), np.array(change, float), np.array(freedom, float))
+
+
+CHANGE = np.random.default_rng(0).normal(0, 0.01, (9, 1))
+
+
+def test_the_freedom_of_a_difference_is_the_least_of_all_runs():
+    runs = [[by_hand([0.3], CHANGE, [7])], [by_hand([0.4], -CHANGE, [2])]]
+    found = difference([0.3], [0.4], runs, np.array([0]))
+    expected = noise_of_mean(-2 * CHANGE, np.array([2.0]))
+    assert found.interval[1] - found.mean == pytest.approx(expected.margin)
+
+
+def test_a_class_in_one_block_leaves_the_other_classes_their_interval():
+    change = np.concatenate([CHANGE, np.full_like(CHANGE, np.nan)], 1)
+    runs = [
+        [by_hand([v, v], sign * change * (1 + v), [7, 1]) for v in values]
+        for sign, values in ((1, (0.3, 0.31)), (-1, (0.4, 0.42)))
+    ]
+    found = difference([0.3, 0.31], [0.4, 0.42], runs, np.arange(2))
+    assert -0.2 < found.interval[0] < found.mean < found.interval[1] < 0.4  # (-1, 1) where a NaN comes in
+
+
+def test_a_class_in_one_block_alone_has_no_interval_whatever_the_seeds_say():
+    runs = [
+        [by_hand([v], np.full((9, 1), np.nan), [1]) for v in values] for values in ((0.3, 0.31), (0.4, 0.42))
+    ]
+    assert difference([0.3, 0.31], [0.4, 0.42], runs, np.array([0])).interval is None
+
+
+def test_an_interval_of_a_difference_of_shares_does_not_leave_minus_1_to_1():
+    assert difference([0.0, 0.1], [0.9, 1.0]).interval[1] <= 1
+    assert difference([0.9, 1.0], [0.0, 0.4]).interval[0] >= -1
+
+
+def test_the_degrees_of_freedom_of_a_class_are_at_least_1():
+    label = np.array([[10**6], [3]])
+    known = jackknife(label // 2, label, label)
+    assert known.freedom[0] >= 1
+
+
+def test_a_class_in_one_block_has_the_freedom_of_the_noisiest():
+    change = np.concatenate([CHANGE, 2 * CHANGE, np.full_like(CHANGE, np.nan)], 1)
+    noise = noise_of_mean(change, np.array([5.0, 4.0, 1.0]))
+    each = [1, 4, 4]  # in proportion: the unknown one is as noisy as the second, and as well known
+    assert noise.freedom == pytest.approx(min(8, sum(each) ** 2 / (1 / 5 + 16 / 4 + 16 / 4)))
+    change[:, 0] = 0
+    noise = noise_of_mean(change, np.array([5.0, 3.0, 1.0]))
+    assert noise.freedom == pytest.approx(min(8, 8**2 / (16 / 3 + 16 / 3)))

@@ -625,3 +625,15 @@ def test_a_sampler_that_has_counted_other_labels_than_the_hook_is_named(tmp_path
         'the sampler has counted other pixels than ClassWeightHook: crack: 128, here 320; stain: 192, here 0'
     )
     assert log.count(message) == (not told)
+
+
+def test_a_class_in_half_of_the_images_may_stay_away_where_a_sampler_draws():
+    counted = record([70_000, 30_000], [100, 60])
+    came = received([1000, 0])
+    assert kinds(compare(came, counted, at_random=False)) == []
+    assert kinds(compare(came, counted)) == [('warning', 'another share', 1)]
+
+
+def test_a_large_object_of_a_class_that_few_images_hold_is_chance():
+    counted = record([9_999_990, 10], [10_000, 1], num_images=10_000)
+    assert compare(received([990, 10], [100, 1], num_images=100), counted) == []

@@ -394,3 +394,9 @@ def test_a_file_above_opencvs_limit_names_the_variable(save, monkeypatch):
 def test_a_lack_of_memory_is_not_blamed_on_the_file():
     with pytest.raises(MemoryError), reading('0.png'):
         raise MemoryError
+
+
+def test_lossy_webp_is_known_behind_a_chunk_of_odd_length():
+    chunks = b'EXIF' + (3).to_bytes(4, 'little') + b'abc\0' + b'VP8 ' + bytes(8)
+    file = io.BytesIO(b'RIFF' + bytes(4) + b'WEBP' + chunks)
+    assert lossy_format(file) == 'lossy WebP'

@@ -567,7 +567,7 @@ def test_divided_by_pixels_it_says_what_is_missing_or_impossible(make_batch, tmp
         SimilaritySubclassifiedLoss(paper_exact=True, divide_by='pixels')
 
 
-def test_divided_by_pixels_a_file_brings_its_own_pixels_and_later_weights_are_scaled_anew(
+def test_divided_by_pixels_a_file_brings_its_own_pixels_and_the_scale_of_weights_cancels_out(
     make_batch, tmp_path
 ):
     batch = make_batch()
@@ -580,6 +580,8 @@ def test_divided_by_pixels_a_file_brings_its_own_pixels_and_later_weights_are_sc
     before = given(*batch)
     given.class_weight.set_weights([2 * w for w in WEIGHT])
     torch.testing.assert_close(given(*batch), before)
+    given.class_weight.set_weights(WEIGHT[::-1])
+    assert abs(given(*batch) - before) > 1e-3
     path.write_text(json.dumps(dict(classes=list('abcde'), weights=WEIGHT)))
     assert WeightedCrossEntropyLoss(str(path), divide_by='pixels').class_weight.needs_pixels
     assert WeightedCrossEntropyLoss('auto', divide_by='pixels').class_weight.needs_pixels

@@ -667,3 +667,18 @@ def test_training_data_that_cannot_be_counted_cost_the_groups_only(small_config,
     warning = next(line for line in log_of(runner).splitlines() if 'ImbalanceIoUMetric cannot' in line)
     assert 'WARNING' in warning
     assert reason in log_of(runner)
+
+
+def test_with_nan_to_num_the_mean_lies_inside_its_interval():
+    labels, predictions = scenes_of(12)  # 'never' is in neither
+    metrics = imbalance(labels, predictions, nan_to_num=0)
+    assert metrics['mIoU.low'] < metrics['mIoU'] < metrics['mIoU.high']
+
+
+def test_recall_by_size_of_more_than_256_classes():
+    names = tuple(f'c{n}' for n in range(300))
+    labels = np.full((1, 8, 9), 255)
+    labels[0, :4] = 257
+    metrics = evaluate(labels, labels, names, 'ImbalanceIoUMetric', groups=dict(tail=['c257']))
+    assert metrics['Recall.small.c257'] == 100
+    assert np.isnan(metrics['Recall.small.c1'])

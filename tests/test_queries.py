@@ -277,3 +277,9 @@ def test_the_heads_of_mmdetection_train_with_it(small_config, tmp_path, name, la
     assert len(seen['values']) == 2 * layers
     for ours, theirs in seen['values']:
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_the_loss_of_few_queries_without_an_object_is_their_mean():
+    cls_score, label = torch.randn(3, 6), torch.full((3,), 5)
+    expected = torch.nn.functional.cross_entropy(cls_score, label)
+    torch.testing.assert_close(QueryClassLoss(None)(cls_score, label), expected)  # weights of 0.1 each

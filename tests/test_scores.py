@@ -1,13 +1,18 @@
+import math
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_metrics import CLASSES
 
+from mmseg_imbalance.intervals import Noise, jackknife, noise_of_mean
 from mmseg_imbalance.scores import (
     AREAS,
     block_names,
     class_groups,
+    class_pairs,
     fine_grained_iou,
     group_scores,
     load_image_scores,
@@ -200,3 +205,26 @@ def test_damaged_scores_are_named(tmp_path, damage):
         load_image_scores(file)
     with pytest.raises(FileNotFoundError):
         load_image_scores(tmp_path / 'none.npz')
+
+
+def test_absent_classes_make_the_interval_of_the_mean_as_narrow_as_leaving_out_images_does():
+    rng = np.random.default_rng(0)
+    label = rng.integers(1, 90, (30, 4)) * [1, 1, 0, 0]
+    right = rng.binomial(label, 0.7)
+    areas = pixels_of(label, right, 0 * label)
+    scores = group_scores(areas, {}, None, 0.0)
+
+    def mean(rows):
+        return sum(right[rows, c].sum() / label[rows, c].sum() for c in (0, 1)) / 4  # two absent ones are 0
+
+    rows, value = np.arange(30), mean(np.arange(30))
+    variance = 29 / 30 * sum((mean(np.delete(rows, i)) - value) ** 2 for i in rows)
+    known = jackknife(right, label, label)
+    freedom = noise_of_mean(known.change[:, :2], known.freedom[:2]).freedom
+    low, high = (math.log(scores[f'mIoU.{end}'] / (1 - scores[f'mIoU.{end}'])) for end in ('low', 'high'))
+    assert (high - low) / 2 == pytest.approx(Noise(variance, freedom).margin / (value * (1 - value)))
+
+
+def test_a_class_that_is_ignored_is_in_no_pair():
+    label, prediction = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[1, 0, 1, 0]])
+    assert class_pairs(prediction, label, 2, 0).tolist() == [[1, 0, 1], [1, 1, 1]]

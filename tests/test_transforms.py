@@ -686,3 +686,9 @@ def test_a_head_that_ignores_another_label_is_refused(hooks, small_config, tmp_p
     runner = Runner.from_cfg(cfg)
     with pytest.raises(ValueError, match=r'RareClassPaste has counted .*=255, but training ignores 3'):
         runner.train()
+
+
+def test_an_object_of_just_min_pixels_is_pasted():
+    labels = np.zeros((12, 14), np.uint8)
+    labels[1:3, 1:3] = 2
+    assert (paste(given_donor(labels), min_pixels=4)['gt_seg_map'] == 2).sum() == 4

@@ -99,6 +99,7 @@ def once_differentiable(backward: Callable) -> Callable:
     torch's decorator of this name lets a second derivative be 0 where no incoming gradient requires grad.
     """
 
+    @torch.compiler.disable
     @wraps(backward)
     def wrapper(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # checkpointing allows to read them once

@@ -133,7 +133,8 @@ def choose_backend(name: str, logits: Tensor, num_groups: int = 0) -> ModuleType
 def _compiled_backend(name: str) -> ModuleType | str:
     """The backend that Triton or Numba compiles, or why it cannot be imported."""
     try:
-        return import_module(f'mmseg_imbalance.ops.{name}')
+        # torch.compile would trace the import
+        return torch.compiler.disable(import_module)(f'mmseg_imbalance.ops.{name}')
     except ImportError as error:
         compiler = dict(cpu='Numba', triton='Triton')[name]
         return f'{compiler} cannot be imported ({error})'

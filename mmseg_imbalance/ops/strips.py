@@ -45,6 +45,7 @@ STRIP_NUMBERS = 3 << 18
 STRIPS_PER_PART = 4
 
 
+@torch.compiler.disable
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     """See :func:`mmseg_imbalance.ops.soft_stats`."""
     return SoftStats(*_SoftStats.apply(logits, target, options.pixel_weight, options))

@@ -56,6 +56,7 @@ SIZES = ['h', 'w', 'height', 'width', 'bands', 'bands_each', 'cells_each', 'num_
 SIZES += [f'{of}stride_{axis}' for of in ('', 'grad_') for axis in ('image', 'class', 'row')]
 
 
+@torch.compiler.disable
 def soft_stats(logits: Tensor, target: Tensor, options: Options) -> SoftStats:
     """See :func:`mmseg_imbalance.ops.soft_stats`."""
     return SoftStats(*_SoftStats.apply(logits, target, options.pixel_weight, options))
