@@ -232,6 +232,13 @@ class Suite:
         cfg.merge_from_dict(lines)
         if augment:
             add_transforms(cfg.train_dataloader, augment)
+        loaders = [cfg.get(f'{split}_dataloader') or {} for split in SPLITS]
+        inner = [dataset for loader in loaders for dataset in innermost(loader.get('dataset'))]
+        if len(roots := {str(dataset.get('data_root')).rstrip('/') for dataset in inner}) > 1:
+            raise ValueError(
+                f'{self.datasets[run.dataset]} has data below {sorted(roots)}, but a suite takes all of a '
+                'data set from one folder, --data/NAME. Set one data_root, with the folders in data_prefix'
+            )
         return cfg
 
 

@@ -156,6 +156,12 @@ def test_wrapped_data_lie_where_they_are_said_to_and_take_no_transforms(config_o
         config_of_wrapped(wrapper, [dict(type='SkeletonTubes')])
 
 
+def test_data_below_two_folders_are_refused_before_they_are_taken_from_one(config_of_wrapped):
+    two = "type='ConcatDataset', datasets=[inner, dict(inner, data_root='elsewhere')]"
+    with pytest.raises(ValueError, match=r"has data below \['data/camvid', 'elsewhere'\], but a suite takes"):
+        config_of_wrapped(two, [])
+
+
 def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_after_it(write):
     text = SUITE.replace(
         "'cross-entropy': dict(),", "'cross-entropy': dict(), 'CE + bias': dict(fit_bias='cross-entropy'),"
