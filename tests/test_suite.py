@@ -157,7 +157,7 @@ def test_wrapped_data_lie_where_they_are_said_to_and_take_no_transforms(config_o
 
 
 def test_data_below_two_folders_are_refused_before_they_are_taken_from_one(config_of_wrapped):
-    two = "type='ConcatDataset', datasets=[inner, dict(inner, data_root='elsewhere')]"
+    two = "type='ConcatDataset', datasets=[inner, dict(type='CamVidDataset', data_root='elsewhere')]"
     with pytest.raises(ValueError, match=r"has data below \['data/camvid', 'elsewhere'\], but a suite takes"):
         config_of_wrapped(two, [])
 
