@@ -230,7 +230,9 @@ class ClassWeight:
         """Use these weights, one number >= 0 per class, from the next call on."""
         weights = weights.tolist() if hasattr(weights, 'tolist') else list(weights)
         check_weights(weights, f'{self.name}={weights}')
-        self.values = _single(weights)
+        values = _single(weights)
+        # of a power_schedule, in each iteration: in the loss the copy to a GPU would wait for the network
+        self.values = values if self.values is None else _on(self.values.device, values)
         self._by_name = self._file_classes = self._scaled = None
 
     def set_pixels(self, pixels: Sequence[float] | Tensor | np.ndarray) -> None:

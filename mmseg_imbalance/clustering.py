@@ -58,7 +58,7 @@ class SubclassClustering(SubclassState):
         momentum: in (0, 1], the part that a batch has in the averages, as in BatchNorm. Those of a class
             stand still while it does not occur.
         update_freq: iterations from one k-means to the next; of 'kmeans'.
-        reservoir_size: cells kept of each class, the latest, at least K; of 'kmeans'.
+        reservoir_size: cells kept of each class, at least K; of 'kmeans'.
         frequency_power: a >= 0.
         difficulty_power: b >= 0. It is 0 for the first ``warmup_iters`` iterations and grows linearly in the
             next ``ramp_iters``.
@@ -344,7 +344,7 @@ class SubclassClustering(SubclassState):
         self.starved[which] = 0
 
     def _reserve(self, features: Tensor, by_cell: Tensor, iteration: int) -> None:
-        """Put a few random cells of each class in place of the reservoir's oldest."""
+        """Put a few random cells of each class in the reservoir, at places that go by the iteration."""
         size = self.reservoir_size
         number = math.ceil(size / self.update_freq)
         rows, found = self._choose(features, self._random_keys(by_cell, iteration), number)

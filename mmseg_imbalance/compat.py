@@ -58,6 +58,7 @@ def _register() -> None:
         distribution('mmsegmentation')
     except PackageNotFoundError:
         MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
+    MODULE2PACKAGE['mmseg_imbalance'] = 'mmseg-imbalance'  # configs of a wheel as bases
     if digit_version(torch.__version__) >= digit_version('2.6'):
         values = np.arange(2.0), np.arange(2)
         reconstruct = values[0].__reduce__()[0]

@@ -63,7 +63,8 @@ class ClassWeightHook(RunHook):
         **options: of the scheme: beta, unit, k, power, max_ratio.
 
     Raises:
-        ValueError: an option out of its range; before training, 'auto' in a loss of another package.
+        ValueError: an option out of its range; before training, 'auto' in a loss of another package that
+            took it.
         TypeError: an unknown option.
     """
 

@@ -17,6 +17,7 @@ from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.fonts import fonts_for
 from mmseg_imbalance.frequency import ClassFrequency
+from mmseg_imbalance.scores import present_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -213,7 +214,7 @@ def _balance_figure(classes: Sequence[str], reports: Mapping[str, Sequence[Any]]
     figure.get_layout_engine().set(h_pad=0.1, wspace=0.03)
     grid = figure.subplots(len(heights), 2, squeeze=False, width_ratios=[1, 1.1], height_ratios=heights)
     for (shares, recall), (name, history) in zip(grid, reports.items(), strict=True):
-        order = np.argsort(-_mean([report.pixel_share for report in history]), kind='stable')
+        order = np.argsort(-present_mean(np.array([report.pixel_share for report in history])), kind='stable')
         _draw_shares(shares, [classes[c] for c in order], history, order)
         shares.set_title(name, loc='left', fontweight='bold')
         shown = _draw_recall(recall, history, order)
@@ -228,7 +229,9 @@ def _draw_shares(axes: Axes, names: list[str], history: Sequence[Any], order: np
     latest = history[-10:]
     rows = np.arange(len(order))
     colours = dict(pixel_share='#4878a8', loss_share='#d1783c', gradient_share='#4f9a5b')
-    every = np.array([100 * _mean([getattr(r, kind) for r in latest])[order] for kind in colours])
+    every = np.array(
+        [100 * present_mean(np.array([getattr(r, kind) for r in latest]))[order] for kind in colours]
+    )
     every[every <= 0] = np.nan  # no logarithm
     known = np.isfinite(every).any(0)
     axes.hlines(rows[known], *(f(every[:, known], 0) for f in (np.nanmin, np.nanmax)), color='0.8')
@@ -267,14 +270,6 @@ def _draw_recall(axes: Axes, history: Sequence[Any], order: np.ndarray) -> Scala
     axes.set_xlabel('iteration')
     axes.set_title('recall on the training batches, beside it the last', loc='left', fontsize=10)
     return shown
-
-
-def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Over the first axis, of the numbers that are finite; NaN where none is."""
-    values = np.array(values)
-    known = np.isfinite(values)
-    number = known.sum(0)
-    return np.where(number > 0, np.where(known, values, 0).sum(0) / np.maximum(number, 1), np.nan)
 
 
 def _edges(iterations: Sequence[int]) -> np.ndarray:

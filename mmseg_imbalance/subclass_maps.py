@@ -114,7 +114,10 @@ def subclass_maps(
         subclass = None
         if isinstance(loss, SubclassifiedLoss):
             subclass = (found['group'][0] % loss.weighting.largest).cpu().numpy()
-        maps[name] = SubclassMaps(image, truth, found['pixel_weight'][0].float().cpu().numpy(), subclass)
+        weight = found['pixel_weight'][0].float()
+        if getattr(loss, 'paper_exact', False):  # its weights bring along the mean over the batch
+            weight = weight * target.numel()
+        maps[name] = SubclassMaps(image, truth, weight.cpu().numpy(), subclass)
     return maps
 
 

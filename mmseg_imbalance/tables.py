@@ -80,7 +80,7 @@ def table_text(table: Table) -> str:
 def subclass_table(classes: Sequence[str], state: SubclassTable) -> Table:
     """One row per subclass: share of its class, mean loss, weight; - where it has none yet."""
     table = table_of('subclass', 'share', 'mean loss', 'weight')
-    for c, name in enumerate(classes):
+    for c, name in enumerate(classes[: len(state.exists)]):  # a head may have fewer classes than another
         table.add_section()
         for k in np.flatnonzero(state.exists[c]):
             numbers = ['-'] * 3

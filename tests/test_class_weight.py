@@ -262,6 +262,13 @@ def test_weights_are_scaled_anew_where_the_pixels_change():
     assert weight.for_logits(logits).tolist() == pytest.approx([1 / 1.5, 3 / 1.5])
 
 
+def test_later_weights_come_to_where_the_earlier_ones_lay():
+    weight = ClassWeight([1.0, 3.0])
+    weight.for_logits(torch.zeros(1, 2, 1, 1, device='meta'))
+    weight.set_weights([2.0, 2.0])
+    assert weight.values.device.type == 'meta'
+
+
 def test_later_weights_are_scaled_anew():
     weight, logits = ClassWeight([1.0, 3.0], mean_of_1=True), torch.zeros(1, 2, 1, 1)
     weight.set_pixels([1, 1])

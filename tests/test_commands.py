@@ -123,6 +123,25 @@ def test_class_weights_writes_the_weights_that_the_hook_of_the_config_would_take
         assert record['weights'] == pytest.approx(class_weights(frequency, 'inverse_freq'))
 
 
+@pytest.mark.parametrize(
+    'text', ["model = dict(type='EncoderDecoder'", "_base_ = 'nobody::a/b.py'", 'model = not_defined']
+)
+def test_a_config_that_cannot_be_read_is_named(text, tmp_path, capsys):
+    config = tmp_path / 'config.py'
+    config.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(['class-weights', str(config)])
+    assert end.value.code == 1
+    assert f'{config} cannot be read: ' in capsys.readouterr().err
+
+
+def test_the_model_zoo_of_a_folder_without_configs_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(['model-zoo', str(tmp_path)])
+    assert end.value.code == 2
+    assert f'{tmp_path} holds no folder with a metafile.yaml' in capsys.readouterr().err
+
+
 def test_class_weights_ends_with_one_clear_error(tmp_path):
     data = ['--cfg-options', f'train_dataloader.dataset.data_root={tmp_path}/nowhere']
     code, output = run(*COMMAND, 'class-weights', BALANCED, *data)
@@ -151,7 +170,7 @@ def test_subclasses_is_one_page_with_every_class_and_the_images(subclassified):
     from mmseg.datasets import CityscapesDataset
 
     config, checkpoint = subclassified
-    command = [*COMMAND, 'subclasses', checkpoint, config]
+    command = [*COMMAND, 'subclasses', config, checkpoint]
     output = succeed(*command, '--images', 5)
     page = checkpoint.with_name('iter_2_subclasses.html')
     assert f'report: {page}' in output
@@ -186,13 +205,13 @@ def test_subclasses_ends_with_one_clear_error(subclassified, scenes, tmp_path):
     state = torch.load(checkpoint, weights_only=False)['state_dict']
     torch.save(dict(state_dict={k: v for k, v in state.items() if 'weighting' not in k}), other)
     for arguments, message in [
-        ([checkpoint, BALANCED], 'no head of EncoderDecoder has a subclassified loss'),
+        ([BALANCED, checkpoint], 'no head of EncoderDecoder has a subclassified loss'),
         (
-            [other, config],
+            [config, other],
             'missing in it or have another shape, such as decode_head.loss_decode.1.weighting.',
         ),
-        ([tmp_path / 'nothing.pth', config], 'nothing.pth'),
-        ([checkpoint, config, '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),
+        ([config, tmp_path / 'nothing.pth'], 'nothing.pth'),
+        ([config, checkpoint, '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),
     ]:
         code, output = run(*COMMAND, 'subclasses', *arguments)
         assert code == 1, output
@@ -215,7 +234,7 @@ def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_
 
     monkeypatch.setattr(demo.subprocess, 'run', record)
     monkeypatch.setattr('mmseg_imbalance.backbones.imagenet_weights', dict)
-    assert main(['demo', '--out', str(tmp_path)]) == 0
+    assert main(['demo', '--out', str(tmp_path / 'with a space, and a comma')]) == 0
     scripts = [Path(command[0]).name for command in commands]
     assert scripts == ['-m', '-m', 'train.py', 'test.py', 'train.py', 'test.py', '-m']
     assert [command[2] for command in commands if command[0] == '-m'] == [
@@ -225,7 +244,8 @@ def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_
     ]
     losses = []
     for train, test in (commands[2:4], commands[4:6]):
-        cfg = read_config(train[1], train[train.index('--cfg-options') + 1 :])
+        cfg = read_config(train[1], None)
+        assert test[1] == train[1]
         losses.append(cfg.model.decode_head.loss_decode.type)
         work_dir = Path(train[train.index('--work-dir') + 1])
         # the checkpoint that is written at the end, and a result where the comparison finds it

@@ -329,7 +329,7 @@ def test_the_code_in_a_checkpoint_is_not_run(write_config, tmp_path, command):
     (tmp_path / 'work' / 'last_checkpoint').write_text(str(checkpoint))
     arguments = dict(
         test=[config, checkpoint, '--work-dir', tmp_path / 'test'],
-        subclasses=[checkpoint, config, '--out', tmp_path / 'page.html'],
+        subclasses=[config, checkpoint, '--out', tmp_path / 'page.html'],
         train=[config, '--resume', '--work-dir', tmp_path / 'work'],
     )[command]
     process = start(sys.executable, '-m', 'mmseg_imbalance', command, *arguments, folder=tmp_path)

@@ -493,6 +493,17 @@ def test_a_number_of_images_below_0_is_refused():
         SubclassVisualizationHook(-1)
 
 
+def test_weights_that_are_divided_by_the_pixels_are_drawn_as_multiples_of_their_mean(small_config):
+    cfg = subclassified(small_config, 'SimilaritySubclassifiedLoss')
+    cfg.model.decode_head.loss_decode[1].paper_exact = True
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    model = runner.model.eval()
+    batch = runner.val_dataloader.collate_fn([runner.val_dataloader.dataset[1]])
+    maps = subclass_maps(model, find_subclassified(model), batch, 0)['decode_head.1']
+    assert maps.weight.mean() == pytest.approx(1, rel=1e-4)
+
+
 @pytest.mark.parametrize('padded', [False, True])
 def test_maps_are_those_of_the_whole_image_at_the_size_of_its_truth(small_config, padded):
     cfg = subclassified(small_config)

@@ -200,6 +200,17 @@ def test_installed_configs_find_their_bases(outside):
     assert len(output.split()) == len(list(REPOSITORY.glob('configs/[!_]*')))
 
 
+def test_a_config_of_the_package_is_a_base(outside):
+    base = 'mmseg_imbalance::segformer/segformer_mit-b0-combined_8xb1-160k_cityscapes-1024x1024.py'
+    (outside / 'based.py').write_text(f"_base_ = '{base}'")
+    code = (
+        'import mmseg_imbalance; from mmengine.config import Config; '
+        "print(Config.fromfile('based.py').model.decode_head.loss_decode.type)"
+    )
+    output = succeed(outside / 'env' / 'bin' / 'python', '-c', code, cwd=outside)
+    assert output.splitlines()[-1] == 'CombinedWeightedLoss'
+
+
 def test_class_weights_of_own_data(outside):
     output = command(outside, 'class-weights', 'config.py', '--out', 'weights.json', '--workers', 0)
     assert ' thing ' in output
@@ -210,7 +221,7 @@ def test_compare_and_subclasses_read_what_training_left(outside, trained):
     output = command(outside, 'compare', 'run', '--out', 'comparison')
     assert 'mIoU.tail' in output
     assert (outside / 'comparison' / 'comparison.html').exists()
-    command(outside, 'subclasses', 'run/iter_2.pth', 'config.py', '--images', 1)
+    command(outside, 'subclasses', 'config.py', 'run/iter_2.pth', '--images', 1)
     assert (outside / 'run' / 'iter_2_subclasses.html').exists()
 
 

@@ -70,7 +70,9 @@ def test_a_table_says_which_data_set_brings_which_class(frequency):
 
 
 def test_a_row_of_the_table_is_a_subclass_and_a_dash_stands_for_what_is_not_known_yet():
-    text = table_text(subclass_table(['road', 'train [old]', 'rider'], three_classes()))
+    names = ['road', 'train [old]', 'rider', 'of another head alone']
+    text = table_text(subclass_table(names, three_classes()))
+    assert 'another' not in text
     rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in text.splitlines() if '│' in line]
     assert rows == [
         ['road', '0', '20.0%', '0.5000', '1.500'],

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mmseg_imbalance.commands.options import command_parser, need_mmsegmentation
+from mmseg_imbalance.commands.options import command_parser, need_mmsegmentation, read_config
 from mmseg_imbalance.shipped import configs, tools
 
 DESCRIPTION = """\
@@ -47,14 +47,22 @@ class Demo:
         if done.returncode:
             sys.exit(f'{script} failed; the end of {self.log} says why')
 
+    def config(self, name: str) -> Path:
+        """The config with the folder of the data in it; a command line takes no path with a space."""
+        cfg = read_config(str(configs() / 'experiments' / f'{name}.py'), ['randomness.seed=0'])
+        for split in ('train', 'val', 'test'):
+            cfg[f'{split}_dataloader'].dataset.data_root = str(self.data)
+        path = self.folder / 'configs' / f'{name}.py'
+        path.parent.mkdir(exist_ok=True)
+        cfg.dump(path)
+        return path
+
     def train_and_test(self, config: str) -> None:
         """One run, with its test in a folder below it."""
-        work_dir, path = self.folder / config, configs() / 'experiments' / f'{config}.py'
-        roots = [f'{split}_dataloader.dataset.data_root={self.data}' for split in ('train', 'val', 'test')]
-        options = ['--cfg-options', *roots, 'randomness.seed=0']
-        self.run('train.py', path, '--work-dir', work_dir, *options)
+        work_dir, path = self.folder / config, self.config(config)
+        self.run('train.py', path, '--work-dir', work_dir)
         test = [work_dir / CHECKPOINT, '--work-dir', work_dir / 'test', '--save-predictions']
-        self.run('test.py', path, *test, *options)
+        self.run('test.py', path, *test)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,10 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     demo.log.unlink(missing_ok=True)
     demo.show('make-scenes', demo.data, '--train', 120, '--val', 40, '--size', '256x128')
     weights, chart = folder / 'class_weights.json', folder / 'class_weights.png'
-    balanced = configs() / 'experiments' / f'{RUNS["combined, auto"]}.py'
-    root = f'train_dataloader.dataset.data_root={demo.data}'
     files = ['--out', weights, '--plot', chart, '--cache-dir', folder / 'cache']
-    demo.show('class-weights', balanced, *files, '--cfg-options', root)
+    demo.show('class-weights', demo.config(RUNS['combined, auto']), *files)
 
     for name, config in RUNS.items():
         with console.status(f'{name}: training, then testing'):

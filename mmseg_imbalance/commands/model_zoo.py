@@ -29,6 +29,12 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.configs is None and not is_checkout():
         options.error('give the folder of the configs; only in a checkout it can be left out')
-    for metafile in sorted((args.configs or configs()).glob('[!_]*/metafile.yaml')):
+    folder = args.configs or configs()
+    metafiles = sorted(folder.glob('[!_]*/metafile.yaml'))
+    if not metafiles:
+        options.error(
+            f'{folder} holds no folder with a metafile.yaml; give the folder of the folders of configs'
+        )
+    for metafile in metafiles:
         print(write_page(metafile.parent))
     return 0

@@ -67,6 +67,7 @@ def read_config(path: str, cfg_options: list[str] | None) -> Config:
 
     Raises:
         ImportError: MMSegmentation is not installed.
+        ValueError: it is no Python, or its ``_base_`` is of no package that MMEngine knows.
     """
     need_mmsegmentation()
     from mmengine.config import Config, DictAction
@@ -74,7 +75,10 @@ def read_config(path: str, cfg_options: list[str] | None) -> Config:
 
     import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
 
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except (SyntaxError, NameError, AssertionError) as error:  # in which MMEngine does not name the file
+        raise ValueError(f'{path} cannot be read: {type(error).__name__}: {error}') from error
     if cfg_options:
         options = argparse.Namespace()
         DictAction(['--cfg-options'], 'cfg_options')(argparse.ArgumentParser(), options, cfg_options)

@@ -12,15 +12,15 @@ Write the subclasses of a trained model as one HTML page: for each class the
 share, the mean loss and the weight of its subclasses, and where they lie in a
 few validation images. The config needs a SubclassifiedLoss."""
 EXAMPLE = """\
-work_dirs/run/iter_2000.pth CONFIG
-work_dirs/run/iter_2000.pth CONFIG --images 12 --out subclasses.html"""
+CONFIG work_dirs/run/iter_2000.pth
+CONFIG work_dirs/run/iter_2000.pth --images 12 --out subclasses.html"""
 
 
 def _options() -> argparse.ArgumentParser:
     options = command_parser('subclasses', DESCRIPTION, EXAMPLE)
     add = options.add_argument
+    add('config', metavar='CONFIG', help='config file of the training')
     add('checkpoint', metavar='CHECKPOINT', help='checkpoint file (.pth)')
-    add('config', metavar='CONFIG', help='config file that it was trained with')
     add('--out', metavar='FILE', help='HTML file to write; default CHECKPOINT_subclasses.html beside it')
     add(
         '--images',

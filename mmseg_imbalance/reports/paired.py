@@ -21,19 +21,16 @@ class PairedTest(NamedTuple):
     holm: float | None  # p corrected for the number of methods
 
 
-def paired_tests(
-    values: Mapping[str, Mapping[int, float]], baseline: str, confidence: float = 0.95
-) -> dict[str, PairedTest]:
+def paired_tests(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, PairedTest]:
     """Each method against the baseline by a paired t-test over seeds, corrected by Holm.
 
-    With differences d_1..d_n of the n common seeds, the interval is mean(d) +- t(n - 1) sd(d) / sqrt(n).
+    With differences d_1..d_n of the n common seeds, the 95 % interval is mean(d) +- t(n - 1) sd(d) / sqrt(n).
     From one seed, or from differences that are all equal, the noise is not known: there is neither interval
     nor p, and the method does not count for the correction.
 
     Args:
         values: a number of each run, {method: {seed: number}}; one that is NaN is left out.
         baseline: one of the methods.
-        confidence: of the interval.
 
     Returns:
         A test for each other method. Where tests of several metrics or data sets stand beside each other,
@@ -44,20 +41,20 @@ def paired_tests(
     """
     if baseline not in values:
         raise ValueError(f'the baseline {baseline!r} is none of the methods {list(values)}')
-    tests = {name: _test(of_seed, values[baseline], confidence) for name, of_seed in values.items()}
+    tests = {name: _test(of_seed, values[baseline]) for name, of_seed in values.items()}
     del tests[baseline]
     corrected = holm([test.p for test in tests.values()])
     return {name: test._replace(holm=p) for (name, test), p in zip(tests.items(), corrected, strict=True)}
 
 
-def _test(method: Mapping[int, float], baseline: Mapping[int, float], confidence: float) -> PairedTest:
+def _test(method: Mapping[int, float], baseline: Mapping[int, float]) -> PairedTest:
     seeds = [s for s, value in method.items() if math.isfinite(value - baseline.get(s, math.nan))]
     differences = [float(method[seed] - baseline[seed]) for seed in sorted(seeds)]
     mean = float(np.mean(differences)) if differences else math.nan
     interval = p = None
     if np.ptp(differences or [0]) > 1e-12 * np.abs(differences).max(initial=0):
         tested = stats.ttest_1samp(differences, 0)
-        low, high = tested.confidence_interval(confidence)
+        low, high = tested.confidence_interval(0.95)
         interval, p = (float(low), float(high)), float(tested.pvalue)
     return PairedTest(sorted(seeds), differences, mean, interval, p, None)
 

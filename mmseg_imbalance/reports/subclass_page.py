@@ -65,7 +65,7 @@ def class_tables(classes, palette, state):
     shades = subclass_colours(palette, state.weight)
     known = np.isfinite(state.weight)
     most = [x[known].max(initial=1e-6) for x in (state.mean_loss, state.weight)]
-    for c, name in enumerate(classes):
+    for c, name in enumerate(classes[: len(state.exists)]):  # a head may have fewer classes than another
         yield f'<table><caption>{escape(name)}</caption>'
         yield '<tr><th></th><th>share</th><th>mean loss</th><th>weight</th></tr>'
         for k in np.flatnonzero(state.exists[c]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ class Run:
     def classes(self) -> list[str]:
         return list(self.class_pixels or self.iou)
 
-    @property
+    @cached_property
     def iou(self) -> dict[str, float]:
         """IoU of each class in per cent; of one that no label of the images holds NaN.
 
