@@ -28,4 +28,5 @@ except ImportError as error:
 __all__ = ['DATASETS', 'DATA_SAMPLERS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS', 'TRANSFORMS']
 
 for _root in (DATA_SAMPLERS, DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS, TRANSFORMS):
-    Registry(_root.name, parent=_root, scope='mmseg_imbalance')
+    # the locations: else MMEngine looks for modules of its naming, and warns
+    Registry(_root.name, parent=_root, scope='mmseg_imbalance', locations=['mmseg_imbalance.registry'])

@@ -313,7 +313,7 @@ def test_what_was_resumed_adds_up_and_what_was_begun_anew_does_not(tmp_path):
 
 def test_a_seed_without_image_scores_is_named_where_others_have_them(tmp_path):
     seeds = [write_run(tmp_path / f'{seed}', seed=seed) for seed in range(3)]
-    note = 'image_scores.npz of ImbalanceIoUMetric is not there'
+    note = 'there is no image_scores.npz of ImbalanceIoUMetric'
     assert not any(note in line for line in compare(seeds).notes)
     for file in seeds[1].rglob('image_scores.npz'):
         file.unlink()

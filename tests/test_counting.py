@@ -242,7 +242,7 @@ def test_a_script_without_a_main_guard_counts_although_its_workers_cannot_start(
     ('options', 'words'),
     [
         ({'num_workers': -1}, 'num_workers must be a whole number, at least 0, got -1'),
-        ({'num_workers': 2.0}, 'num_workers=2.0, allowed'),
+        ({'num_workers': 2.0}, 'num_workers must be a whole number, at least 0, got 2.0'),
         ({'max_images': True}, 'max_images must be a whole number, at least 1, got True'),
     ],
 )
@@ -397,7 +397,7 @@ def test_what_cannot_be_counted_says_why(root):
         )
     with pytest.raises(ValueError, match='there must be names'):
         count_classes(make(root, kind=BaseSegDataset))
-    with pytest.raises(ValueError, match='max_images=0'):
+    with pytest.raises(ValueError, match='max_images must be a whole number, at least 1, got 0'):
         count_classes(make(root), max_images=0)
 
 

@@ -161,6 +161,9 @@ def test_the_best_checkpoint_is_named_and_no_seed_of_the_last_ones(pair, tmp_pat
         ('a/bias_best_mIoU_iter_10.pth', 20, 'best mIoU, bias'),
         ('a/bias_iter_20.pth', None, 'end, bias'),
         ('a/averaged.pth', 20, 'averaged'),
+        ('a/iter_20-1a2b3c4d.pth', 20, 'end'),
+        ('a/best_mIoU_iter_10-1a2b3c4d.pth', 20, 'best mIoU'),
+        ('a/epoch_2.pth', 20, 'end'),
         ('a/released.pth', None, 'end'),
     ],
 )

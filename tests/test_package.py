@@ -172,3 +172,14 @@ def test_every_module_is_a_leaf_of_the_package():
     for name, _ in modules():
         if name.split('.')[-1] != '__main__' and name not in absent:
             importlib.import_module(name)
+
+
+def test_a_name_with_our_scope_is_found_without_a_warning(monkeypatch):
+    from mmengine.registry import MODELS as ROOT
+    from mmseg.registry import MODELS
+
+    said = []
+    monkeypatch.setattr('mmengine.logging.print_log', lambda message, *_, **__: said.append(message))
+    ROOT.children['mmseg_imbalance']._imported = False
+    MODELS.build(dict(type='mmseg_imbalance.WeightedDiceLoss'))
+    assert not [message for message in said if 'not installed' in str(message)]

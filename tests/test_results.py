@@ -320,6 +320,17 @@ def test_groups_that_are_no_thirds_are_not_called_thirds(tmp_path):
             plot.draw(regimes[0])
 
 
+def test_a_class_that_no_label_holds_makes_no_other_groups(tmp_path):
+    names = 'abcdef'
+    pixels = {f'Pixels.{name}': 10 ** (7 - at) for at, name in enumerate(names)}
+    ious = {f'IoU.{name}': 90.0 - 10 * at for at, name in enumerate(names)} | {'IoU.d': 0.0}
+    means = {'mIoU.head': 85.0, 'mIoU.body': 70.0, 'mIoU.tail': 45.0}  # d is predicted, but in no label
+    rows = [{k: v for k, v in r.items() if k[:4] != 'IoU.'} | pixels | ious | means for r in ROWS]
+    [regime] = read_results(write_rows(tmp_path, rows))
+    assert regime.parts == dict(head=['a', 'b'], body=['c', 'd'], tail=['e', 'f'])
+    assert not any('groups' in note for note in regime.notes)
+
+
 def test_rows_of_other_labels_are_named(tmp_path):
     rows = [r | {'Pixels.road': 1000, 'Pixels.pole': 10} for r in ROWS]
     [regime] = read_results(write_rows(tmp_path / 'same', rows))

@@ -119,9 +119,9 @@ def test_it_is_built_from_a_config_with_and_without_a_scope():
     ('options', 'message'),
     [
         (dict(num_stages=1), 'num_stages must be .* at least 2, got 1'),
-        (dict(num_stages=2.0), r'num_stages=2\.0'),
+        (dict(num_stages=2.0), r'num_stages must be .* got 2\.0'),
         (dict(base_channels=0), 'base_channels must be .* at least 1, got 0'),
-        (dict(in_channels='3'), "in_channels='3'"),
+        (dict(in_channels='3'), "in_channels must be .* got '3'"),
         (dict(stem_stride=0), 'stem_stride must be .* at least 1, got 0'),
         (
             dict(base_channels=12, norm_cfg=dict(type='GN', num_groups=8)),

@@ -16,7 +16,7 @@ def main(argv=None):
 
     cfg = read_config(args)
     if args.amp and (kind := type_name(cfg.optim_wrapper)) != 'AmpOptimWrapper':
-        if kind != 'OptimWrapper':
+        if kind not in ('', 'OptimWrapper'):  # without a type it is one
             options.error(f'--amp replaces OptimWrapper, but the config has {kind}')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'

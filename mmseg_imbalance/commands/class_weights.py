@@ -6,16 +6,19 @@ import argparse
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-
-from mmengine.config import Config
+from typing import TYPE_CHECKING
 
 from mmseg_imbalance.class_weight import WeightRecord
 from mmseg_imbalance.commands.options import add_cfg_options, command_parser, read_config
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.counting.training import hook_of
-from mmseg_imbalance.hooks import ClassWeightHook
 from mmseg_imbalance.tables import class_table, source_table, table_text
 from mmseg_imbalance.weighting import SCHEMES, class_weights
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+    from mmseg_imbalance.hooks import ClassWeightHook
 
 OF_HOOK = 'ClassWeightHook'  # the column of its weights
 DESCRIPTION = """\
@@ -40,6 +43,8 @@ def _chart(text: str) -> str:
 
 def _hook(config: Config) -> ClassWeightHook:
     """That of the config; where it has none, one with the usual options."""
+    from mmseg_imbalance.hooks import ClassWeightHook  # needs MMSegmentation, which --help does not
+
     hook = hook_of(config)
     if isinstance(hook, ClassWeightHook):
         return hook
@@ -66,7 +71,8 @@ def _options() -> argparse.ArgumentParser:
         '--max-images',
         type=int,
         metavar='N',
-        help='count a random sample of N images; default: as many as the ClassWeightHook, else all',
+        help='count a random sample of N images; default: as many as the ClassWeightHook of the '
+        'config, else all',
     )
     add('--workers', type=int, metavar='N', help='worker processes; default: those of the train_dataloader')
     add(

@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     args = options.parse_args(argv)
     if args.images < 0:
         options.error(f'--images must be at least 0, got {args.images}')
+    if args.config.endswith('.pth'):
+        options.error(f'CONFIG comes first, then CHECKPOINT, got {args.config} and {args.checkpoint}')
 
     checkpoint = Path(args.checkpoint)
     out = Path(args.out) if args.out else checkpoint.with_name(f'{checkpoint.stem}_subclasses.html')

@@ -116,8 +116,8 @@ def compare(
     without = [str(run.work_dir) for run in runs if run.scores is None]
     if len(without) < len(runs):
         notes += [
-            f'{name}: image_scores.npz of ImbalanceIoUMetric is not there, so nobody knows whether it was '
-            'tested on the data of the others: it is a config of its own'
+            f'{name}: there is no image_scores.npz of ImbalanceIoUMetric that can be used, so nobody knows '
+            'whether it was tested on the images of the others: it is not put together with these'
             for name in without
         ]
     if len({run.source.split()[0] for run in runs}) > 1:

@@ -165,7 +165,7 @@ def evaluated_at(checkpoint: str, end: int | None, unit: str) -> tuple[str, str]
         'end', 'best KEY', 'iter 1000', each with ', bias' behind it for a file ``bias_*`` as of fit-bias; or
         the name of a file that MMEngine would not name so.
     """
-    stem = Path(checkpoint).stem
+    stem = re.sub(r'-[0-9a-f]{8}$', '', Path(checkpoint).stem)  # of published ones
     if bias := re.fullmatch(r'bias(?:_(.+))?', stem):
         what, note = evaluated_at(bias[1] or 'latest', end, unit)
         return f'{what}, bias', note or f'{stem} is a model with a bias that was fitted after training'
@@ -174,12 +174,15 @@ def evaluated_at(checkpoint: str, end: int | None, unit: str) -> tuple[str, str]
         return f'best {key}', (
             f'{stem} is the best checkpoint by {key} on the validation images, after {number} {of}s'
         )
-    at = re.fullmatch(rf'{unit or "iter"}_(\d+)', stem)
-    if end is None or stem == 'latest' or (at is not None and int(at[1]) == end):
-        return 'end', ''
+    at = re.fullmatch(r'(iter|epoch)_(\d+)', stem)
+    if end is None or stem == 'latest' or (at is not None and at[1] != unit) or stem == f'{unit}_{end}':
+        return (
+            'end',
+            '',
+        )  # epochs of a training by iterations: nobody knows how many it has
     if at is None:
-        return stem, f'{stem} is no name that MMEngine gives a checkpoint: it is a config of its own'
-    return f'{unit} {at[1]}', f'evaluated after {at[1]} of {end} {unit}s'
+        return stem, f'nobody knows at which {unit} {stem} was saved: it is compared as a config of its own'
+    return f'{unit} {at[2]}', f'evaluated after {at[2]} of {end} {unit}s'
 
 
 def _digest(content: bytes, length: int = 6) -> str:

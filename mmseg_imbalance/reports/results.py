@@ -73,9 +73,11 @@ class Regime:
 def _has_other_groups(row: Row, parts: dict[str, list[str]]) -> bool:
     """Whether the mean of a part is not that of its classes: the metric was given ``groups``."""
     for part, members in parts.items():
-        of_classes = [iou for name in members if math.isfinite(iou := number(row, f'IoU.{name}'))]
+        ious = [iou for name in members if math.isfinite(iou := number(row, f'IoU.{name}'))]
         mean = number(row, f'mIoU.{part}')
-        if of_classes and math.isfinite(mean) and abs(math.fsum(of_classes) / len(of_classes) - mean) > 0.02:
+        # a class that no label holds is left out of the mean, and has 0 where it is predicted
+        numbers = range(max(1, sum(iou > 0 for iou in ious)), len(ious) + 1)
+        if math.isfinite(mean) and ious and all(abs(math.fsum(ious) / n - mean) > 0.02 for n in numbers):
             return True
     return False
 
