@@ -65,6 +65,6 @@ def log_of(module, monkeypatch):
     def print_log(message, logger, level=20):
         messages.setdefault(level, []).append(message)
 
-    monkeypatch.setattr('mmengine.logging.print_log', print_log)  # of the warnings that all modules share
     monkeypatch.setattr(module, 'print_log', print_log, raising=False)
+    monkeypatch.setattr(module, 'warn', lambda message: print_log(message, 'current', 30))
     return messages

@@ -299,7 +299,8 @@ def test_class_balanced_dataset_is_refused_with_what_to_use(tmp_path):
         get_cat_ids = BaseSegDataset.get_cat_ids  # as all data sets of MMSegmentation
 
     dataset = ClassBalancedDataset(make(tmp_path, Plain), oversample_thr=0.5, lazy_init=True)
-    with pytest.raises(ValueError, match=r"get_cat_ids.*sampler=dict\(type='RareClassSampler'\)"):
+    wanted = r"get_cat_ids.*sampler=dict\(_delete_=True, type='RareClassSampler'\)"
+    with pytest.raises(ValueError, match=wanted):
         make_sampler(None, dataset)
 
 
