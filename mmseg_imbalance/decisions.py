@@ -28,7 +28,7 @@ from mmseg_imbalance.counting import check_counting, training_frequency
 from mmseg_imbalance.ignored_label import decode_heads
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
-from mmseg_imbalance.options import check_whole
+from mmseg_imbalance.options import check_choice, check_whole
 from mmseg_imbalance.trained import classifying_head
 from mmseg_imbalance.weighting import log_prior
 
@@ -150,8 +150,7 @@ class DecisionHook(Hook):
     """
 
     def __init__(self, rule: str = 'argmax', remove_small: int = 1) -> None:
-        if rule not in RULES:
-            raise ValueError(f'rule must be one of {RULES}, got {rule!r}')
+        check_choice('rule', rule, RULES)
         check_whole(1, remove_small=remove_small)
         self.rule = rule
         self.remove_small = remove_small

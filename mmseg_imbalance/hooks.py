@@ -22,7 +22,7 @@ from mmseg_imbalance.heads import check_heads
 from mmseg_imbalance.label_check import LabelCheck
 from mmseg_imbalance.logged_parts import unwrapped
 from mmseg_imbalance.losses import WeightedLoss
-from mmseg_imbalance.options import check_whole
+from mmseg_imbalance.options import check_choice, check_whole
 from mmseg_imbalance.plots import draw_subclasses, plot_class_weights
 from mmseg_imbalance.queries import QueryClassLoss
 from mmseg_imbalance.run_hook import RunHook
@@ -78,8 +78,7 @@ class ClassWeightHook(RunHook):
         power_schedule: Sequence[tuple[float, float]] | None = None,
         **options: object,
     ) -> None:
-        if scheme not in SCHEMES:
-            raise ValueError(f'scheme must be one of {SCHEMES}, got {scheme!r}')
+        check_choice('scheme', scheme, SCHEMES)
         parameters = inspect.signature(class_weights).parameters.values()
         known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
         if unknown := sorted(set(options) - set(known)):

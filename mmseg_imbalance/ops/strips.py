@@ -30,7 +30,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -397,7 +397,7 @@ class _SoftStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, *by):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *by: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, weight, bias, marked = saved
         g_nll, g_intersection, g_prediction, g_truth, _correct, g_log_prob, *more = by
         o = replace(ctx.options, pixel_weight=weight, logit_bias=bias, marked=marked)

@@ -175,11 +175,9 @@ def evaluated_at(checkpoint: str, end: int | None, unit: str) -> tuple[str, str]
             f'{stem} is the best checkpoint by {key} on the validation images, after {number} {of}s'
         )
     at = re.fullmatch(r'(iter|epoch)_(\d+)', stem)
-    if end is None or stem == 'latest' or (at is not None and at[1] != unit) or stem == f'{unit}_{end}':
-        return (
-            'end',
-            '',
-        )  # epochs of a training by iterations: nobody knows how many it has
+    in_other_unit = at is not None and at[1] != unit  # nobody knows how many of these the training has
+    if end is None or in_other_unit or stem in ('latest', f'{unit}_{end}'):
+        return 'end', ''
     if at is None:
         return stem, f'nobody knows at which {unit} {stem} was saved: it is compared as a config of its own'
     return f'{unit} {at[2]}', f'evaluated after {at[2]} of {end} {unit}s'
