@@ -162,7 +162,9 @@ for code in {NEED_IT!r}:
 
 def test_every_module_is_a_leaf_of_the_package():
     backend = importlib.import_module('mmseg_imbalance.ops.soft_stats')._compiled_backend
-    needed = dict(cpu=['ops.cpu', 'ops.cpu_kernels'], triton=['ops.triton', 'benchmark.registers'])
+    needed = dict(
+        cpu=['ops.cpu', 'ops.cpu_kernels', 'ops.lanes'], triton=['ops.triton', 'benchmark.registers']
+    )
     absent = [  # the backend says why
         f'mmseg_imbalance.{module}'
         for name in needed

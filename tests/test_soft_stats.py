@@ -1188,6 +1188,7 @@ def test_the_cpu_kernels_are_kept_on_disk_where_there_is_a_place(place, tmp_path
         '__init__',
         'cpu',
         'cpu_kernels',
+        'lanes',
         'bilinear',
         'contract',
         'threads',

@@ -1,7 +1,8 @@
-"""The loops of the CPU backend, compiled by Numba: some pixels of a row at a time, along the row.
+"""The loops of the CPU backend, compiled by Numba: a piece of a row at a time.
 
-exp and log are polynomials, so that the compiler makes vector instructions of the loops. It does not where a
-loop writes to several arrays. The gradient is derived in :mod:`~mmseg_imbalance.ops.strips`.
+The logits of a piece are copied, or resized, into a room that a core's own caches hold.
+There sixteen pixels at a time (:mod:`~mmseg_imbalance.ops.lanes`) go through the classes.
+exp and log are polynomials. The gradient is derived in :mod:`~mmseg_imbalance.ops.strips`.
 """
 
 from __future__ import annotations
@@ -13,36 +14,43 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import njit
 from numba.extending import intrinsic
 
+from mmseg_imbalance.ops.lanes import (
+    FLOAT,
+    INTEGER,
+    INTEGERS,
+    NUMBER,
+    load,
+    spread,
+    store,
+    sum_of,
+    where_equal,
+    where_less,
+)
+
 f32 = np.float32
-ZERO, ONE, HALF = f32(0), f32(1), f32(0.5)
+ZERO, ONE, HALF, INFINITY = f32(0), f32(1), f32(0.5), f32(np.inf)
 TINY = np.finfo(f32).tiny
 LARGE = f32(1.5 * 2**23)  # added to a number, it leaves the nearest integer in the last bits
 LOG2_E, LN_2, LN_2_REST = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4)
-FLOAT, INTEGER = ir.FloatType(), ir.IntType(32)
 
 
-def compiled(*also: str) -> Callable[[Callable], Any]:
+def compiled(function: Callable) -> Any:
     """Compile at the first call and keep the result on disk, where there is a place for it.
 
-    Infinities and NaN stay what they are: of the fast arithmetic only fused multiply-add is on, and what
-    ``also`` names.
+    Infinities and NaN stay what they are: of the fast arithmetic only fused multiply-add is on.
     """
-    options: dict[str, Any] = dict(nogil=True, error_model='numpy', fastmath={'contract', *also})
-
-    def compile_it(function: Callable) -> Any:
-        try:
-            kernel = njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder that can be written
-            return njit(**options)(function)
-        # Numba's own guard, which works on Windows alone: a full disk is no reason to stop
-        with suppress(AttributeError):
-            kernel._cache._guard_against_spurious_io_errors = lambda: suppress(OSError)
-        return kernel
-
-    return compile_it
+    options: dict[str, Any] = dict(nogil=True, error_model='numpy', fastmath={'contract'})
+    try:
+        kernel = njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder that can be written
+        return njit(**options)(function)
+    # Numba's own guard, which works on Windows alone: a full disk is no reason to stop
+    with suppress(AttributeError):
+        kernel._cache._guard_against_spurious_io_errors = lambda: suppress(OSError)
+    return kernel
 
 
 @intrinsic
@@ -50,33 +58,44 @@ def _power_of_2(typing_context, n):
     """2^i from n = i + LARGE: i becomes the exponent of a float."""
 
     def code(context, builder, signature, arguments):
-        bits = builder.shl(builder.bitcast(arguments[0], INTEGER), INTEGER(23))
-        return builder.bitcast(builder.add(bits, INTEGER(0x3F800000)), FLOAT)
+        bits, number = _bits(builder, arguments[0])
+        shifted = builder.shl(bits, number(23))
+        return builder.bitcast(builder.add(shifted, number(0x3F800000)), arguments[0].type)
 
-    return types.float32(types.float32), code
+    return n(n), code
 
 
-def _split_bits(builder: Any, x: Any) -> tuple[Any, Any]:
+def _bits(builder: Any, x: Any) -> tuple[Any, Callable]:
+    """The bits of a float or of lanes, and what makes an integer, or lanes of it."""
+    kind = INTEGER if x.type == FLOAT else INTEGERS
+
+    def number(value: int) -> Any:
+        return INTEGER(value) if kind == INTEGER else ir.Constant(INTEGERS, [INTEGER(value)] * NUMBER)
+
+    return builder.bitcast(x, kind), number
+
+
+def _split_bits(builder: Any, x: Any) -> tuple[Any, Any, Callable]:
     """The bits of x = 2^i g with g from 1/sqrt(2) to sqrt(2), and i."""
-    bits = builder.bitcast(x, INTEGER)
-    return bits, builder.ashr(builder.sub(bits, INTEGER(0x3F3504F3)), INTEGER(23))
+    bits, number = _bits(builder, x)
+    return bits, builder.ashr(builder.sub(bits, number(0x3F3504F3)), number(23)), number
 
 
 @intrinsic
 def _exponent(typing_context, x):
     def code(context, builder, signature, arguments):
-        return builder.sitofp(_split_bits(builder, arguments[0])[1], FLOAT)
+        return builder.sitofp(_split_bits(builder, arguments[0])[1], arguments[0].type)
 
-    return types.float32(types.float32), code
+    return x(x), code
 
 
 @intrinsic
 def _mantissa(typing_context, x):
     def code(context, builder, signature, arguments):
-        bits, exponent = _split_bits(builder, arguments[0])
-        return builder.bitcast(builder.sub(bits, builder.shl(exponent, INTEGER(23))), FLOAT)
+        bits, exponent, number = _split_bits(builder, arguments[0])
+        return builder.bitcast(builder.sub(bits, builder.shl(exponent, number(23))), arguments[0].type)
 
-    return types.float32(types.float32), code
+    return x(x), code
 
 
 # coefficients of Cephes (S. Moshier), expf.c and logf.c, good to a unit in the last place
@@ -87,7 +106,7 @@ L3, L4, L5 = f32(-1.2420140846e-1), f32(1.4249322787e-1), f32(-1.6668057665e-1)
 L6, L7, L8 = f32(2.0000714765e-1), f32(-2.4999993993e-1), f32(3.3333331174e-1)
 
 
-@compiled()
+@compiled
 def exp(x):
     """exp(x) of x <= 0; 0 below -87, where a float has no full precision left."""
     n = x * LOG2_E + LARGE
@@ -96,10 +115,10 @@ def exp(x):
     r = r - i * LN_2_REST
     p = ((((E0 * r + E1) * r + E2) * r + E3) * r + E4) * r + E5
     p = p * (r * r) + r + ONE
-    return ZERO if x < f32(-87) else p * _power_of_2(n)
+    return where_less(x, f32(-87), ZERO, p * _power_of_2(n))
 
 
-@compiled()
+@compiled
 def log(x):
     """log(x) of a normal number x > 0; NaN of NaN."""
     i, g = _exponent(x), _mantissa(x) - ONE
@@ -110,15 +129,7 @@ def log(x):
     return g + p + i * LN_2 + (x - x)
 
 
-@compiled('reassoc')
-def _dot(a, b, n):
-    total = ZERO
-    for x in range(n):
-        total += a[x] * b[x]
-    return total
-
-
-@compiled()
+@compiled
 def _focal(nll, gamma):
     """(1 - p)^gamma nll, p = exp(-nll), and its derivative by log p."""
     miss = max(f32(-math.expm1(-nll)), TINY)
@@ -126,7 +137,7 @@ def _focal(nll, gamma):
     return power * nll, -gamma * power / miss * exp(-nll) * nll - power
 
 
-@compiled()
+@compiled
 def to_columns(small, low, high, part, out):
     """(C, k, w) to (C, k, W): each output from the two cells that it lies between."""
     for c in range(out.shape[0]):
@@ -136,7 +147,7 @@ def to_columns(small, low, high, part, out):
                 row[x] = cells[low[x]] * (ONE - part[x]) + cells[high[x]] * part[x]
 
 
-@compiled()
+@compiled
 def from_columns(columns, low, high, part, out):
     """The transpose: adds (C, k, W) to (C, k, w)."""
     for c in range(out.shape[0]):
@@ -154,85 +165,93 @@ def from_columns(columns, low, high, part, out):
             cells[next_to] += second
 
 
-@compiled()
-def _softmax(z, row, above, part, start, label, ignored, by_class, square, piece):
-    """Fill a piece of a row: see :func:`_piece`. What is not finite under ignored pixels counts as 0.
+@compiled
+def _begin(room, target, ignored, weight, start, width):
+    """Of a piece: its number of pixels, their labels, -1 if ignored, and weights, 0 if ignored."""
+    n, label, m = min(width, len(target) - start), room[0], room[1]
+    for x in range(len(label)):
+        label[x], m[x] = -ONE, ZERO
+    for x in range(n):
+        if target[start + x] != ignored:
+            label[x], m[x] = f32(target[start + x]), weight[start + x] if len(weight) else ONE
+    return n, label, m
 
-    ``by_class``: (C,), or (0,) where no mean is asked for.
-    """
-    e, total, top, largest, below, mean = piece
-    n, rest = len(label), ONE - part
-    for x in range(n):
-        total[x], top[x], largest[x], below[x], mean[x] = ZERO, -np.inf, ZERO, ZERO, ZERO
-    between = row != above
-    for c in range(len(z) if between else 0):
-        first, second, logits = z[c, row, start:], z[c, above, start:], e[c]
-        for x in range(n):
-            logits[x] = rest * first[x] + part * second[x]
-    for c in range(0, len(z), 2):  # by two, which takes a quarter of the time
-        d = min(c + 1, len(z) - 1)
-        first = e[c] if between else z[c, row, start:]
-        second = e[d] if between else z[d, row, start:]
-        for x in range(n):
-            value, number = top[x], largest[x]
-            number = f32(c) if first[x] > value else number
-            value = first[x] if first[x] > value else value
-            largest[x] = f32(d) if second[x] > value else number
-            top[x] = second[x] if second[x] > value else value
-    for x in range(n):
-        c = label[x]
-        if c != ignored:
-            below[x] = (e[c, x] if between else z[c, row, start + x]) - top[x]
+
+@compiled
+def _logit(z, c, row, above, part, x):
+    return z[c, row, x] if row == above else (ONE - part) * z[c, row, x] + part * z[c, above, x]
+
+
+@compiled
+def _take(z, row, above, part, start, n, e):
+    """Fill e, (C, n), with logits of a row, or with those between two rows; 0 after the last."""
+    rest, whole = ONE - part, n // NUMBER * NUMBER
     for c in range(len(z)):
-        values, logits = e[c], z[c, row, start:]
-        if between:  # one loop for both is not made of vector instructions: it may write what it reads next
-            for x in range(n):
-                values[x] = exp(values[x] - top[x])
+        if row == above:
+            for x in range(0, whole, NUMBER):
+                store(e, (c, x), load(z, (c, row, start + x)))
         else:
-            for x in range(n):
-                values[x] = exp(logits[x] - top[x])
-    for c in range(0, len(z), 2):
-        d = min(c + 1, len(z) - 1)
-        first, second, both = e[c], e[d], f32(d - c)
+            for x in range(0, whole, NUMBER):
+                first, second = load(z, (c, row, start + x)), load(z, (c, above, start + x))
+                store(e, (c, x), rest * first + part * second)
+        for x in range(whole, n):
+            e[c, x] = _logit(z, c, row, above, part, start + x)
+        if whole < n:
+            for x in range(n, whole + NUMBER):
+                e[c, x] = ZERO
+
+
+@compiled
+def _softmax(e, n, label, by_class, square, total, top, largest, below, mean):
+    """From the logits in e fill the room of a piece: see :func:`_room`.
+
+    What is not finite under ignored pixels counts as 0.
+
+    Args:
+        by_class: (C,), or (0,) where no mean is asked for.
+    """
+    infinite = spread(ZERO)
+    for x in range(0, n, NUMBER):
+        wanted = load(label, (x,))
+        highest, which, own = spread(-INFINITY), spread(ZERO), spread(ZERO)
+        for c in range(len(e)):
+            values = load(e, (c, x))
+            which = where_less(highest, values, f32(c), which)
+            highest = where_less(highest, values, values, highest)
+            own = where_equal(wanted, f32(c), values, own)
+        added, average = spread(ZERO), spread(ZERO)
+        for c in range(len(e)):
+            values = exp(load(e, (c, x)) - highest)
+            store(e, (c, x), values)
+            added = added + values
+            if len(by_class):
+                average = average + by_class[c] * (values * values if square else values)
+        own = own - highest
+        infinite = infinite + (added - added)
+        store(below, (x,), where_less(own, ZERO, own, ZERO))
+        store(total, (x,), added)
+        store(top, (x,), highest)
+        store(largest, (x,), which)
+        store(mean, (x,), average)
+    if sum_of(infinite) != ZERO:
         for x in range(n):
-            total[x] += first[x] + both * second[x]
-        if len(by_class) == 0:
-            continue
-        by_first, by_second = by_class[c], both * by_class[d]
-        if square:
-            for x in range(n):
-                mean[x] += by_first * first[x] * first[x] + by_second * second[x] * second[x]
-        else:
-            for x in range(n):
-                mean[x] += by_first * first[x] + by_second * second[x]
-    if not np.isfinite(_dot(total, total, n)):
-        for x in range(n):
-            if label[x] == ignored and not np.isfinite(total[x]):
-                total[x], mean[x] = ONE, ZERO
-                for c in range(len(z)):
+            if label[x] < ZERO and not np.isfinite(total[x]):
+                total[x], mean[x], below[x] = ONE, ZERO, ZERO
+                for c in range(len(e)):
                     e[c, x] = ZERO
 
 
-@compiled()
-def _piece(classes, width):
-    """Room for a piece: e = exp(z - max z), (C, n), and for each pixel sum_c e_c, max z, its class,
-    z_y - max z of the label y, and sum_c by_class_c e_c, or of e_c^2.
+@compiled
+def _room(classes, width):
+    """Room for a piece: e = exp(z - max z), (C, n), and for each pixel its label and weight,
+    sum_c e_c, max z, its class, z_y - max z of the label y, and sum_c by_class_c e_c, or of e_c^2.
     """
-    row = np.empty((5, width), f32)
-    return np.empty((classes, width), f32), row[0], row[1], row[2], row[3], row[4]
+    # rows that are a power of 2 apart would take turns in a few places of the cache
+    width = (width + NUMBER - 1) // NUMBER * NUMBER + NUMBER
+    return np.empty((classes, width), f32), np.empty((7, width), f32)
 
 
-@compiled()
-def _weigh(label, ignored, weight, start, m):
-    """The weights m of the pixels of a piece; without weights, 1; 0 of ignored pixels."""
-    for x in range(len(label)):
-        m[x] = ONE if label[x] != ignored else ZERO
-    if len(weight):
-        for x in range(len(label)):
-            m[x] = weight[start + x] if label[x] != ignored else ZERO
-
-
-@compiled()
+@compiled
 def sum_rows(
     z, rows, width, target, ignored, weight, marked, group, gamma, square, sums, log_prob, recall, groups
 ):
@@ -247,68 +266,72 @@ def sum_rows(
         sums: (6, C): nll, intersection, truth, intersection and truth of marked pixels, prediction.
         log_prob: (C,); recall: (2, C), correct, count; groups: (2, S). Or (0,), (2, 0), (2, 0) for none.
     """
-    piece = e, total, top, largest, below, _ = _piece(len(z), width)
+    e, room = _room(len(z), width)
+    total, top, largest, below, mean = room[2], room[3], room[4], room[5], room[6]
     no_mean = np.empty(0, f32)
-    m, factor, log_total = np.empty(width, f32), np.empty(width, f32), np.empty(width, f32)
-    nll, p = np.empty(width, f32), np.empty(width, f32)
+    factor, log_total, nll, p = np.empty((4, room.shape[1]), f32)
+    plain = gamma == 0 and marked.shape[1] + recall.shape[1] + group.shape[1] == 0
     correct = 0
     for r in range(len(target)):
         row, above, part = rows[0][r], rows[1][r], rows[2][r]
         for start in range(0, target.shape[1], width):
-            label = target[r, start : start + width]
-            n = len(label)
-            _softmax(z, row, above, part, start, label, ignored, no_mean, square, piece)
-            _weigh(label, ignored, weight[r], start, m)
-            for x in range(n):
-                log_total[x] = log(total[x])
-            for x in range(n):
-                nll[x] = log_total[x] - below[x]
-            for x in range(n):
-                p[x] = exp(-nll[x])
-            for x in range(n):
-                factor[x] = m[x] / total[x]
-            if square:
-                for x in range(n):
-                    factor[x] /= total[x]
-                for c in range(len(z)):
-                    values = e[c]
-                    for x in range(n):
-                        values[x] *= values[x]
+            n, label, m = _begin(room, target[r], ignored, weight[r], start, width)
+            _take(z, row, above, part, start, n, e)
+            _softmax(e, n, label, no_mean, square, total, top, largest, below, mean)
+            for x in range(0, n, NUMBER):
+                of_all, share = load(total, (x,)), load(m, (x,))
+                log_of_all = log(of_all)
+                loss = log_of_all - load(below, (x,))
+                share = share / of_all
+                store(log_total, (x,), log_of_all)
+                store(nll, (x,), loss)
+                store(p, (x,), exp(ZERO - loss))
+                store(factor, (x,), share / of_all if square else share)
             for c in range(len(z)):
-                sums[5, c] += _dot(e[c], factor, n)
+                predicted = spread(ZERO)
+                for x in range(0, n, NUMBER):
+                    values = load(e, (c, x))
+                    predicted = predicted + (values * values if square else values) * load(factor, (x,))
+                sums[5, c] += sum_of(predicted)
             for c in range(len(log_prob)):
                 for x in range(n):
-                    if label[x] != ignored:
+                    if label[x] >= ZERO:
                         value = _logit(z, c, row, above, part, start + x)
                         log_prob[c] += m[x] * (value - top[x] - log_total[x])
-            for x in range(n):
-                c = label[x]
-                if c == ignored:
+            for x in range(0, n, NUMBER):
+                wanted, c = load(label, (x,)), int(label[x])
+                one_class = sum_of(where_equal(wanted, label[x], ONE, ZERO)) == f32(NUMBER)
+                if one_class and plain:  # most blocks of a real label, at a tenth of the time
+                    if c >= 0:
+                        counted = load(m, (x,))
+                        correct += int(sum_of(where_equal(load(largest, (x,)), wanted, ONE, ZERO)))
+                        sums[0, c] += sum_of(counted * load(nll, (x,)))
+                        sums[1, c] += sum_of(counted * load(p, (x,)))
+                        sums[2, c] += sum_of(counted)
                     continue
-                right = largest[x] == c
-                correct += right
-                loss = nll[x] if gamma == 0 else _focal(nll[x], gamma)[0]
-                sums[0, c] += m[x] * loss
-                sums[1, c] += m[x] * p[x]
-                sums[2, c] += m[x]
-                if marked.shape[1] > 0 and marked[r, start + x]:
-                    sums[3, c] += m[x] * p[x]
-                    sums[4, c] += m[x]
-                if recall.shape[1] > 0:
-                    recall[0, c] += right
-                    recall[1, c] += 1
-                if group.shape[1] > 0:
-                    groups[0, group[r, start + x]] += nll[x]
-                    groups[1, group[r, start + x]] += 1
+                for i in range(x, min(x + NUMBER, n)):
+                    c = int(label[i])
+                    if c < 0:
+                        continue
+                    right = largest[i] == label[i]
+                    correct += right
+                    loss = nll[i] if gamma == 0 else _focal(nll[i], gamma)[0]
+                    sums[0, c] += m[i] * loss
+                    sums[1, c] += m[i] * p[i]
+                    sums[2, c] += m[i]
+                    if marked.shape[1] > 0 and marked[r, start + i]:
+                        sums[3, c] += m[i] * p[i]
+                        sums[4, c] += m[i]
+                    if recall.shape[1] > 0:
+                        recall[0, c] += right
+                        recall[1, c] += 1
+                    if group.shape[1] > 0:
+                        groups[0, group[r, start + i]] += nll[i]
+                        groups[1, group[r, start + i]] += 1
     return correct
 
 
-@compiled()
-def _logit(z, c, row, above, part, x):
-    return z[c, row, x] if row == above else (ONE - part) * z[c, row, x] + part * z[c, above, x]
-
-
-@compiled()
+@compiled
 def gradient_of_rows(
     z,
     rows,
@@ -335,32 +358,31 @@ def gradient_of_rows(
     """
     by_nll, by_intersection, by_truth, by_marked, by_marked_truth, by_prediction, by_log_prob = upstream
     by_all = by_log_prob.sum()
-    piece = e, total, top, _, below, mean = _piece(len(z), width)
-    m, factor = np.empty(width, f32), np.empty(width, f32)
-    own, added = np.empty(width, f32), np.empty(width, f32)
+    e, room = _room(len(z), width)
+    total, top, largest, below, mean = room[2], room[3], room[4], room[5], room[6]
+    factor, own, added = np.zeros((3, room.shape[1]), f32)
+    twice = f32(2) if square else ONE
     for r in range(len(target)):
         row, above, part = rows[0][r], rows[1][r], rows[2][r]
-        rest = ONE - part if resized else ONE
         for start in range(0, target.shape[1], width):
-            label = target[r, start : start + width]
-            n = len(label)
-            _softmax(z, row, above, part, start, label, ignored, by_prediction, square, piece)
-            _weigh(label, ignored, weight[r], start, m)
+            n, label, m = _begin(room, target[r], ignored, weight[r], start, width)
+            _take(z, row, above, part, start, n, e)
+            _softmax(e, n, label, by_prediction, square, total, top, largest, below, mean)
             for x in range(n):
-                c = label[x] if label[x] != ignored else 0
-                own[x], added[x] = e[c, x] * by_intersection[c], -by_nll[c]
+                c = max(int(label[x]), 0)
+                own[x], added[x] = by_intersection[c], -by_nll[c]
                 if marked.shape[1] > 0 and marked[r, start + x]:
-                    own[x] += e[c, x] * by_marked[c]
-            for x in range(n):
-                factor[x] = ONE / total[x]
-            for x in range(n):
-                own[x] *= factor[x]
-            for x in range(n):
-                mean[x] *= factor[x] * factor[x] if square else factor[x]
+                    own[x] += by_marked[c]
+            for x in range(0, n, NUMBER):
+                share = ONE / load(total, (x,))
+                of_label = load(own, (x,)) * exp(load(below, (x,))) * share
+                store(factor, (x,), share)
+                store(own, (x,), of_label)
+                store(mean, (x,), load(mean, (x,)) * (share * share if square else share))
             if weight_grad.shape[1] > 0:
                 for x in range(n):
-                    c = label[x]
-                    if c == ignored:
+                    c = int(label[x])
+                    if c < 0:
                         continue
                     nll = log(total[x]) - below[x]
                     loss = nll if gamma == 0 else _focal(nll, gamma)[0]
@@ -374,44 +396,39 @@ def gradient_of_rows(
                     weight_grad[r, start + x] = value
             if gamma > 0:
                 for x in range(n):
-                    c = label[x] if label[x] != ignored else 0
+                    c = max(int(label[x]), 0)
                     added[x] = by_nll[c] * _focal(log(total[x]) - below[x], gamma)[1]
-            twice = f32(2) if square else ONE
-            for x in range(n):
-                added[x] += own[x]
-            for x in range(n):
-                mean[x] = twice * mean[x] + added[x] + by_all
-            for x in range(n):
-                own[x] = m[x] * factor[x]
-            for x in range(n):
-                added[x] *= m[x]
-            for c in range(len(z)):
-                values, of_class, of_log_prob = e[c], twice * by_prediction[c], by_log_prob[c]
-                first, second = grad[c, row, start:], grad[c, above, start:]
-                if square:
-                    for x in range(n):
-                        values[x] *= own[x] * (of_class * values[x] * factor[x] - mean[x])
-                elif log_prob or resized:
-                    for x in range(n):
-                        values[x] *= own[x] * (of_class - mean[x])
-                else:
-                    for x in range(n):
-                        first[x] = values[x] * own[x] * (of_class - mean[x])
-                    continue
-                if log_prob:
-                    for x in range(n):
-                        values[x] += m[x] * of_log_prob
-                if resized:
-                    for x in range(n):
-                        first[x] += rest * values[x]
-                    for x in range(n):
-                        second[x] += part * values[x]
-                else:
-                    for x in range(n):
-                        first[x] = values[x]
-            for x in range(n):
-                c = label[x]
-                if c != ignored:
-                    grad[c, row, start + x] += added[x] * rest
-                    if resized:
-                        grad[c, above, start + x] += added[x] * part
+            for x in range(0, n, NUMBER):
+                wanted, counted, share = load(label, (x,)), load(m, (x,)), load(factor, (x,))
+                of_label = load(added, (x,)) + load(own, (x,))
+                average = twice * load(mean, (x,)) + of_label + by_all
+                of_label, scale = of_label * counted, counted * share
+                for c in range(len(z)):
+                    values, change = load(e, (c, x)), spread(twice * by_prediction[c])
+                    if square:
+                        change = change * values * share
+                    values = values * scale * (change - average)
+                    if log_prob:
+                        values = values + counted * by_log_prob[c]
+                    store(e, (c, x), where_equal(wanted, f32(c), values + of_label, values))
+            _give(e, n, row, above, part, start, resized, grad)
+
+
+@compiled
+def _give(e, n, row, above, part, start, resized, grad):
+    """Write e to a row of ``grad``, or add it to the two rows that it lies between."""
+    rest, whole = ONE - part, n // NUMBER * NUMBER
+    for c in range(len(e)):
+        if not resized:
+            for x in range(0, whole, NUMBER):
+                store(grad, (c, row, start + x), load(e, (c, x)))
+            for x in range(whole, n):
+                grad[c, row, start + x] = e[c, x]
+            continue
+        for x in range(0, whole, NUMBER):
+            values, at = load(e, (c, x)), start + x
+            store(grad, (c, row, at), load(grad, (c, row, at)) + rest * values)
+            store(grad, (c, above, at), load(grad, (c, above, at)) + part * values)
+        for x in range(whole, n):
+            grad[c, row, start + x] += rest * e[c, x]
+            grad[c, above, start + x] += part * e[c, x]
