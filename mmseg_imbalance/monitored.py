@@ -140,8 +140,8 @@ def monitored_in(config: Mapping[str, Any]) -> list[Monitored]:
         if isinstance(hook, dict) and issubclass(_kind(hook, HOOKS), CheckpointHook | EarlyStoppingHook)
     ]
     schedules = config.get('param_scheduler') or []
-    if isinstance(schedules, dict):
-        schedules = [schedules] if 'type' in schedules else [x for xs in schedules.values() for x in xs]
+    several = schedules.values() if isinstance(schedules, dict) and 'type' not in schedules else [schedules]
+    schedules = [each for one in several for each in ([one] if isinstance(one, dict) else one)]
     by_value = [
         Monitored(
             schedule.get('monitor', 'loss'), schedule.get('rule', 'less'), f'monitor of {kind.__name__}'
@@ -156,9 +156,9 @@ def given_in(config: Mapping[str, Any], dataset_meta: dict | None) -> list[dict[
     """The keys that each metric in the val_evaluator of a config gives, see :func:`given_keys`."""
     metrics = config.get('val_evaluator') or []
     if isinstance(metrics, dict):
-        metrics = metrics.get('metrics', [metrics])
+        metrics = metrics.get('metrics', metrics)
     given: list[dict[str, str] | None] = []
-    for entry in metrics:
+    for entry in [metrics] if isinstance(metrics, dict) else metrics:
         known = _computed_by(_kind(entry, METRICS))  # others might do anything when they are made
         metric = None if known is None else METRICS.build(entry)
         if metric is not None:

@@ -11,6 +11,8 @@ import pytest
 from mmengine.evaluator import BaseMetric
 from scripted import config, log_of, run, write_images
 
+from mmseg_imbalance.monitored import Monitored, given_in, monitored_in
+
 ROAD, POLE, SKY = range(3)
 
 
@@ -202,6 +204,37 @@ PLATEAU = dict(type='ReduceOnPlateauLR', monitor='IoU.polee', rule='greater')
 def test_without_a_hook_a_key_that_cannot_exist_ends_the_first_evaluation(data, tmp_path, watcher):
     message = r"(monitor|save_best) of \w+ names 'IoU.polee', which no .*'IoU.pole'"
     refused_at_the_first_evaluation(data, tmp_path.name, message, **(NO_HOOK | watcher))
+
+
+@pytest.mark.parametrize(
+    'schedules', [PLATEAU, [PLATEAU], dict(one=PLATEAU, two=[]), dict(one=[dict(type='ConstantLR'), PLATEAU])]
+)
+def test_a_schedule_is_found_wherever_a_config_may_have_it(schedules):
+    found = monitored_in(dict(param_scheduler=schedules))
+    assert found == [Monitored('IoU.polee', 'greater', 'monitor of ReduceOnPlateauLR')]
+
+
+def test_a_schedule_watches_a_lower_loss_by_default():
+    found = monitored_in(dict(param_scheduler=dict(type='ReduceOnPlateauLR')))
+    assert found == [Monitored('loss', 'less', 'monitor of ReduceOnPlateauLR')]
+
+
+@pytest.mark.parametrize('several', [False, True])
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_metric_is_found_wherever_a_config_may_have_it(several, inside):
+    metric = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU', 'mDice'], prefix='a')
+    metrics = [metric] if several else metric
+    evaluator = dict(type='Evaluator', metrics=metrics) if inside else metrics
+    (found,) = given_in(dict(val_evaluator=evaluator), dict(classes=('road', 'pole')))
+    assert found == {f'a/{key}': 'greater' for key in ('aAcc', 'mIoU', 'mAcc', 'mDice')}
+
+
+@pytest.mark.parametrize(
+    'metric', [dict(type='OwnMetric', made=False), dict(type='mmseg.IoUMetric', format_only=True)]
+)
+def test_a_metric_whose_keys_are_not_known_may_give_any(tmp_path, metric):
+    metric = metric | (dict(output_dir=str(tmp_path)) if 'format_only' in metric else {})
+    assert given_in(dict(val_evaluator=metric), dict(classes=('road',))) == [None]
 
 
 def test_without_a_hook_a_group_that_cannot_be_counted_ends_the_first_evaluation_if_it_is_watched(
