@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmseg_imbalance.counting import cityscapes as module
 from mmseg_imbalance.counting import count_classes
+from mmseg_imbalance.counting.annotations import find_annotations
 from mmseg_imbalance.counting.cityscapes import CITYSCAPES_CITIES, LOOKED_AT, PIXELS, looks_like_it
 from mmseg_imbalance.frequency import CITYSCAPES_TRAIN
 
@@ -118,25 +119,43 @@ def test_who_wants_the_files_counted_gets_them_counted(full, monkeypatch, option
         count_classes(cityscapes(full), **options)
 
 
-@pytest.mark.parametrize(
-    'options',
-    [
-        {'images': 2974},
-        {'cities': ('aachen', 'bochum')},
-        {'cities': (*CITIES, 'otherville')},
-        {'reduce_zero_label': True},
-        {'ignore_index': 254},
-        {'seg_map_suffix': '_gtFine_labelIds.png'},
-        {'metainfo': {'classes': CITYSCAPES_TRAIN.classes[::-1]}},
-        {},
-    ],
-    ids=lambda options: next(iter(options), 'no file'),
-)
+NEARLY = [
+    {'images': 2974},
+    {'cities': ('aachen', 'bochum')},
+    {'cities': (*CITIES, 'otherville')},
+    {'reduce_zero_label': True},
+    {'ignore_index': 254},
+    {'seg_map_suffix': '_gtFine_labelIds.png'},
+    {'metainfo': {'classes': CITYSCAPES_TRAIN.classes[::-1]}},
+]
+
+
+@pytest.mark.parametrize('options', [*NEARLY, {}], ids=lambda options: next(iter(options), 'no file'))
 def test_what_is_nearly_cityscapes_train_is_counted(options):
     with pytest.raises(FileNotFoundError, match='/nowhere/aachen_000000_000019'):
         count_classes(cityscapes(**options))
     with pytest.raises(FileNotFoundError):
         count_classes(RepeatDataset(cityscapes(), times=2))
+
+
+def test_every_name_and_label_is_as_in_cityscapes_train():
+    """Whatever the files look like."""
+    for options in NEARLY:
+        assert not module._has_the_names(*find_annotations(cityscapes(**options))), options
+    classes, annotations = find_annotations(cityscapes())
+    assert module._has_the_names(classes, annotations)
+    assert not module._has_the_names(classes[::-1], annotations)
+    *others, last = annotations
+    for change in (
+        dict(path=others[0].path),
+        dict(repeats=2),
+        dict(ignore_index=254),
+        dict(table=None),
+        dict(table=np.roll(last.table, 1)),
+        dict(steps=last.steps._replace(change=(LoadAnnotations(),))),
+        dict(dataset=RepeatDataset(last.dataset, times=1)),
+    ):
+        assert not module._has_the_names(classes, [*others, last._replace(**change)]), change
 
 
 def test_one_missing_label_is_named(full, tmp_path):
@@ -196,6 +215,28 @@ def drawn(random, images=LOOKED_AT, share=IN_IMAGES):
 def test_some_images_may_differ_from_all():
     random = np.random.default_rng(0)
     assert all(looks_like_it(*drawn(random)) for _ in range(100))
+
+
+def test_one_image_of_another_size_is_noticed():
+    counts, ignored = drawn(np.random.default_rng(0))
+    assert looks_like_it(counts, ignored)
+    ignored[7] += 1
+    assert not looks_like_it(counts, ignored)
+
+
+@pytest.mark.parametrize(
+    ('taken', 'given'),
+    [(dict(road=0.9), None), (dict(road=0.6, building=0.6), 'sidewalk'), (dict(road=0.6), 'motorcycle')],
+)
+def test_a_share_far_from_the_published_one_is_noticed(taken, given):
+    """The classes are in as many images as before."""
+    counts, ignored = drawn(np.random.default_rng(0))
+    columns = dict(zip(CITYSCAPES_TRAIN.classes, counts.T, strict=True)) | {None: ignored}
+    for name, part in taken.items():
+        moved = (part * columns[name]).astype(int) * (columns[given] > 0)
+        columns[name] -= moved
+        columns[given] += moved
+    assert not looks_like_it(counts, ignored)
 
 
 def test_a_class_in_too_few_or_too_many_images_is_noticed():

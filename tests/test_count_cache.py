@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -106,13 +107,33 @@ def test_a_cached_count_of_something_else_is_not_used(tmp_path, change):
     assert len(list((tmp_path / 'cache').iterdir())) == 2
 
 
-@pytest.mark.parametrize('damage', ['cut', 'empty', 'garbage', 'flipped', 'other', 'older', 'pickled'])
+def test_which_images_are_repeated_and_of_how_many_they_are_is_told_apart(tmp_path):
+    """The files and the sum of the repeats are the same."""
+    root, cache = make_labels(tmp_path / 'data'), tmp_path / 'cache'
+    for times in ((2, 1), (1, 2)):
+        parts = [
+            dict(type='RepeatDataset', dataset=make(root, indices=[row]), times=number)
+            for row, number in enumerate(times)
+        ]
+        same(count_classes(ConcatDataset(parts), cache_dir=cache), count_classes(ConcatDataset(parts)))
+    sample = count_classes(make(root), max_images=3, cache_dir=cache)
+    rows = [int(Path(key).stem) for key in sample.image_keys]
+    assert count_classes(make(root, indices=rows), cache_dir=cache).dataset_images == 3
+
+
+@pytest.mark.parametrize(
+    'damage', ['cut', 'empty', 'garbage', 'flipped', 'other', 'renamed', 'columns', 'older', 'pickled']
+)
 def test_a_damaged_cache_is_counted_again_with_a_warning(root, tmp_path, warned, damage):
     first = count_classes(make(root), cache_dir=tmp_path / 'cache')
     (path,) = (tmp_path / 'cache').iterdir()
     data = bytearray(path.read_bytes())
     if damage == 'other':
         ClassFrequency.from_rows(['a'], [[1]], [0], ['x']).save(path)
+    elif damage == 'renamed':
+        replace(first, classes=NAMES[::-1]).save(path)
+    elif damage == 'columns':
+        replace(first, counts=first.counts[:, 1:]).save(path)
     elif damage == 'older':
         with np.load(path) as archive:
             kept = {n: archive[n] for n in archive.files if n not in ('ignored_counts', 'sources')}
@@ -354,6 +375,15 @@ def test_what_no_fingerprint_sees_is_seen_in_a_few_images(root, tmp_path, warned
     assert '3.png' in warned()[0]
     same(frequency, count_classes(make(root), cache_dir=tmp_path / 'cache'))
     assert len(warned()) == 1
+
+
+def test_a_file_of_the_same_size_and_another_time_is_another(root, tmp_path, warned):
+    path = root / 'ann' / '3.png'
+    for label in (0, 1):
+        Image.fromarray(np.full((37, 53), label, np.uint8)).save(path, compress_level=0)
+        os.utime(path, (10**9, 10**9 + label))
+        same(count_classes(make(root), cache_dir=tmp_path / 'cache'), count_classes(make(root)))
+    assert warned() == []  # not found out by looking at a few images
 
 
 def test_a_file_that_cannot_be_read_any_more_is_the_error_of_the_next_count(root, tmp_path):

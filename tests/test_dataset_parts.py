@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmseg_imbalance.counting import count_classes, training_frequency
 from mmseg_imbalance.counting.annotations import find_annotations
-from mmseg_imbalance.counting.dataset_parts import first_indices
+from mmseg_imbalance.counting.dataset_parts import first_indices, part_repeats
 from mmseg_imbalance.samplers import RareClassSampler
 
 NAMES = ('sky', 'road', 'tree')
@@ -61,6 +61,10 @@ def balance(dataset):
     return Balanced(given(dataset), oversample_thr=1.0)
 
 
+def mix(dataset, *pipeline):
+    return MultiImageMixDataset(given(dataset), pipeline=[dict(type=kind) for kind in pipeline])
+
+
 def nested(root):
     shared = make(root)
     inner = concat(shared, make(root, reduce_zero_label=True, indices=[3, 0]))
@@ -78,6 +82,7 @@ CASES = {
     'balanced': lambda root: ClassBalancedDataset(make(root), oversample_thr=0.9),
     'mixed': lambda root: MultiImageMixDataset(concat(make(root), make(root, indices=1)), pipeline=[]),
     'mixed and not': lambda root: concat(MultiImageMixDataset(concat(make(root)), pipeline=[]), make(root)),
+    'mixed twice': lambda root: mix(mix(concat(make(root), make(root, indices=1)))),
     'nested': nested,
 }
 
@@ -97,6 +102,12 @@ def test_counts_and_rows_are_those_of_the_data_set_index_by_index(root, case):
     assert (rows.dtype, rows.shape) == (np.int64, (len(dataset),))
     assert count_classes(dataset).counts[rows].tolist() == truth.tolist()
     assert np.bincount(rows).tolist() == frequency.repeats.tolist()
+
+
+def test_the_pipelines_around_a_data_set_follow_from_the_inside_out(root):
+    (part,) = part_repeats(mix(mix(make(root), 'mmseg.Rerange'), 'mmseg.PackSegInputs'))
+    kinds = [type(step).__name__ for step in part.pipeline()]
+    assert kinds == ['LoadAnnotations', 'Rerange', 'PackSegInputs']
 
 
 def test_a_label_map_of_its_own_is_that_of_the_data_set(root):

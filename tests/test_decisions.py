@@ -1,8 +1,11 @@
 """What is done between logits and labels of a test, in the order in which it acts."""
 
 import itertools
+import logging
+import math
 import os
 import sys
+from types import SimpleNamespace
 
 from mmseg_imbalance.registry import HOOKS, MODELS
 
@@ -27,6 +30,7 @@ from mmseg_imbalance.compat import adapt_to_cpu
 from mmseg_imbalance.components import remove_small
 from mmseg_imbalance.counting import count_classes
 from mmseg_imbalance.decisions import RULES, DecisionHook, LogitAdjustmentHook
+from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.trained import classifying_head
 from mmseg_imbalance.weighting import log_prior
 
@@ -128,6 +132,61 @@ def test_logit_adjustment_twice_is_warned_of_and_a_foreign_head_refused(small_co
     DecisionHook(remove_small=9).before_test(runner)  # any model has labels
     with pytest.raises(ValueError, match='tau must be a finite number, got nan'):
         LogitAdjustmentHook(tau=float('nan'))
+
+
+class Classifier(nn.Module):
+    """The end of a decode head."""
+
+    def __init__(self, num_classes, out_channels):
+        super().__init__()
+        self.conv_seg = nn.Conv2d(3, out_channels, 1)
+        self.num_classes, self.out_channels = num_classes, out_channels
+
+    def forward(self, features):
+        return self.conv_seg(features)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A runner that tests a head, after data of two classes of 30 and 10 pixels."""
+    frequency = ClassFrequency.from_rows(['sky', 'road'], [[30, 10]], [0], ['0.png'])
+    monkeypatch.setattr('mmseg_imbalance.decisions.training_frequency', lambda *_, **__: frequency)
+
+    def runner(head):
+        logger = logging.getLogger('adjusted')
+        return SimpleNamespace(model=nn.ModuleDict(dict(decode_head=head)), cfg={}, logger=logger)
+
+    return runner
+
+
+def test_the_logit_of_a_single_channel_is_adjusted_as_the_difference_of_two(counted):
+    features = torch.randn(2, 3, 5, 7)
+    single, both = Classifier(2, 1), Classifier(2, 2)
+    before, of_two = single(features), both(features)
+    for head in (single, both):
+        LogitAdjustmentHook(tau=0.5).before_test(counted(head))
+    torch.testing.assert_close(single(features), before + 0.5 * math.log(3))
+    change = both(features) - of_two
+    torch.testing.assert_close(change[:, 1:] - change[:, :1], single(features) - before)
+
+
+def test_logit_adjustment_acts_once_and_ends_with_the_test(counted):
+    head, features = Classifier(2, 2), torch.randn(2, 3, 5, 7)
+    before, hook = head(features), LogitAdjustmentHook()
+    for _ in range(2):  # the first test ended in an error
+        hook.before_test(counted(head))
+    torch.testing.assert_close(head(features), before - torch.tensor([0.75, 0.25]).log()[:, None, None])
+    hook.after_test(None)
+    assert torch.equal(head(features), before)
+    hook.before_test(counted(head))
+    with pytest.raises(RuntimeError, match='the last decode head does not call its conv_seg'):
+        hook.after_test(None)
+    assert torch.equal(head(features), before)
+
+
+def test_logit_adjustment_of_other_classes_than_those_of_training_is_refused(counted):
+    with pytest.raises(ValueError, match=r"2 classes, \['sky', 'road'\], but Classifier predicts 3"):
+        LogitAdjustmentHook().before_test(counted(Classifier(3, 3)))
 
 
 # Rules
@@ -335,17 +394,18 @@ def test_the_order_is_logits_then_rule_then_regions_whatever_the_order_of_the_ho
         assert not np.array_equal(after.pred_sem_seg.data[0].numpy(), labels)
 
 
+@pytest.mark.parametrize('area', [2, 6])
 @pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.float32, torch.float16, torch.bfloat16])
-def test_small_regions_of_every_prediction_are_removed_and_nothing_else(dtype):
+def test_small_regions_of_every_prediction_are_removed_and_nothing_else(dtype, area):
     """Binary heads predict 0 and 1 in the dtype of the logits."""
-    maps = torch.randint(2, (3, 1, 13, 17), generator=torch.Generator().manual_seed(0)).to(dtype)
-    hook = DecisionHook(remove_small=6)
+    maps = (torch.rand(3, 1, 13, 17, generator=torch.Generator().manual_seed(0)) < 0.2).to(dtype)
+    hook = DecisionHook(remove_small=area)
     for labels in maps:
         sample = SegDataSample(metainfo=dict(img_path='a.png'))
         sample.pred_sem_seg = PixelData(data=labels.clone())
         sample.gt_sem_seg = PixelData(data=labels.clone())
         hook._decide(sample, [sample])
-        expected = remove_small(labels[0].long().numpy(), 6)
+        expected = remove_small(labels[0].long().numpy(), area)
         assert sample.pred_sem_seg.data.dtype == dtype
         assert torch.equal(sample.pred_sem_seg.data[0].long(), torch.from_numpy(expected))
         assert not torch.equal(sample.pred_sem_seg.data, labels)

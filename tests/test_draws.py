@@ -7,7 +7,14 @@ import pickle
 import numpy as np
 import pytest
 
-from mmseg_imbalance.draws import DrawnIndex, least_pixels, repeat_factor_choices, repeat_factors
+from mmseg_imbalance.draws import (
+    DrawnIndex,
+    Draws,
+    class_probability,
+    least_pixels,
+    repeat_factor_choices,
+    repeat_factors,
+)
 
 
 @pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -26,6 +33,21 @@ def test_the_default_asks_for_at_most_the_pixels_of_the_source():
     counts = np.array([[4000, 2, 0], [5000, 0, 0], [9000, 7, 0], [10**6, 9, 0]])
     assert least_pixels(counts).tolist() == [3000, 2, 1]
     assert least_pixels(counts[1:2]).tolist() == [3000, 1, 1]
+
+
+def test_a_column_without_a_chance_is_never_taken_and_repeats_are_places():
+    sizes, images, repeats = (np.array(x) for x in ([0, 3, 0, 2], [4, 6, 9], [2, 1, 2]))
+    draws = Draws(np.array([0, 0.5, 0.5, 1]), sizes, images, repeats, np.array([5, 6, 7]))
+    numbers = np.array([[0, 0], [0, 0.34], [0.49, 0.67], [0.5, 0], [0.99, 0.99]])
+    found = [(index, index.class_index, index.min_pixels) for index in draws.take(numbers)]
+    assert found == [(4, 1, 6), (4, 1, 6), (6, 1, 6), (9, None, 1), (9, None, 1)]
+
+
+def test_a_class_that_cannot_be_drawn_leaves_the_formula_to_the_others():
+    share = np.array([0.0, 0.4, 0.6])
+    for temperature in (0.3, 5e-324):
+        found = class_probability(share, temperature, np.array([False, True, True]))
+        assert found.tolist() == [0, *class_probability(share[1:], temperature, np.array([True, True]))]
 
 
 def factors_by_loops(held, repeats, threshold):

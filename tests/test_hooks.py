@@ -667,6 +667,7 @@ def test_distributed_tensors_are_sharded():
         (dict(options=dict(power=0.5)), False),
         (dict(max_images=7), False),
         (dict(scheme='median_freq'), False),
+        (dict(classes=['b', 'a']), False),
     ],
 )
 def test_a_resumed_run_takes_old_weights_with_the_same_options_alone(change, same):

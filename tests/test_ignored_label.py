@@ -16,7 +16,12 @@ from ranks import on_ranks
 from scripted import HEAD, config, log_of, run, write_images
 
 from mmseg_imbalance.heads import FeatureHead
-from mmseg_imbalance.ignored_label import _check_metrics, give_ignored_label, ignored_label
+from mmseg_imbalance.ignored_label import (
+    _check_metrics,
+    give_ignored_label,
+    ignored_label,
+    label_of_evaluation,
+)
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.reports.subclass_page import load
 
@@ -339,6 +344,15 @@ def test_logit_adjustment_counts_with_the_same_label(void_data, tmp_path):
         shift = head.conv_seg.bias[:, None, None] - head.conv_seg(torch.zeros(1, 4, 1, 1))
     expected = torch.tensor([24, 8, 16]).div(48).log()
     torch.testing.assert_close(shift.flatten(), expected)
+
+
+def test_in_a_test_the_label_is_that_of_the_data_set_tested(tmp_path):
+    hub = MessageHub.get_instance(tmp_path.name)
+    labels = dict(train=7, val=8, test=9)
+    cfg = {f'{name}_dataloader': dict(dataset=dataset_of(label)) for name, label in labels.items()}
+    for stage, label in labels.items():
+        hub.update_info('loop_stage', stage)
+        assert label_of_evaluation(cfg) == label
 
 
 def test_a_metric_follows_the_data_set_that_it_evaluates():

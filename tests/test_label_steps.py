@@ -1198,8 +1198,10 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
 
     seen_options = []
 
-    def count(*_, **options):
-        seen_options.append(options['label_transforms'])
+    handed = dict(label_transforms=['MergeAll'], max_images=5, num_workers=0, cache_dir='folder')
+
+    def count(*_, **given):
+        seen_options.append({name: given[name] for name in handed})
         raise RuntimeError('seen')
 
     loss = WeightedCrossEntropyLoss(class_weight='auto')
@@ -1221,10 +1223,10 @@ def test_hook_sampler_and_command_hand_it_on_and_a_config_tells_the_others(
         for user in ('hooks', 'decisions'):
             patch.setattr(f'mmseg_imbalance.{user}.training_frequency', count)
         for hook, start in ((ClassWeightHook, 'before_train'), (LogitAdjustmentHook, 'before_test')):
-            runner.hooks = [hook(label_transforms=['MergeAll'])]
+            runner.hooks = [hook(**handed)]
             with pytest.raises(RuntimeError, match='seen'):
                 getattr(runner.hooks[0], start)(runner)
-    assert seen_options == [['MergeAll']] * 2
+    assert seen_options == [handed] * 2
 
     path = str(tmp_path / 'config.py')
     merging().dump(path)

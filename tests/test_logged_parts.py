@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mmengine.runner import Runner
 from mmseg.models.decode_heads import SegformerHead
 from mmseg.models.utils import resize
 from ranks import on_ranks, trained_on_rank
+from scripted import config, write_images
 
 BALANCED = 'segformer/segformer_mit-b0-small-combined_1xb8-2k_camvid-240x180'
 PARTS = {'decode.combined_ce', 'decode.combined_dice'}
@@ -54,6 +56,21 @@ def test_the_numbers_are_those_of_a_feature_head(small_config, tmp_path):
     for mine, theirs in zip(*(records.values() for records in found), strict=True):
         for key in ('loss', *PARTS):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
+
+
+def test_an_epoch_shorter_than_the_interval_of_the_log_has_the_parts_at_its_end(tmp_path):
+    data = write_images(tmp_path / 'data', np.arange(96).reshape(2, 6, 8) % 3)
+    options = {
+        'custom_hooks': [dict(type='RunHook')],
+        'default_hooks.logger.interval': 10,
+        'model.decode_head.loss_decode.type': 'CombinedWeightedLoss',
+        'train_cfg': dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=1),
+        'train_dataloader.sampler.type': 'DefaultSampler',
+    }
+    cfg = config(data, **options)
+    cfg.experiment_name = cfg.visualizer.name = tmp_path.name
+    (record,) = logged(cfg).values()
+    assert record.keys() >= PARTS
 
 
 class OwnLossHead(SegformerHead):

@@ -92,6 +92,14 @@ def test_a_resumed_run_goes_by_its_own_config(data, tmp_path, hook):
     assert 'shows the config of its checkpoint' not in log
 
 
+def test_a_resumed_run_goes_on_with_the_running_means_of_its_losses(data, tmp_path):
+    options = ALONE | {'model.decode_head.loss_decode': dict(type='RecallWeightedLoss', momentum=0.3)}
+    runner = resumed(data, tmp_path.name, first_run(data, tmp_path.name, **options), **options)
+    runner.train()
+    shares = runner.model.decode_head.loss_decode.running_shares
+    assert shares.sum(1)[1].item() == pytest.approx(1 - 0.7**2, rel=1e-5)
+
+
 class Count(Hook):
     """Counts the batches of each epoch and ends what does not end."""
 
