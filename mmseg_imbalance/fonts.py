@@ -1,4 +1,4 @@
-"""Fonts for names in any script: Matplotlib's own font has no Chinese, Japanese or Korean, among others.
+"""Names of any characters in charts: Matplotlib's own font has no Chinese, Japanese or Korean, among others.
 
 Matplotlib is imported where something is drawn.
 """
@@ -12,6 +12,11 @@ from functools import cache
 from typing import Any
 
 _told: set[str] = set()  # characters that a warning has named
+
+
+def plain(text: str) -> str:
+    """As Matplotlib shows it as it is: between two $ it would read a formula."""
+    return text.replace('$', r'\$')
 
 
 @contextmanager

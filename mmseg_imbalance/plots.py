@@ -15,7 +15,7 @@ import numpy as np
 
 from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.files import write_atomically
-from mmseg_imbalance.fonts import fonts_for
+from mmseg_imbalance.fonts import fonts_for, plain
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.scores import present_mean
 
@@ -43,14 +43,14 @@ def plot_class_weights(
 ) -> None:
     """Bar chart of each class's share of the pixels (log scale) beside its (C,) weight, rarest last."""
     with fonts_for(frequency.classes):
-        _save(_weights_figure(frequency, weights, label), path, dpi=120)
+        save_figure(_weights_figure(frequency, weights, label), path, dpi=120)
 
 
 def _weights_figure(frequency: ClassFrequency, weights: np.ndarray, label: str) -> Figure:
     from matplotlib.figure import Figure
 
     order = np.argsort(frequency.pixels)
-    names = [frequency.classes[c] for c in order]
+    names = [plain(frequency.classes[c]) for c in order]
     figure = Figure(figsize=(9, 1.2 + 0.28 * len(names)), layout='constrained')
     shares, bars = figure.subplots(1, 2, sharey=True)
     shares.barh(names, 100 * frequency.share[order], color='#4878a8')
@@ -69,7 +69,7 @@ def _weights_figure(frequency: ClassFrequency, weights: np.ndarray, label: str) 
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
     """In the format that the ending of the name says, PNG without one."""
     with write_atomically(path, 'wb') as file:
         figure.savefig(file, format=Path(path).suffix[1:] or 'png', dpi=dpi)
@@ -150,7 +150,7 @@ def _subclass_picture(
     bar.ax.minorticks_off()
     figure.legend(
         [tuple(Patch(color=colour / 255) for colour in shades[c]) for c in present],
-        [classes[c] for c in present],
+        [plain(classes[c]) for c in present],
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         handlelength=4,
         ncols=6,
@@ -200,7 +200,7 @@ def plot_class_balance(
     with fonts_for([*classes, *reports]):
         figure = _balance_figure(classes, reports)
         figure.canvas.draw()
-        _save(figure, path, dpi=110)
+        save_figure(figure, path, dpi=110)
         return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
@@ -215,8 +215,8 @@ def _balance_figure(classes: Sequence[str], reports: Mapping[str, Sequence[Any]]
     grid = figure.subplots(len(heights), 2, squeeze=False, width_ratios=[1, 1.1], height_ratios=heights)
     for (shares, recall), (name, history) in zip(grid, reports.items(), strict=True):
         order = np.argsort(-present_mean(np.array([report.pixel_share for report in history])), kind='stable')
-        _draw_shares(shares, [classes[c] for c in order], history, order)
-        shares.set_title(name, loc='left', fontweight='bold')
+        _draw_shares(shares, [plain(classes[c]) for c in order], history, order)
+        shares.set_title(plain(name), loc='left', fontweight='bold')
         shown = _draw_recall(recall, history, order)
         figure.colorbar(shown, ax=recall, location='right', pad=0.02, aspect=30)
     return figure

@@ -37,20 +37,9 @@ from mmseg_imbalance.reports.identity import settings
 from mmseg_imbalance.reports.work_dirs import read_records
 
 SPLITS = ('train', 'val', 'test')
+KEY = ('suite', 'dataset', 'schedule', 'method', 'seed')  # columns that name a run in the rows of results
 # what a row says before its metrics
-COLUMNS = (
-    'suite',
-    'dataset',
-    'schedule',
-    'method',
-    'seed',
-    'iterations',
-    'commit',
-    'hardware',
-    'minutes',
-    'config',
-    'curve',
-)
+COLUMNS = (*KEY, 'iterations', 'commit', 'hardware', 'minutes', 'config', 'curve')
 
 
 @dataclass(frozen=True)
@@ -65,8 +54,8 @@ class SuiteRun:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What names a run in the rows of results."""
-        return (self.suite, self.dataset, self.schedule, self.method, str(self.seed))
+        """Its cells of the columns KEY."""
+        return tuple(str(getattr(self, column)) for column in KEY)
 
     @property
     def title(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 
 import numpy as np
@@ -75,6 +75,16 @@ def table_text(table: Table) -> str:
     console.width = console.measure(table).maximum
     console.print(table)
     return out.getvalue().rstrip()
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Iterable[str]], numbers: Container[str] = ()
+) -> Iterator[str]:
+    """The lines of a table in Markdown, and an empty one; columns in ``numbers`` are aligned to the right."""
+    for row in (header, ['--:' if name in numbers else '---' for name in header], *rows):
+        cells = [cell.replace('|', r'\|') for cell in row]
+        yield f'| {" | ".join(cells)} |'
+    yield ''
 
 
 def subclass_table(classes: Sequence[str], state: SubclassTable) -> Table:

@@ -14,9 +14,10 @@ from scipy import stats
 
 from mmseg_imbalance.commands.compare import main
 from mmseg_imbalance.intervals import jackknife, noise_of_mean
+from mmseg_imbalance.reports import work_dirs
 from mmseg_imbalance.reports.comparison import NOISE, compare
 from mmseg_imbalance.reports.page import page, spread
-from mmseg_imbalance.reports.sheets import markdown
+from mmseg_imbalance.reports.sheets import markdown, sheets
 
 CLASSES = ('road', 'sky', 'car', 'tree', 'pole', 'rider')
 PIXELS = np.array([5000, 3000, 900, 600, 40, 10])
@@ -96,6 +97,10 @@ def runs(tmp_path):
     return first, second
 
 
+def in_markdown(comparison):
+    return markdown(comparison, sheets(comparison))
+
+
 def rows_of(work_dir):
     return np.load(work_dir / 'test' / '20260102_000000' / 'image_scores.npz')
 
@@ -167,9 +172,9 @@ def test_a_real_gain_is_told_from_noise(runs):
     assert estimates['pole'].within_noise is False
     assert estimates['mIoU.tail'].within_noise is False
     assert estimates['road'].within_noise is True
-    line = next(line for line in markdown(comparison).splitlines() if line.startswith('| road'))
+    line = next(line for line in in_markdown(comparison).splitlines() if line.startswith('| road'))
     assert line.split('|')[-2].strip().endswith(NOISE)
-    line = next(line for line in markdown(comparison).splitlines() if line.startswith('| pole'))
+    line = next(line for line in in_markdown(comparison).splitlines() if line.startswith('| pole'))
     assert re.fullmatch(r'\+\d\d\.\d\d', line.split('|')[-2].strip())
 
 
@@ -180,7 +185,7 @@ def test_single_runs_without_rows_of_images_leave_the_noise_unknown(tmp_path):
     )
     comparison = compare(dirs)
     assert comparison.groups[1].estimates['car'].within_noise is None
-    assert 'noise unknown' in markdown(comparison)
+    assert 'noise unknown' in in_markdown(comparison)
     assert comparison.parts['tail'] == ['pole', 'rider']  # thirds, from the file of ClassWeightHook
 
 
@@ -251,6 +256,16 @@ def iterations_for_epochs(folder, named):
     (session / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
+def test_each_config_is_read_once(tmp_path, monkeypatch):
+    read = []
+    config = work_dirs._config
+    monkeypatch.setattr(work_dirs, '_config', lambda session: (read.append(session.name), config(session))[1])
+    run = work_dirs.read_run(write_run(tmp_path / 'run'))
+    assert read == ['20260101_000000', '20260102_000000']
+    assert 'load_from' not in run.settings  # of the training, though the test has one
+    assert run.checkpoint == str(tmp_path / 'run' / 'iter_20.pth')
+
+
 @pytest.mark.parametrize(
     ('make', 'reason'),
     [
@@ -278,7 +293,7 @@ def test_what_cannot_be_compared_is_listed_with_the_reason_and_stops_nothing(run
     [(name, why)] = comparison.left_out
     assert name == str(tmp_path / 'odd')
     assert reason in why
-    assert reason in markdown(comparison)
+    assert reason in in_markdown(comparison)
 
 
 def test_a_broken_line_of_the_log_is_noted(tmp_path):
@@ -392,7 +407,7 @@ def test_a_run_without_rows_of_images_may_know_a_class_that_the_baselines_rows_l
     comparison = compare([runs[0][0], runs[1][0], other])
     assert comparison.groups[2].estimates['train'].values == [3.0]
     assert math.isnan(comparison.groups[0].estimates['train'].mean)
-    assert 'train' in markdown(comparison)
+    assert 'train' in in_markdown(comparison)
 
 
 def test_the_baseline_that_cannot_be_used_is_said(runs, tmp_path, capsys):
@@ -534,7 +549,8 @@ def test_with_one_run_of_each_config_nothing_is_called_real(runs, tmp_path):
     assert 'how much another seed would change is not known' in text
     html = (out / 'comparison.html').read_text()
     assert not re.search('class="(up|down)"', html)
-    assert re.search('class="(up|down)"', page(compare([*runs[0], *runs[1]]))[0])
+    both = compare([*runs[0], *runs[1]])
+    assert re.search('class="(up|down)"', page(both, sheets(both))[0])
 
 
 def test_a_class_that_no_run_of_the_baseline_finds_has_a_noise(tmp_path):
@@ -602,7 +618,7 @@ def test_frames_of_one_block_are_left_out_together(runs, capsys):
     assert (tested_so.images, tested_so.blocks) == (40, 8)
     estimates = [c.groups[1].estimates['mIoU'] for c in (plain, tested_so, by_option)]
     assert estimates[1] == estimates[2] != estimates[0]
-    assert '40 images in 8 blocks' in markdown(tested_so)
+    assert '40 images in 8 blocks' in in_markdown(tested_so)
     main([str(path) for path in (*first, *second, '--blocks', '^[12]')])
     assert '40 images in 20 blocks' in capsys.readouterr().out  # 11 of 1.png, 11 of 2.png, 18 others
     with pytest.raises(SystemExit):
@@ -615,7 +631,7 @@ def test_one_video_tells_nothing_of_others(runs):
     assert any('all 40 are of one block' in note for note in comparison.notes)
     estimate = comparison.groups[1].estimates['pole']
     assert estimate.noise == 'seeds'
-    assert 'over seeds alone: it holds for the tested images' in markdown(comparison)
+    assert 'over seeds alone: it holds for the tested images' in in_markdown(comparison)
 
 
 def test_a_run_with_one_class_more_than_the_baseline_is_compared_on_the_classes_of_both(runs, tmp_path):
@@ -641,7 +657,7 @@ def test_a_run_with_one_class_more_than_the_baseline_is_compared_on_the_classes_
 
 
 def test_what_was_tested_is_on_the_page(runs):
-    text = markdown(compare([runs[0][0], runs[1][0]]))
+    text = in_markdown(compare([runs[0][0], runs[1][0]]))
     shown = re.findall(r'40 images [0-9a-f]{6}', text)
     assert len(shown) == 2
     assert len(set(shown)) == 1

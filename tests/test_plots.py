@@ -1,10 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib import colormaps
 from PIL import Image
 from test_tables import counted, three_classes
 
-from mmseg_imbalance.plots import SubclassMaps, draw_subclasses, plot_class_weights, subclass_colours
+from mmseg_imbalance.class_balance import ClassBalance
+from mmseg_imbalance.plots import (
+    SubclassMaps,
+    draw_subclasses,
+    plot_class_balance,
+    plot_class_weights,
+    subclass_colours,
+)
 
 PALETTE = np.array([[128, 64, 128], [0, 0, 70], [250, 170, 30]])
 
@@ -19,6 +28,15 @@ def test_the_chart_has_a_bar_for_each_class_also_for_one_that_never_occurs(tmp_p
     pixels = np.array(Image.open(tmp_path / 'chart.png').convert('RGB')).reshape(-1, 3)
     for colour in ((0x48, 0x78, 0xA8), (0xD1, 0x78, 0x3C)):
         assert (pixels == colour).all(1).sum() > 1000
+
+
+def test_names_between_dollars_are_no_formulas(tmp_path):
+    names = [r'$\no$', '$b$', 'c']  # the first would be an error
+    plot_class_weights(replace(counted(), classes=names), np.ones(3), tmp_path / 'chart.png')
+    shares = np.full(3, 0.3)
+    report = ClassBalance(1, shares, shares, shares, shares)
+    plot_class_balance(names, {r'$\no$': [report]}, tmp_path / 'balance.png')
+    draw_subclasses(squares()._replace(subclass=None), names, PALETTE, None)
 
 
 def test_the_heavier_a_subclass_the_darker_it_is_painted(state):

@@ -9,6 +9,7 @@ from mmseg_imbalance.clustering import SubclassTable
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.tables import (
     class_table,
+    markdown_table,
     names_and_colours,
     source_table,
     subclass_table,
@@ -103,3 +104,8 @@ def test_no_table_loads_matplotlib():
         'names_and_colours({}, 3); import mmseg_imbalance.plots; sys.exit("matplotlib" in sys.modules)'
     )
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+def test_a_table_in_markdown_keeps_its_columns_whatever_its_cells_hold():
+    lines = markdown_table(['name', 'ms'], [['a|b', '1']], {'ms'})
+    assert list(lines) == ['| name | ms |', '| --- | --: |', r'| a\|b | 1 |', '']

@@ -57,6 +57,11 @@ class LossTrial:
         return [value.detach(), *torch.autograd.grad(value, self.logits)]
 
 
+def truth_of(formula, logits, target):
+    """Value and gradient of a formula, from the logits in double."""
+    return LossTrial(formula, logits.detach().double().requires_grad_(), target).result()
+
+
 @dataclass(eq=False)
 class GivenTrial:
     """What has no gradient: ``run`` is measured, ``result`` is held to ``truth``, lists of tensors."""

@@ -4,7 +4,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from mmseg_imbalance.benchmark.case import IGNORED, Case, LossTrial, Row, by, make_batch
+from mmseg_imbalance.benchmark.case import IGNORED, Case, LossTrial, Row, by, make_batch, truth_of
 from mmseg_imbalance.benchmark.formulas import (
     ce_and_dice,
     ce_and_dice_of_batch,
@@ -104,8 +104,7 @@ def loss_case(shape, classes, scale, args):
 
     @lru_cache(maxsize=1)
     def truth(formula):
-        double = logits.detach().double().requires_grad_()
-        return LossTrial(partial(formula, weight=weight), double, target).result()
+        return truth_of(partial(formula, weight=weight), logits, target)
 
     def row(name, make_loss, formula, note='', ours=False):
         def make_trial():

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from mmseg_imbalance.benchmark.case import Case, LossTrial, Row, by, make_batch
+from mmseg_imbalance.benchmark.case import Case, LossTrial, Row, by, make_batch, truth_of
 from mmseg_imbalance.benchmark.formulas import cross_entropy, recall_cross_entropy, skeleton_recall
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.recall import RecallWeightedLoss
@@ -24,8 +24,7 @@ def recall_case(shape, classes, scale, args):
             return LossTrial(partial(loss(class_weight=weight.tolist()), **options), logits, target)
 
         def truth():
-            double = logits.detach().double().requires_grad_()
-            return LossTrial(partial(formula, weight=weight, **options), double, target).result()
+            return truth_of(partial(formula, weight=weight, **options), logits, target)
 
         return Row(loss.__name__, make_trial, truth, ours=True)
 

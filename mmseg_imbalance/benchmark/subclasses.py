@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from mmseg_imbalance.benchmark.case import IGNORED, Case, GivenTrial, LossTrial, Row, by, make_batch
+from mmseg_imbalance.benchmark.case import IGNORED, Case, GivenTrial, LossTrial, Row, by, make_batch, truth_of
 from mmseg_imbalance.benchmark.formulas import similarity_by_definition, weighted_mean
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
 from mmseg_imbalance.ops import similarity_weight
@@ -36,9 +36,8 @@ class SubclassTrial(LossTrial):
         return self.in_classes(super().result())
 
     def truth(self):
-        double = self.logits.detach().double().requires_grad_()
         formula = partial(weighted_mean, weight=self.weight, pixel_weight=self.pixel_weight())
-        return self.in_classes(LossTrial(formula, double, self.target).result())
+        return self.in_classes(truth_of(formula, self.logits, self.target))
 
     def in_classes(self, result):
         # a similarity within rounding of the threshold turns out either way, so that pixels may differ

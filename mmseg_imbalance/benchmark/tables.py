@@ -2,14 +2,13 @@
 
 import statistics
 from itertools import groupby
-from pathlib import Path
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mmseg_imbalance.files import write_atomically
-from mmseg_imbalance.tables import table_text
+from mmseg_imbalance.plots import save_figure
+from mmseg_imbalance.tables import markdown_table, table_text
 
 FORMATS = {
     'ms': '.3g',
@@ -75,10 +74,8 @@ def show(lines, title, numbers=tuple(FORMATS), groups=('batch', 'logits')):
 
 def markdown(lines, title, numbers=tuple(FORMATS)):
     """The same for GitHub."""
-    names = lines[0]
-    rows = [[name.replace('_', ' ') for name in names]]
-    rows += [['--:' if name in numbers else '---' for name in names], *(line.values() for line in lines)]
-    return '\n'.join([title, '', *(f'| {" | ".join(row)} |' for row in rows), ''])
+    header, numbers = ([name.replace('_', ' ') for name in names] for names in (lines[0], numbers))
+    return '\n'.join([title, '', *markdown_table(header, (line.values() for line in lines), numbers)])
 
 
 def plot(records, title, path):
@@ -98,8 +95,7 @@ def plot(records, title, path):
     for axes, label in zip(panels[-1], ('time', 'extra memory'), strict=True):
         axes.set_xlabel(f'{label} / that of the first row')
     figure.suptitle(title, fontsize=10)
-    with write_atomically(path, 'wb') as file:
-        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or 'png')
+    save_figure(figure, path, dpi=120)
 
 
 def bars(axes, group, key):

@@ -7,7 +7,7 @@ from datetime import datetime
 from rich.markup import escape
 from rich.table import Table
 
-from mmseg_imbalance.commands.options import command_parser
+from mmseg_imbalance.commands.options import add_cache_dir, command_parser
 from mmseg_imbalance.counting.cache import (
     MAX_BYTES,
     MAX_FILES,
@@ -31,13 +31,8 @@ NAMED = 4  # classes
 
 def main(argv: list[str] | None = None) -> int:
     options = command_parser('cache', DESCRIPTION, EXAMPLE)
-    add = options.add_argument
-    add('--clear', action='store_true', help='remove the files')
-    add(
-        '--cache-dir',
-        metavar='DIR',
-        help='folder of the counts; default: $MMSEG_IMBALANCE_CACHE, else ~/.cache/mmseg_imbalance',
-    )
+    options.add_argument('--clear', action='store_true', help='remove the files')
+    add_cache_dir(options)
     args = options.parse_args(argv)
     try:
         folder = args.cache_dir or default_cache_dir()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmseg_imbalance.class_weight import WeightRecord
-from mmseg_imbalance.commands.options import add_cfg_options, command_parser, read_config
+from mmseg_imbalance.commands.options import add_cache_dir, add_cfg_options, command_parser, read_config
 from mmseg_imbalance.counting import training_frequency
 from mmseg_imbalance.counting.training import hook_of
 from mmseg_imbalance.tables import class_table, source_table, table_text
@@ -75,11 +75,7 @@ def _options() -> argparse.ArgumentParser:
         'config, else all',
     )
     add('--workers', type=int, metavar='N', help='worker processes; default: those of the train_dataloader')
-    add(
-        '--cache-dir',
-        metavar='DIR',
-        help='folder of the counts; default: $MMSEG_IMBALANCE_CACHE, else ~/.cache/mmseg_imbalance',
-    )
+    add_cache_dir(options)
     add(
         '--label-transforms',
         type=lambda text: [name for name in text.split(',') if name],

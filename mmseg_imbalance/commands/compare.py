@@ -71,13 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         comparison = compare(work_dirs, args.baseline, blocks)
     except ValueError as error:
         options.exit(1, f'{options.prog}: {error}\n')
-    for sheet in sheets(comparison):
+    tables = sheets(comparison)
+    for sheet in tables:
         _show(sheet)
     print('\n'.join(explanation(comparison)))
     for note in (*comparison.notes, *(shown_runs(comparison)[1] if args.out else ())):
         print(f'note: {note}')
     try:
-        for path in write(comparison, args.out) if args.out else ():
+        for path in write(comparison, tables, args.out) if args.out else ():
             print(path)
         if args.metafile:
             for path in write_entries(comparison, configs()):
@@ -97,8 +98,7 @@ def _show(sheet) -> None:
 
     table = Table(title=sheet.title, title_justify='left')
     for number, name in enumerate(sheet.header):
-        text = number == 0 or sheet.title in ('Runs', 'Left out')
-        table.add_column(escape(name), justify='left' if text else 'right')
+        table.add_column(escape(name), justify='left' if number == 0 or sheet.of_text else 'right')
     for row in sheet.rows:
         table.add_row(*(f'[dim]{escape(c)}[/dim]' if c.endswith(NOISE) else escape(c) for c in row))
     console = Console()

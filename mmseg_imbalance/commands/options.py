@@ -56,6 +56,14 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--cache-dir',
+        metavar='DIR',
+        help='folder of the counts; default: $MMSEG_IMBALANCE_CACHE, else ~/.cache/mmseg_imbalance',
+    )
+
+
 def _setting(text: str) -> str:
     if '=' not in text:
         raise argparse.ArgumentTypeError(f'{text!r} is not KEY=VALUE')

@@ -120,7 +120,7 @@ class Execution:
     """
 
     def __init__(self, args: argparse.Namespace, lock: int | None) -> None:
-        from mmseg_imbalance.suite import Suite, fingerprint, read_rows
+        from mmseg_imbalance.suite import KEY, Suite, fingerprint, read_rows
 
         self.args = args
         self.lock = lock
@@ -128,7 +128,7 @@ class Execution:
         self.results = args.results or args.work_dir / 'results'
         self.slots = make_slots(args.jobs)
         done = {
-            (row['suite'], row['dataset'], row['schedule'], row['method'], row['seed'], row['config'])
+            tuple(row[column] for column in (*KEY, 'config'))
             for dataset in self.suite.datasets
             for row in read_rows(self.results / f'{dataset}.csv')
         }
@@ -253,7 +253,7 @@ class Execution:
     def end(self, slot: Slot) -> None:
         """Add the row of a run that has ended, or say that it has failed."""
         from mmseg_imbalance.reports.work_dirs import Unusable, read_run
-        from mmseg_imbalance.suite import append_row, evaluations
+        from mmseg_imbalance.suite import KEY, append_row, evaluations
 
         run, code = slot.run, slot.process.returncode
         slot.process = None
@@ -267,7 +267,7 @@ class Execution:
             return
         times = {'iter', 'time', 'data_time'}
         metrics = {name: value for name, value in found.metrics.items() if name not in times}
-        row = dict(zip(('suite', 'dataset', 'schedule', 'method', 'seed'), run.key, strict=True)) | dict(
+        row = dict(zip(KEY, run.key, strict=True)) | dict(
             iterations=self.suite.iterations(run),
             commit=slot.commit,
             hardware=slot.hardware,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mmseg_imbalance.intervals import Difference, Jackknife, difference, jackknife
+from mmseg_imbalance.reports.confusion import Confusion, confusion
 from mmseg_imbalance.reports.identity import data_roots
 from mmseg_imbalance.reports.names import readable_names
 from mmseg_imbalance.reports.work_dirs import Run, Unusable, read_run
@@ -52,6 +54,7 @@ class Comparison(NamedTuple):
     parts: dict[str, list[str]]  # head, body and tail; empty where the frequencies are not known
     summaries: list[str]  # names of the means over classes
     groups: list[Group]  # the baseline first
+    confusion: Confusion | None  # of the rare classes; None where the baseline's tests have not kept it
     left_out: list[tuple[str, str]]  # work dir and reason
     notes: list[str]
     images: int | None = None  # that intervals are over, and their blocks; None: there are none over images
@@ -71,6 +74,61 @@ def compare(
     Raises:
         ValueError: no run can be used, or not the baseline; ``blocks`` are no such thing.
     """
+    runs, names, left_out, notes = _usable(work_dirs, baseline)
+    groups = _grouped(runs, left_out)
+    full_names = list(groups)
+    groups = dict(zip(readable_names(groups), groups.values(), strict=True))
+    runs = [run for members in groups.values() for run in members]
+    notes += _notes(groups, runs)
+    classes, shares, parts = _frequencies(runs, names, notes)
+    counted = [c for c in classes if all(math.isfinite(run.iou.get(c, math.nan)) for run in runs)]
+    if rest := [c for c in classes if c not in counted]:
+        notes.append(
+            f'{rest} are in no mean: no label of the tested images holds them, or not every run has them'
+        )
+    means = {'mIoU': counted}
+    means |= {f'mIoU.{part}': [c for c in members if c in counted] for part, members in parts.items()}
+    kinds = ('mIoU_I', 'mIoU_C', 'mRecall.small')
+    more = ['aAcc', *(key for key in runs[0].metrics if key.startswith(kinds))]
+    more = [key for key in more if all(key in run.metrics for run in runs)]
+    estimates = {
+        label: {name: _estimate(run.iou.get(name, math.nan) for run in members) for name in classes}
+        | {key: _estimate(_mean_iou(run, names) for run in members) for key, names in means.items()}
+        | {key: _estimate(run.metrics[key] for run in members) for key in more}
+        for label, members in groups.items()
+    }
+    alike = {label for label, members in groups.items() if all(_same_images(runs[0], run) for run in members)}
+    of_images, number = _jackknives(groups, alike, counted, blocks, notes)
+    notes += [
+        f"{label}: its images or their labels are not the baseline's, so nothing is known of the noise"
+        for label in groups
+        if label not in alike
+    ]
+    base, *others = groups
+    for label in others:
+        for key, own in estimates[label].items():
+            averaged = [counted.index(name) for name in means.get(key, [key]) if name in counted]
+            images = (of_images[base], of_images[label]) if label in of_images and averaged else None
+            pair = ([value / 100 for value in e.values] for e in (estimates[base][key], own))
+            result = difference(*pair, images, np.array(averaged, int))
+            if label not in alike:
+                result = Difference(result.mean)
+            interval = result.interval and tuple(100 * end for end in result.interval)
+            estimates[label][key] = own._replace(
+                difference=100 * result.mean, interval=interval, noise=result.noise
+            )
+    shown = [
+        Group(label, name, members, estimates[label])
+        for name, (label, members) in zip(full_names, groups.items(), strict=True)
+    ]
+    confused = confusion(groups, parts.get('tail') or classes)
+    return Comparison(classes, shares, parts, [*means, *more], shown, confused, left_out, notes, *number)
+
+
+def _usable(
+    work_dirs: list[Path], baseline: Path | None
+) -> tuple[list[Run], list[str], list[tuple[str, str]], list[str]]:
+    """The runs that can be compared, the baseline first, the classes of all; what is left out, and notes."""
     runs, left_out, notes = [], [], []
     for work_dir in {path.resolve(): path for path in work_dirs}.values():
         run = read_run(work_dir)
@@ -90,16 +148,19 @@ def compare(
     names = list(first.classes)
     for run in list(runs):
         # a metric leaves out classes that neither occur nor are predicted
-        if not set(names) & set(run.classes):
+        if set(names) & set(run.classes):
+            names += [name for name in run.classes if name not in names]
+        else:
             runs.remove(run)
             left_out.append(
                 (str(run.work_dir), f'its classes {run.classes} are not those of {first.work_dir}, {names}')
             )
-            continue
-        names += [name for name in run.classes if name not in names]
-    groups = _grouped(runs, first, left_out)
-    full_names = dict(zip(labels := readable_names(groups), groups, strict=True))
-    groups = dict(zip(labels, groups.values(), strict=True))
+    return sorted(runs, key=lambda run: run is not first), names, left_out, notes
+
+
+def _notes(groups: dict[str, list[Run]], runs: list[Run]) -> list[str]:
+    """What a reader has to know of the runs."""
+    notes = []
     for label, members in groups.items():
         seeds = [run.seed for run in members if run.seed is not None]
         if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
@@ -109,10 +170,7 @@ def compare(
             notes.append(
                 f'{label}: trained on data at {sorted(roots)}, of the same counts, so taken as the same'
             )
-    notes += [
-        f'{run.work_dir}: {note}' for members in groups.values() for run in members for note in run.notes
-    ]
-    runs = [run for members in groups.values() for run in members]
+    notes += [f'{run.work_dir}: {note}' for run in runs for note in run.notes]
     without = [str(run.work_dir) for run in runs if run.scores is None]
     if len(without) < len(runs):
         notes += [
@@ -122,84 +180,45 @@ def compare(
         ]
     if len({run.source.split()[0] for run in runs}) > 1:
         notes.append('some results are of tests and some of validations')
+    return notes
 
+
+def _frequencies(
+    runs: list[Run], names: list[str], notes: list[str]
+) -> tuple[list[str], dict[str, float], dict[str, list[str]]]:
+    """The classes, most frequent first, their shares and parts, of the first run that knows all of them."""
     pixels = next((run.class_pixels for run in runs if set(names) <= set(run.class_pixels)), None)
     if pixels is None:
         notes.append(
             'how frequent the classes are in training is not known: neither image_scores.npz of '
             'ImbalanceIoUMetric nor class_weights.json of ClassWeightHook tells'
         )
-        classes, shares, parts = names, {}, {}
-    else:
-        classes = sorted(pixels, key=lambda name: -pixels[name])
-        shares = {name: pixels[name] / max(sum(pixels.values()), 1) for name in classes}
-        parts = _parts(runs, classes, pixels)
-    counted = [c for c in classes if all(math.isfinite(run.iou.get(c, math.nan)) for run in runs)]
-    if rest := [c for c in classes if c not in counted]:
-        notes.append(
-            f'{rest} are in no mean: no label of the tested images holds them, or not every run has them'
-        )
-    means = {'mIoU': counted}
-    means |= {f'mIoU.{part}': [c for c in members if c in counted] for part, members in parts.items()}
-    more = [
-        key
-        for key in ('aAcc', *first.metrics)
-        if key == 'aAcc' or key.startswith(('mIoU_I', 'mIoU_C', 'mRecall.small'))
-    ]
-    more = [key for key in dict.fromkeys(more) if all(key in run.metrics for run in runs)]
-    values = {  # of each config, quantity and run
-        label: {
-            **{name: [run.iou.get(name, math.nan) for run in members] for name in classes},
-            **{key: [_mean_iou(run, names) for run in members] for key, names in means.items()},
-            **{key: [run.metrics[key] for run in members] for key in more},
-        }
-        for label, members in groups.items()
-    }
-    of_images, number = _jackknives(groups, counted, blocks, notes)
-    members_of = {name: [at] for at, name in enumerate(counted)}
-    members_of |= {key: [counted.index(name) for name in names] for key, names in means.items()}
-    first_label, base = next(iter(values.items()))
-    estimated = []
-    same = _tested_alike(groups, notes)
-    for label, members in groups.items():
-        estimates = {}
-        for key, found in values[label].items():
-            known = [value for value in found if math.isfinite(value)]
-            mean = float(np.mean(known)) if known else math.nan
-            std = float(np.std(known, ddof=1)) if len(known) > 1 else None
-            estimates[key] = Estimate(found, mean, std)
-            if members is groups[first_label]:
-                continue
-            images = None
-            if label in same and label in of_images and first_label in of_images and members_of.get(key):
-                images = of_images[first_label], of_images[label]
-            result = difference(
-                *([value / 100 for value in each] for each in (base[key], found)),
-                images,
-                np.array(members_of.get(key, []), int),
-            )
-            interval = None if result.interval is None else tuple(100 * end for end in result.interval)
-            if label not in same:
-                interval, result = None, result._replace(noise='')
-            estimates[key] = Estimate(found, mean, std, 100 * result.mean, interval, result.noise)
-        estimated.append(Group(label, full_names[label], members, estimates))
-    return Comparison(classes, shares, parts, [*means, *more], estimated, left_out, notes, *number)
+        return names, {}, {}
+    classes = sorted(pixels, key=lambda name: -pixels[name])
+    shares = {name: pixels[name] / max(sum(pixels.values()), 1) for name in classes}
+    return classes, shares, _parts(runs, classes, pixels)
+
+
+def _estimate(values: Iterable[float]) -> Estimate:
+    values = list(values)
+    known = [value for value in values if math.isfinite(value)]
+    mean = float(np.mean(known)) if known else math.nan
+    return Estimate(values, mean, float(np.std(known, ddof=1)) if len(known) > 1 else None)
 
 
 def _mean_iou(run: Run, names: list[str]) -> float:
     """Over these classes, in per cent."""
-    found = [run.iou[name] for name in names]
-    return float(np.mean(found)) if found else math.nan
+    return float(np.mean([run.iou[name] for name in names])) if names else math.nan
 
 
-def _grouped(runs: list[Run], first: Run, left_out: list[tuple[str, str]]) -> dict[str, list[Run]]:
-    """Runs by label of their config, the baseline's first; what two of one name differ in is in the label.
+def _grouped(runs: list[Run], left_out: list[tuple[str, str]]) -> dict[str, list[Run]]:
+    """Runs by label of their config, in their order; what two of one name differ in is in the label.
 
     A model that was given twice, by its training and by its test, is taken once.
     """
-    found: list[tuple[dict, list[Run]]] = []
+    found: list[list[Run]] = []
     taken: list[tuple[dict, Run]] = []
-    for run in sorted(runs, key=lambda run: run is not first):
+    for run in runs:
         evaluated = {
             key: value
             for key, value in run.settings.items()
@@ -210,15 +229,15 @@ def _grouped(runs: list[Run], first: Run, left_out: list[tuple[str, str]]) -> di
             left_out.append((str(run.work_dir), f'it is of the same model as {twin.work_dir}'))
             continue
         taken.append((evaluated, run))
-        members = next((members for known, members in found if known == run.settings), None)
+        members = next((members for members in found if members[0].settings == run.settings), None)
         if members is None:
-            found.append((run.settings, [run]))
+            found.append([run])
         else:
             members.append(run)
     labels: dict[str, list[Run]] = {}
-    for settings, members in found:
-        label = members[0].name
-        namesakes = [known for known, others in found if others[0].name == label]
+    for members in found:
+        label, settings = members[0].name, members[0].settings
+        namesakes = [others[0].settings for others in found if others[0].name == label]
         if len(namesakes) > 1:
             keys = {key for known in namesakes for key in known}
             differing = sorted(k for k in keys if len({repr(known.get(k)) for known in namesakes}) > 1)
@@ -240,33 +259,11 @@ def _parts(runs: list[Run], classes: list[str], pixels: dict[str, int]) -> dict[
     return {part: [classes[c] for c in members] for part, members in thirds.items()}
 
 
-def _tested_alike(groups: dict[str, list[Run]], notes: list[str]) -> set[str]:
-    """Labels of the configs that were tested on the images and labels of the baseline."""
-    (first, (base, *_)), *others = groups.items()
-    alike = {first}
-    for label, members in others:
-        if all(_same_images(base, run) for run in members):
-            alike.add(label)
-        else:
-            notes.append(
-                f"{label}: its images or their labels are not the baseline's, so nothing is known of the "
-                'noise'
-            )
-    return alike
-
-
 def _same_images(one: Run, other: Run) -> bool:
     """Whether two runs were tested on the same images, and on the same labels of the classes of both."""
     if one.scores is None or other.scores is None:
-        first, second = (
-            {
-                k: v
-                for k, v in run.settings.items()
-                if k.startswith('evaluation.dataset.') and '.pipeline.' not in k
-            }
-            for run in (one, other)
-        )
-        return first == second
+        keys = {key for key in (*one.settings, *other.settings) if key.startswith('evaluation.dataset.')}
+        return all(one.settings.get(k) == other.settings.get(k) for k in keys if '.pipeline.' not in k)
     both = [name for name in one.scores['classes'].tolist() if name in other.scores['classes'].tolist()]
     labels = [run.scores['label'][:, _columns(run, both)] for run in (one, other)]
     return np.array_equal(one.scores['images'], other.scores['images']) and np.array_equal(*labels)
@@ -278,10 +275,14 @@ def _columns(run: Run, names: list[str]) -> list[int]:
 
 
 def _jackknives(
-    groups: dict[str, list[Run]], classes: list[str], blocks: str | int | None, notes: list[str]
+    groups: dict[str, list[Run]],
+    alike: set[str],
+    classes: list[str],
+    blocks: str | int | None,
+    notes: list[str],
 ) -> tuple[dict[str, list[Jackknife]], tuple[int | None, int | None]]:
     """How the IoU of these classes changes without each block of images, for each run of the configs that
-    know, and the numbers of images and blocks.
+    know and were tested alike, and the numbers of images and blocks.
     """
     scored = {label: members for label, members in groups.items() if all(run.scores for run in members)}
     first = next(iter(groups))
@@ -303,15 +304,15 @@ def _jackknives(
             'would give'
         )
         return {}, (None, None)
-    block_of = dict(zip(names, of_image, strict=True))
-    found = {}
-    for label, members in scored.items():
-        if all(run.scores['images'].tolist() == names for run in members):
-            found[label] = [
-                jackknife(
-                    *(run.scores[key][:, _columns(run, classes)] for key in ('intersect', 'union', 'label')),
-                    [block_of[name] for name in names],
-                )
-                for run in members
-            ]
+    found = {
+        label: [
+            jackknife(
+                *(run.scores[key][:, _columns(run, classes)] for key in ('intersect', 'union', 'label')),
+                of_image,
+            )
+            for run in members
+        ]
+        for label, members in scored.items()
+        if label in alike
+    }
     return found, (len(names), number)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmseg_imbalance.reports.comparison import Comparison
+from mmseg_imbalance.fonts import plain
+from mmseg_imbalance.reports.work_dirs import Run
 from mmseg_imbalance.scores import present_mean, ratio
 
 MOST_CLASSES = 8  # rare ones
@@ -25,22 +27,28 @@ class Confusion(NamedTuple):
     truly: np.ndarray  # (G, R, C) of the pixels predicted as the rare class, by what they are; NaN where none
 
 
-def confusion(comparison: Comparison) -> Confusion | None:
-    """Of the configs whose tests have kept it; None where the baseline's have not."""
-    base = comparison.groups[0].runs[0].scores
+def confusion(groups: Mapping[str, Sequence[Run]], rare: Sequence[str]) -> Confusion | None:
+    """Of the configs whose tests have kept it, and of the last of these classes, the rarest of all.
+
+    None where the tests of the first config, the baseline, have not kept it.
+
+    Args:
+        groups: the runs of each config, by its label.
+    """
+    baseline = next(iter(groups))
+    base = groups[baseline][0].scores
     if base is None:
         return None
     classes = base['classes'].tolist()
     kept = {}
-    for group in comparison.groups:
-        scores = [run.scores for run in group.runs if run.scores is not None]
+    for label, runs in groups.items():
+        scores = [run.scores for run in runs if run.scores is not None]
         scores = [s for s in scores if len(s['confusion']) and s['classes'].tolist() == classes]
         if scores:
-            kept[group.label] = np.stack([s['confusion'] for s in scores])  # (runs, C, C)
-    if comparison.groups[0].label not in kept:
+            kept[label] = np.stack([s['confusion'] for s in scores])  # (runs, C, C)
+    if baseline not in kept:
         return None
     held = {name for c, name in enumerate(classes) if base['label'][:, c].any()}
-    rare = comparison.parts.get('tail') or comparison.classes
     rare = [name for name in rare if name in held][-MOST_CLASSES:]
     if not rare:
         return None
@@ -105,8 +113,8 @@ def plot_confusion(found: Confusion, colours: list[str]) -> Figure:
             place = at * (configs + 1) + number
             colour = colours[number % len(colours)]
             share = 100 * np.nan_to_num(found.predicted_as[number, row])
-            name = label if at == 0 else None
-            axes.barh(place, share[own], 0.9, color=colour, label=name and name.replace('$', r'\$'))
+            name = plain(label) if at == 0 else None
+            axes.barh(place, share[own], 0.9, color=colour, label=name)
             left = share[own]
             rest = 100 - share[own] - share[others].sum()
             parts = [(found.classes[c], share[c]) for c in others] + [('others', rest)]
@@ -114,11 +122,11 @@ def plot_confusion(found: Confusion, colours: list[str]) -> Figure:
             for shade, (what, width) in zip(('0.72', '0.80', '0.87', '0.94'), parts, strict=False):
                 axes.barh(place, width, 0.9, left=left, color=shade, edgecolor='white', linewidth=0.8)
                 if width > 100 * TOLD + 0.75 * len(what):
-                    text = f'{what} {width:.0f}'.replace('$', r'\$')
+                    text = plain(f'{what} {width:.0f}')
                     axes.text(left + width / 2, place, text, ha='center', va='center', fontsize=8.5)
                 left += width
     middle = np.arange(rare) * (configs + 1) + (configs - 1) / 2
-    axes.set_yticks(middle, [name.replace('$', r'\$') for name in reversed(found.rare)])
+    axes.set_yticks(middle, [plain(name) for name in reversed(found.rare)])
     axes.tick_params(axis='y', length=0, pad=38)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config
@@ -47,27 +48,36 @@ def settings(config: Config, split: str, tested: Config | None = None) -> dict[s
         tested: config of the test; None: the same.
     """
     tested = config if tested is None else tested
-    model, wrappers = tested.get('model') or {}, []
-    while 'module' in model:  # test time augmentation
-        wrappers.append({key: value for key, value in model.items() if key != 'module'})
-        model = model['module']
-    evaluators = tested.get(f'{split}_evaluator') or []
+    model, wrappers = unwrapped(tested)
     evaluated = dict(
         mode=dict(model.get('test_cfg') or {}),
-        wrappers=wrappers,
+        wrappers=[{key: value for key, value in each.items() if key != 'module'} for each in wrappers],
         hooks=deciding_hooks(tested),
         dataset=(tested.get(f'{split}_dataloader') or {}).get('dataset'),
         evaluator=[
             {key: value for key, value in metric.items() if key not in MORE_NUMBERS}
-            for metric in ([evaluators] if isinstance(evaluators, dict) else evaluators)
+            for metric in _evaluators(tested, split)
         ],
     )
     trained = config.to_dict()
-    while 'module' in trained.get('model', {}):
-        trained['model'] = trained['model']['module']
+    trained['model'], _ = unwrapped(trained)
     if 'custom_hooks' in trained:
         trained['custom_hooks'] = [hook for hook in _hooks(config) if type_name(hook) not in WATCHING]
     return dict(_flatten(trained, '')) | dict(_flatten(evaluated, 'evaluation'))
+
+
+def unwrapped(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """The model of a config, and what is around it, such as test time augmentation."""
+    model, wrappers = config.get('model') or {}, []
+    while 'module' in model:
+        wrappers.append(model)
+        model = model['module']
+    return model, wrappers
+
+
+def _evaluators(config: Config, split: str) -> list:
+    found = config.get(f'{split}_evaluator') or []
+    return [found] if isinstance(found, dict) else found
 
 
 def _hooks(config: Config) -> list:
@@ -122,8 +132,7 @@ def tested_data(tested: Config, split: str, scores: dict | None) -> str:
 
 def shown_data(tested: Config, split: str, scores: dict | None) -> str:
     """What was tested on and by which metric, in words."""
-    metrics = tested.get(f'{split}_evaluator') or []
-    names = [type_name(metric) for metric in ([metrics] if isinstance(metrics, dict) else metrics)]
+    names = [type_name(metric) for metric in _evaluators(tested, split)]
     known = [] if scores is None else [tested_data(tested, split, scores)]
     return ', '.join(filter(None, [_place(tested, split), *known, *names])) or '-'
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -14,6 +14,7 @@ from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.reports.comparison import Comparison, Group
 from mmseg_imbalance.reports.identity import OF_RUN, settings
 from mmseg_imbalance.reports.work_dirs import Run
+from mmseg_imbalance.tables import markdown_table
 
 DATASETS = dict(ade20k='ADE20K', camvid='CamVid', cityscapes='Cityscapes')  # as MMSegmentation writes them
 SUMMARIES = ('mIoU', 'mIoU.head', 'mIoU.body', 'mIoU.tail', 'mIoU_C_q5', 'aAcc')  # of the first table
@@ -34,8 +35,9 @@ def write_entries(comparison: Comparison, configs: Path) -> list[Path]:
         path = next(configs.glob(f'[!_]*/{run.name}.py'), None)
         if path is None:
             raise ValueError(f'{run.work_dir} is of {run.name}, and there is no {configs}/*/{run.name}.py')
+        config = Config.fromfile(str(path))
         for other in group.runs:
-            _check(other, path)
+            _check(other, config)
         entries.setdefault(path.parent, []).append(_entry(group, comparison, path))
     written = []
     for family, new in entries.items():
@@ -50,9 +52,8 @@ def write_entries(comparison: Comparison, configs: Path) -> list[Path]:
     return written
 
 
-def _check(run: Run, path: Path) -> None:
+def _check(run: Run, config: Config) -> None:
     """Refuse a run that was not carried out, to its end, as the config says."""
-    config = Config.fromfile(str(path))
     says = settings(config, run.source.split()[0].replace('validation', 'val'))
     keys = sorted((says.keys() | run.settings.keys()) - {*OF_RUN})
     differing = [
@@ -65,7 +66,9 @@ def _check(run: Run, path: Path) -> None:
     if not run.complete:
         differing.append(f'{run.source} for that at the end')
     if differing:
-        raise ValueError(f'{run.work_dir} is no result of {path}: it has {", ".join(differing[:5])}')
+        raise ValueError(
+            f'{run.work_dir} is no result of {config.filename}: it has {", ".join(differing[:5])}'
+        )
 
 
 def _metafile(family: Path) -> dict:
@@ -134,7 +137,7 @@ def _page(family: Path) -> Iterator[str]:
         yield f'## {dataset}\n'
         used = {key for model in listed for key in model['Results']['Metrics']}
         shown = [key for key in (*SUMMARIES, 'mIoU(ms+flip)') if key in used]
-        yield from _rows(
+        yield from markdown_table(
             ['config', 'iterations', *shown, 'memory (GB)', 'measured'],
             ([_link(m), *_about(m, shown)] for m in listed),
         )
@@ -143,7 +146,7 @@ def _page(family: Path) -> Iterator[str]:
         )
         if classes:
             measured = [m for m in listed if classes[0] in m['Results']['Metrics']]
-            yield from _rows(
+            yield from markdown_table(
                 ['IoU', *(key.removeprefix('IoU.') for key in classes)],
                 ([_link(m), *(_number(m, key) for key in classes)] for m in measured),
             )
@@ -153,13 +156,6 @@ def _page(family: Path) -> Iterator[str]:
         yield '## Not measured yet\n'
         yield from (f'- [{name}]({name}.py)' for name in rest)
         yield ''
-
-
-def _rows(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    for row in (header, ['---'] * len(header), *rows):
-        cells = [cell.replace('|', r'\|') for cell in row]
-        yield f'| {" | ".join(cells)} |'
-    yield ''
 
 
 def _link(model: dict) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.reports.comparison import Comparison, Estimate
 from mmseg_imbalance.reports.page import page
-from mmseg_imbalance.reports.sheets import markdown
+from mmseg_imbalance.reports.sheets import Sheet, markdown
 from mmseg_imbalance.reports.work_dirs import Run
 
 
@@ -60,11 +60,12 @@ def record(comparison: Comparison) -> dict:
     )
 
 
-def write(comparison: Comparison, out: Path) -> list[Path]:
+def write(comparison: Comparison, tables: list[Sheet], out: Path) -> list[Path]:
     """comparison.md, .csv, .json, .html and .png, its first plot, in a folder."""
-    text, picture = page(comparison)
+    text, picture = page(comparison, tables)
     numbers = json.dumps(record(comparison), indent=2, allow_nan=False) + '\n'
-    contents = dict(md=markdown(comparison), csv=table(comparison), json=numbers, html=text, png=picture)
+    text_of_tables = markdown(comparison, tables)
+    contents = dict(md=text_of_tables, csv=table(comparison), json=numbers, html=text, png=picture)
     paths = []
     for kind, content in contents.items():
         paths.append(out / f'comparison.{kind}')

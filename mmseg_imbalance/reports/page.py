@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from html import escape
 from io import BytesIO
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from mmseg_imbalance.fonts import fonts_for
+from mmseg_imbalance.fonts import fonts_for, plain
 from mmseg_imbalance.reports.comparison import Comparison, Group
-from mmseg_imbalance.reports.confusion import confusion, plot_confusion
+from mmseg_imbalance.reports.confusion import plot_confusion
 from mmseg_imbalance.reports.pictures import STYLE as STYLE_OF_PICTURES
-from mmseg_imbalance.reports.pictures import pictures
-from mmseg_imbalance.reports.sheets import Sheet, explanation, sheets
+from mmseg_imbalance.reports.pictures import picture_tag, pictures
+from mmseg_imbalance.reports.sheets import Sheet, explanation
 
 COLOURS = ['#59636f', '#d1783c', '#4878a8', '#5b9a4a', '#a5569a', '#b8982f', '#3a9a94', '#c44f5b']
 NAMED = 44  # classes that a plot has room to name
@@ -43,7 +43,7 @@ th:first-child, td:first-child, .text th, .text td { text-align: left; }
 """
 
 
-def page(comparison: Comparison) -> tuple[str, bytes]:
+def page(comparison: Comparison, tables: list[Sheet]) -> tuple[str, bytes]:
     """The whole page, which needs no other file, and its first plot as PNG."""
     lines = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">']
     lines += [f'<title>Comparison of runs</title><style>{STYLE}{STYLE_OF_PICTURES}</style></head><body>']
@@ -55,11 +55,10 @@ def page(comparison: Comparison) -> tuple[str, bytes]:
         with fonts_for(names):
             draw(comparison).savefig(file, dpi=150)
         charts.append(file.getvalue())
-        source = b64encode(charts[-1]).decode()
-        lines += [f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{source}">']
+        lines += [f'<h2>{title}</h2><figure>{picture_tag(charts[-1], title, "png")}']
         lines += [f'<figcaption>{caption}</figcaption></figure>']
-    for sheet in sheets(comparison):
-        kind = ' class="text"' if sheet.title in ('Runs', 'Left out') else ''
+    for sheet in tables:
+        kind = ' class="text"' if sheet.of_text else ''
         lines += [f'<h2>{escape(sheet.title)}</h2><div class="scroll"><table{kind}><tr>']
         lines += [*(f'<th>{escape(name)}</th>' for name in sheet.header), '</tr>']
         for row in sheet.rows:
@@ -94,7 +93,7 @@ def _plots(comparison: Comparison) -> Iterator[tuple[str, str, Callable[[Compari
         plot_classes,
     )
     yield 'Means over classes', 'Bars are means over runs, dots single runs.', plot_means
-    if (confused := confusion(comparison)) is not None:
+    if (confused := comparison.confusion) is not None:
         yield (
             'Which classes take the pixels of the rare ones',
             'Of the pixels of a rare class in the truth: what is found (coloured), and as what the rest is '
@@ -140,34 +139,15 @@ def plot_differences(comparison: Comparison) -> Figure:
                 markersize=7,
                 color=colour,
                 markerfacecolor='white' if hollow else colour,
-                label=None if hollow else _plain(group.label),
+                label=None if hollow else plain(group.label),
             )
         axes.axhline(group.estimates['mIoU'].difference, color=colour, linewidth=1, linestyle='--')
     axes.axhline(0, color='0.3', linewidth=0.8)
-    axes.set_ylabel(_plain(f'IoU minus that of {comparison.groups[0].label}'), wrap=True)
-    # class names along the top, moved apart where they would overlap, each tied to its place by a line
+    axes.set_ylabel(plain(f'IoU minus that of {comparison.groups[0].label}'), wrap=True)
     axes.set_xlim(x.max() + 0.03 * width, x.min() - 0.03 * width)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.02 * (high - low))
-    top = axes.get_ylim()[1]
-    lift = 0.05 * (top - low)
     most = [max(abs(g.estimates[c].difference) for g in others) for c in classes]
     named = np.sort(np.argsort(-np.nan_to_num(most, nan=-1), kind='stable')[:NAMED])
-    for c, label in zip(named, spread(x[named], width / (NAMED + 2)), strict=True):
-        name, place = _plain(classes[c]), x[c]
-        axes.plot([place, place], [low, top], color='0.93', linewidth=0.8, zorder=0)
-        axes.plot([place, label], [top, top + lift], color='0.75', linewidth=0.8, clip_on=False)
-        axes.text(
-            label,
-            top + 1.2 * lift,
-            name,
-            rotation=60,
-            ha='left',
-            va='bottom',
-            fontsize=9,
-            rotation_mode='anchor',
-        )
-    axes.set_ylim(low, top)
+    _name_along_top(axes, [classes[c] for c in named], x[named], width / (NAMED + 2))
     if comparison.shares:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{10**value:.3g}'))
         ticks = np.arange(np.floor(x.min()), np.ceil(x.max()) + 1)
@@ -181,8 +161,17 @@ def plot_differences(comparison: Comparison) -> Figure:
     return figure
 
 
-def _plain(text: str) -> str:
-    return text.replace('$', r'\$')  # no formula
+def _name_along_top(axes: Axes, names: list[str], places: np.ndarray, gap: float) -> None:
+    """Names moved apart where they would overlap, each tied to its place by a line."""
+    low, high = axes.get_ylim()
+    top = high + 0.02 * (high - low)
+    lift = 0.05 * (top - low)
+    slanted = dict(rotation=60, rotation_mode='anchor', ha='left', va='bottom', fontsize=9)
+    for name, place, label in zip(names, places, spread(places, gap), strict=True):
+        axes.plot([place, place], [low, top], color='0.93', linewidth=0.8, zorder=0)
+        axes.plot([place, label], [top, top + lift], color='0.75', linewidth=0.8, clip_on=False)
+        axes.text(label, top + 1.2 * lift, plain(name), **slanted)
+    axes.set_ylim(low, top)
 
 
 def _marker(number: int) -> str:
@@ -230,7 +219,7 @@ def plot_classes(comparison: Comparison) -> Figure:
             s=52,
             marker=_marker(number),
             color=colour,
-            label=_plain(group.label),
+            label=plain(group.label),
             zorder=3,
         )
         for row, name in zip(rows, classes, strict=True):
@@ -238,7 +227,7 @@ def plot_classes(comparison: Comparison) -> Figure:
             if len(values) > 1:
                 axes.scatter(values, [row] * len(values), s=10, color=colour, alpha=0.5, zorder=2)
     shares = comparison.shares
-    axes.set_yticks(rows, [_plain(f'{c}  {shares[c]:.2%}' if shares else c) for c in classes])
+    axes.set_yticks(rows, [plain(f'{c}  {shares[c]:.2%}' if shares else c) for c in classes])
     axes.invert_yaxis()
     axes.set_xlabel('IoU, %')
     axes.set_xlim(left=min(0, axes.get_xlim()[0]))
@@ -259,7 +248,7 @@ def plot_means(comparison: Comparison) -> Figure:
     for number, group in enumerate(comparison.groups):
         at = np.arange(len(keys)) + (number - (len(comparison.groups) - 1) / 2) * width
         bars = [group.estimates[key].mean for key in keys]
-        axes.bar(at, bars, 0.92 * width, color=COLOURS[number % len(COLOURS)], label=_plain(group.label))
+        axes.bar(at, bars, 0.92 * width, color=COLOURS[number % len(COLOURS)], label=plain(group.label))
         for place, key in zip(at, keys, strict=True):
             values = group.estimates[key].values
             axes.scatter([place] * len(values), values, s=12, color='0.15', zorder=3)
@@ -284,9 +273,7 @@ def plot_images(comparison: Comparison) -> Figure:
             each = iou.sum(1)[held.any(1)] / held.sum(1)[held.any(1)]
             curves.append(np.interp(np.linspace(0, 1, 200), np.linspace(0, 1, len(each)), np.sort(each)))
         x = np.linspace(0, 100, 200)
-        axes.plot(
-            x, 100 * np.mean(curves, 0), color=COLOURS[number % len(COLOURS)], label=_plain(group.label)
-        )
+        axes.plot(x, 100 * np.mean(curves, 0), color=COLOURS[number % len(COLOURS)], label=plain(group.label))
     axes.set_xlabel('images, %')
     axes.set_ylabel('mean IoU of the image, %')
     axes.set_xlim(0, 100)

@@ -260,10 +260,13 @@ def _figure(caption: str, picture: np.ndarray, outline: np.ndarray | None) -> st
     drawn.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
     file = BytesIO()
     drawn.save(file, 'JPEG', quality=90, subsampling=0)
-    source = b64encode(file.getvalue()).decode()
-    text = escape(caption)
-    picture = f'<img alt="{text}" src="data:image/jpeg;base64,{source}">'
-    return f'<figure><figcaption>{text}</figcaption>{picture}</figure>'
+    tag = picture_tag(file.getvalue(), caption, 'jpeg')
+    return f'<figure><figcaption>{escape(caption)}</figcaption>{tag}</figure>'
+
+
+def picture_tag(content: bytes, text: str, kind: str) -> str:
+    """A picture in HTML with its file, of this kind, inside."""
+    return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{b64encode(content).decode()}">'
 
 
 def _outlined(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

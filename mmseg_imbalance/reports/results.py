@@ -58,16 +58,17 @@ class Regime:
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
         """The number of each run by method and seed; NaN where it has none."""
-        return {
-            name: {seed: number(row, metric) for seed, row in rows.items()}
-            for name, rows in self.methods.items()
-        }
+        return _values(self.methods, metric)
 
     def differences(self, metric: str) -> dict[str, PairedTest]:
         """Each method against the baseline; those of ``tests`` are corrected, others are not."""
         if self.baseline not in self.methods:
             return {}
         return self.tests.get(metric) or paired_tests(self.values(metric), self.baseline)
+
+
+def _values(methods: dict[str, dict[int, Row]], metric: str) -> dict[str, dict[int, float]]:
+    return {name: {s: number(row, metric) for s, row in rows.items()} for name, rows in methods.items()}
 
 
 def _has_other_groups(row: Row, parts: dict[str, list[str]]) -> bool:
@@ -151,18 +152,14 @@ def _regime(rows: list[Row], baseline: str) -> Regime:
             )
         seeds[int(row['seed'])] = row
     methods = {name: dict(sorted(methods[name].items())) for name in sorted(methods)}
-    values = {
-        metric: {name: {s: number(r, metric) for s, r in seeds.items()} for name, seeds in methods.items()}
-        for metric in TESTED
-    }
     tests = {}
     if baseline in methods:
-        tests = {metric: paired_tests(values[metric], baseline) for metric in TESTED}
+        tests = {metric: paired_tests(_values(methods, metric), baseline) for metric in TESTED}
         flat = [(metric, name) for metric in TESTED for name in tests[metric]]
         corrected = holm([tests[metric][name].p for metric, name in flat])
         for (metric, name), p in zip(flat, corrected, strict=True):
             tests[metric][name] = tests[metric][name]._replace(holm=p)
-    rank = {name: mean_and_half(seeds.values())[0] for name, seeds in values['mIoU'].items()}
+    rank = {name: mean_and_half(of_seed.values())[0] for name, of_seed in _values(methods, 'mIoU').items()}
     rank |= {name: test.mean for name, test in tests.get('mIoU', {}).items()}
     order = sorted(methods, key=lambda name: (name != baseline, -np.nan_to_num(rank[name], nan=-math.inf)))
     methods = {name: methods[name] for name in order}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from matplotlib.figure import Figure
 
 from mmseg_imbalance.files import write_atomically
-from mmseg_imbalance.fonts import fonts_for
+from mmseg_imbalance.fonts import fonts_for, plain
+from mmseg_imbalance.plots import save_figure
 from mmseg_imbalance.reports.page import COLOURS
 from mmseg_imbalance.reports.paired import PairedTest
 from mmseg_imbalance.reports.results import (
@@ -25,6 +26,7 @@ from mmseg_imbalance.reports.results import (
     number,
     survives,
 )
+from mmseg_imbalance.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,8 +60,7 @@ def write_results(regimes: list[Regime], folder: Path) -> list[Path]:
         with fonts_for([*regime.classes, *regime.methods]):
             for plot in plots(regime):
                 written.append(folder / plot.file)
-                with write_atomically(written[-1], 'wb') as file:
-                    plot.draw(regime).savefig(file, format='png', dpi=110)
+                save_figure(plot.draw(regime), written[-1], dpi=110)
     return written
 
 
@@ -82,7 +83,7 @@ def _page(regimes: list[Regime], folder: str) -> Iterator[str]:
     yield f'- Commits: {_joined(row["commit"] or "unknown" for row in rows)}'
     suites = _joined(f'`{regime.suite}.py`' for regime in regimes)
     yield f'- What each method changes is in the suite file: {suites}\n'
-    yield from _table(
+    yield from markdown_table(
         ['data', 'iterations', 'methods', 'seeds', 'runs', 'hours'],
         ([_place(regime), f'{regime.iterations:,}', *_size(regime)] for regime in regimes),
     )
@@ -136,7 +137,7 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
         (f'## What did not help\n\n{NEITHER}', neither),
     ):
         yield f'{title}\n'
-        yield from _table(header, rows) if rows else ('None.\n',)
+        yield from markdown_table(header, rows) if rows else ('None.\n',)
     if untested:
         yield f'Not tested, as there is at most one seed in common: {"; ".join(untested)}.\n'
 
@@ -148,7 +149,7 @@ def _section(regime: Regime, folder: str) -> Iterator[str]:
             yield f'- {part}: {", ".join(map(_text, names))}'
         yield ''
     values = {metric: regime.values(metric) for metric in SUMMARIES}
-    yield from _table(
+    yield from markdown_table(
         ['method', 'seeds', *map(_name, SUMMARIES)],
         (
             [_text(name), str(len(rows)), *(_mean(values[metric][name]) for metric in SUMMARIES)]
@@ -159,7 +160,7 @@ def _section(regime: Regime, folder: str) -> Iterator[str]:
         yield f'Difference to {_text(regime.baseline)}:\n'
         tests = {metric: regime.differences(metric) for metric in SUMMARIES}
         header = [title for m in SUMMARIES for title in (_name(m), *(['p'] if m in TESTED else []))]
-        yield from _table(
+        yield from markdown_table(
             ['method', 'seeds', *header],
             (
                 [
@@ -182,15 +183,9 @@ def _section(regime: Regime, folder: str) -> Iterator[str]:
         yield ''
 
 
-def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    for row in (header, ['---'] * len(header), *rows):
-        yield f'| {" | ".join(row)} |'
-    yield ''
-
-
 def _text(text: str) -> str:
-    """As plain text in Markdown."""
-    return re.sub(r'([\\|*_`<\[\]$])', r'\\\1', text)
+    """As plain text in Markdown; a table escapes its own |."""
+    return re.sub(r'([\\*_`<\[\]$])', r'\\\1', text)
 
 
 def _joined(texts: Iterable[str]) -> str:
@@ -296,7 +291,7 @@ def plot_classes(regime: Regime) -> Figure:
             place = row + 0.7 * ((number_ + 0.5) / len(names) - 0.5)
             known = test.interval is not None and not test.interval[0] <= 0 <= test.interval[1]
             _point(axes, test, place, COLOURS[number_ + 1], filled=known)
-        axes.plot([], [], 'o', color=COLOURS[number_ + 1], label=_plain(name))
+        axes.plot([], [], 'o', color=COLOURS[number_ + 1], label=plain(name))
     labels = classes
     if total := sum(regime.pixels.values()):
         labels = [f'{name}  {100 * regime.pixels.get(name, 0) / total:.3g} %' for name in classes]
@@ -323,10 +318,10 @@ def _finish(axes: Axes, tests: list[PairedTest], labels: list[str], title: str) 
     means = [test.mean for test in tests if math.isfinite(test.mean)] + [0.0]
     room = max(0.35 * (max(means) - min(means)), 1.0)
     axes.set_xlim(min(means) - room, max(means) + room)
-    axes.set_yticks(range(len(labels)), map(_plain, labels))
+    axes.set_yticks(range(len(labels)), map(plain, labels))
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.axvline(0, color='0.3', linewidth=0.8)
-    axes.set_xlabel(_plain(title))
+    axes.set_xlabel(plain(title))
     axes.grid(axis='x', color='0.92')
     axes.set_axisbelow(True)
     axes.spines[['top', 'right', 'left']].set_visible(False)
@@ -348,7 +343,7 @@ def plot_curves(regime: Regime) -> Figure:
             axes.plot(each.keys(), each.values(), linewidth=0.6, alpha=0.5, **look)
         steps = sorted(set.intersection(*map(set, curves)))
         means = [mean_and_half(each[step] for each in curves)[0] for step in steps]
-        axes.plot(steps, means, 'o', linewidth=2, markersize=4, label=_plain(name), **look)
+        axes.plot(steps, means, 'o', linewidth=2, markersize=4, label=plain(name), **look)
     axes.set_xlim(left=0)
     axes.set_xlabel('iterations')
     axes.set_ylabel('mIoU on val, %')
@@ -362,7 +357,3 @@ def curve(row: Row) -> dict[int, float]:
     """The mIoU of each evaluation of a run by its iteration."""
     points = (point.partition(':') for point in row['curve'].split())
     return {int(step): float(value) for step, _, value in points}
-
-
-def _plain(text: str) -> str:
-    return text.replace('$', r'\$')  # no formula

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mmseg_imbalance.reports.comparison import NOISE, Comparison, Estimate
-from mmseg_imbalance.reports.confusion import confusion, confusion_tables
+from mmseg_imbalance.reports.comparison import NOISE, Comparison, Estimate, Group
+from mmseg_imbalance.reports.confusion import confusion_tables
+from mmseg_imbalance.tables import markdown_table
 
 
 class Sheet(NamedTuple):
@@ -16,6 +17,11 @@ class Sheet(NamedTuple):
     title: str
     header: list[str]
     rows: list[list[str]]
+
+    @property
+    def of_text(self) -> bool:
+        """Whether its cells are text, not numbers."""
+        return self.title in ('Runs', 'Left out')
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
@@ -36,42 +42,32 @@ def sheets(comparison: Comparison) -> list[Sheet]:
         for group in groups
         for number, run in enumerate(group.runs)
     ]
-    header = [
-        'name',
-        'config',
-        'seed',
-        'work dir',
-        'result',
-        'tested on',
-        'length',
-        'training',
-        'memory',
-        'hardware',
-    ]
+    header = ['name', 'config', 'seed', 'work dir', 'result']
+    header += ['tested on', 'length', 'training', 'memory', 'hardware']
     shown = [Sheet('Runs', header, runs)]
     columns = [groups[0].label] + [
         f'{group.label}{what}' for group in groups[1:] for what in ('', ': difference')
     ]
-    for title, keys in (('Summary', comparison.summaries), ('IoU of each class', comparison.classes)):
-        rows = []
-        for key in keys:
-            row = [key]
-            if title != 'Summary' and comparison.shares:
-                part = next((p for p, members in comparison.parts.items() if key in members), '-')
-                row += [f'{comparison.shares[key]:.2%}', part]
-            for group in groups:
-                estimate = group.estimates[key]
-                row.append(_value(estimate))
-                if group is not groups[0]:
-                    row.append(_difference(estimate))
-            rows.append(row)
-        about = ['share', 'part'] if title != 'Summary' and comparison.shares else []
-        shown.append(Sheet(f'{title}, %', ['' if title == 'Summary' else 'class', *about, *columns], rows))
-    if (confused := confusion(comparison)) is not None:
-        shown += [Sheet(*table) for table in confusion_tables(confused)]
+    rows = [[key, *_numbers(groups, key)] for key in comparison.summaries]
+    shown.append(Sheet('Summary, %', ['', *columns], rows))
+    part_of = {name: part for part, members in comparison.parts.items() for name in members}
+    about = {name: [f'{share:.2%}', part_of.get(name, '-')] for name, share in comparison.shares.items()}
+    rows = [[name, *about.get(name, ()), *_numbers(groups, name)] for name in comparison.classes]
+    header = ['class', *(['share', 'part'] if about else []), *columns]
+    shown.append(Sheet('IoU of each class, %', header, rows))
+    if comparison.confusion is not None:
+        shown += [Sheet(*table) for table in confusion_tables(comparison.confusion)]
     if comparison.left_out:
         shown.append(Sheet('Left out', ['work dir', 'reason'], [list(row) for row in comparison.left_out]))
     return shown
+
+
+def _numbers(groups: list[Group], key: str) -> Iterator[str]:
+    """Of each config its mean and, behind it, the difference to the baseline, which has none."""
+    for group in groups:
+        yield _value(group.estimates[key])
+        if group is not groups[0]:
+            yield _difference(group.estimates[key])
 
 
 def _value(estimate: Estimate) -> str:
@@ -137,11 +133,10 @@ def _noise(comparison: Comparison) -> Iterator[str]:
     )
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(comparison: Comparison, tables: list[Sheet]) -> str:
+    """The text of a comparison and its tables, see :func:`sheets`."""
     lines = ['# Comparison of runs', '', *explanation(comparison), '']
-    for sheet in sheets(comparison):
-        rows = [sheet.header, ['---'] * len(sheet.header), *sheet.rows]
-        lines += [f'## {sheet.title}', '']
-        lines += ['| ' + ' | '.join(cell.replace('|', r'\|') for cell in row) + ' |' for row in rows] + ['']
+    for sheet in tables:
+        lines += [f'## {sheet.title}', '', *markdown_table(sheet.header, sheet.rows)]
     lines += [f'- {note}' for note in comparison.notes]
     return '\n'.join(lines).rstrip() + '\n'

@@ -1,6 +1,5 @@
 """The HTML page of the subclasses of a trained model, and of what they are in a few validation images."""
 
-from base64 import b64encode
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from mmseg_imbalance.files import write_atomically
 from mmseg_imbalance.plots import draw_subclasses, subclass_colours
+from mmseg_imbalance.reports.pictures import picture_tag
 from mmseg_imbalance.subclass_maps import find_subclassified, subclass_maps, subclasses
 from mmseg_imbalance.tables import names_and_colours
 from mmseg_imbalance.trained import load_segmentor
@@ -81,13 +81,11 @@ def class_tables(classes, palette, state):
         yield '</table>'
 
 
-def page(model, losses, dataset, content, config, checkpoint, images):
-    """The lines of the page."""
+def page(model, losses, dataset, facts, images):
+    """The lines of the page; ``facts`` by name head it."""
     number = max(2, *(head.out_channels for head, _ in losses.values()))
     classes, palette = names_and_colours(dataset.metainfo, number)
     states = {name: subclasses(loss) for name, (_, loss) in losses.items()}
-    facts = dict(config=config, checkpoint=checkpoint)
-    facts['iteration'] = content.get('meta', {}).get('iter', 'unknown')
     yield '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Subclasses</title>'
     yield f'<style>{STYLE}</style></head><body><h1>Subclasses</h1><dl>'
     for name, value in facts.items():
@@ -107,13 +105,12 @@ def page(model, losses, dataset, content, config, checkpoint, images):
     yield f'<h2>{len(chosen)} of {len(dataset)} validation images</h2>' if len(chosen) else ''
     for index in chosen:
         batch = pseudo_collate([dataset[int(index)]])
-        caption = escape(Path(batch['data_samples'][0].get('img_path', f'image {index}')).name)
+        caption = Path(batch['data_samples'][0].get('img_path', f'image {index}')).name
         for name, maps in subclass_maps(model, losses, batch, 0).items():
             file = BytesIO()
             Image.fromarray(draw_subclasses(maps, classes, palette, states[name])).save(file, 'PNG')
-            source = b64encode(file.getvalue()).decode()
-            yield f'<figure><figcaption>{caption}, {escape(name)}</figcaption>'
-            yield f'<img alt="{caption}" src="data:image/png;base64,{source}"></figure>'
+            yield f'<figure><figcaption>{escape(f"{caption}, {name}")}</figcaption>'
+            yield f'{picture_tag(file.getvalue(), caption, "png")}</figure>'
     yield '</body></html>'
 
 
@@ -130,6 +127,9 @@ def write(cfg: Config, config: str, checkpoint: str, images: int, out: Path) -> 
     Raises:
         ValueError: the config has no SubclassifiedLoss or no val_dataloader, or the checkpoint is of another.
     """
-    text = '\n'.join(page(*load(cfg, config, checkpoint), config, checkpoint, images))
+    model, losses, dataset, content = load(cfg, config, checkpoint)
+    iteration = content.get('meta', {}).get('iter', 'unknown')
+    facts = dict(config=config, checkpoint=checkpoint, iteration=iteration)
+    text = '\n'.join(page(model, losses, dataset, facts, images))
     with write_atomically(out) as file:
         file.write(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from mmseg_imbalance.reports.identity import (
     shown_data,
     tested_data,
     training_data,
+    unwrapped,
 )
 from mmseg_imbalance.scores import image_scores_name, load_image_scores
 
@@ -97,40 +98,24 @@ def read_run(work_dir: Path) -> Run | Unusable:
 
 
 def _read(work_dir: Path) -> Run:
-    if not work_dir.is_dir():
-        raise Unusable('it is a file' if work_dir.exists() else 'there is no such folder')
-    # TIMESTAMP folders of training and testing, testing often in a folder of its own below
-    logged = {path.parents[1] for path in work_dir.rglob('vis_data/config.py')}
-    results = {path.parent for path in work_dir.rglob('*.json') if path.stem == path.parent.name}
-    sessions = sorted(logged | results, key=lambda session: session.name)
-    if not sessions:
-        raise Unusable('no run of MMEngine is in it, neither TIMESTAMP/vis_data nor TIMESTAMP/TIMESTAMP.json')
     notes: list[str] = []
-    logs = {session: read_records(session / 'vis_data' / 'scalars.json', notes) for session in sessions}
-    trainings = [session for session in sessions if any('loss' in record for record in logs[session])]
-    tests = [session for session in sessions if session in results]
-    homes = sorted({str(session.parent) for session in trainings or tests})
-    if len(homes) > 1:
-        raise Unusable(f'several runs are in it, name them one by one: {", ".join(homes)}')
-    if not homes:
-        raise Unusable('the run in it ended before it had logged anything')
-    config = _config((trainings or tests)[-1])
+    logs, trainings, tests = _sessions(work_dir, notes)
+    config_of = cache(_config)
+    config = config_of((trainings or tests)[-1]).copy()
+    config.load_from = None  # that of a test is its checkpoint
     if trainings:  # from the last that was not resumed from the one before
-        resumed = [bool(_config(session).get('resume')) for session in trainings]
-        start = max(n for n, again in enumerate(resumed) if n == 0 or not again)
+        start = max(n for n, each in enumerate(trainings) if n == 0 or not config_of(each).get('resume'))
         trainings = trainings[start:]
         former = [session for session in tests if session.name < trainings[0].name]
         tests = [session for session in tests if session not in former]
         notes += [f'the test {session.name} is older than the training and is left out' for session in former]
-        config.load_from = _config(trainings[0]).get('load_from')
-    else:
-        config.load_from = None  # the checkpoint of the test
+        config.load_from = config_of(trainings[0]).get('load_from')
     length, unit = _length(config)
     end = length  # of the training
     if trainings and length is not None:
         records = [record for session in trainings for record in logs[session]]
         _number_evaluations(records, config, length, unit)
-        end = _reached(trainings, logs, length, unit)
+        end = _reached(trainings, records, length, unit)
         if end < length and has_hook(config, 'EarlyStoppingHook') and STOPPED.search(_log(trainings[-1])):
             notes.append(f'ended by EarlyStoppingHook after {end} of {length} {unit}s')
         elif end < length:
@@ -138,27 +123,15 @@ def _read(work_dir: Path) -> Run:
                 f'half-finished, {end} of {length} {unit}s; '
                 'mmseg-imbalance train CONFIG --resume goes on with it'
             )
-    session, record, checkpoint, split = _results(tests, trainings, logs, unit, notes)
+    session, record, split = _results(tests, trainings, logs, notes)
+    tested = config_of(session)
+    if split == 'test':
+        checkpoint = str(tested.get('load_from') or session)
+    else:
+        checkpoint = str(session.parent / f'{unit or "iter"}_{record.get("step")}.pth')
     what, note = evaluated_at(checkpoint, end, unit)
     notes += [note] if note else []
-    prefix = _prefix(record) or ''
-    metrics = {
-        key.removeprefix(prefix): float(value)
-        for key, value in record.items()
-        if isinstance(value, int | float) and key != 'step'
-    }
-    if not any(key.startswith('IoU.') for key in metrics):
-        raise Unusable(
-            'its results lack the IoU of each class; test it with ImbalanceIoUMetric: '
-            'mmseg-imbalance test CONFIG CHECKPOINT --cfg-options test_evaluator.type=ImbalanceIoUMetric'
-        )
-    scores, file = None, session / image_scores_name(prefix.removesuffix('/'))
-    if file.exists():
-        try:
-            scores = load_image_scores(file)
-        except ValueError as error:
-            notes.append(f'no interval over images: {error}')
-    tested = _config(session)
+    metrics, scores = _metrics(record, session, notes)
     home = (trainings or [session])[-1]
     text = _log(home)
     processes = int(number[1]) if (number := re.search(r'GPU number: (\d+)', text)) else 1
@@ -171,26 +144,47 @@ def _read(work_dir: Path) -> Run:
         'checkpoint': what,
     }
     return Run(
-        work_dir,
-        max(home.parent.glob('*.py'), key=lambda path: path.stat().st_mtime, default=work_dir).stem,
-        config,
-        settings(config, split, tested) | of_run,
-        model_names(trainings[0] if trainings else None, session, checkpoint),
-        shown_data(tested, split, scores),
-        checkpoint,
-        metrics,
-        _source(checkpoint, split, tested),
-        scores,
-        class_pixels,
-        end if trainings else None,
-        sum(_seconds(logs[each], n > 0) for n, each in enumerate(trainings)) or None,
-        max((record['memory'] for record in train if 'memory' in record), default=None),
-        processes,
-        _hardware(text) if trainings else None,
-        what in ('end', 'end, bias'),
-        notes,
-        session,
+        work_dir=work_dir,
+        name=max(home.parent.glob('*.py'), key=lambda path: path.stat().st_mtime, default=work_dir).stem,
+        config=config,
+        settings=settings(config, split, tested) | of_run,
+        models=model_names(trainings[0] if trainings else None, session, checkpoint),
+        data=shown_data(tested, split, scores),
+        checkpoint=checkpoint,
+        metrics=metrics,
+        source=_source(checkpoint, split, tested),
+        scores=scores,
+        class_pixels=class_pixels,
+        length=end if trainings else None,
+        seconds=sum(_seconds(logs[each], n > 0) for n, each in enumerate(trainings)) or None,
+        memory=max((record['memory'] for record in train if 'memory' in record), default=None),
+        processes=processes,
+        hardware=_hardware(text) if trainings else None,
+        complete=what in ('end', 'end, bias'),
+        notes=notes,
+        session=session,
     )
+
+
+def _sessions(work_dir: Path, notes: list[str]) -> tuple[dict[Path, list[dict]], list[Path], list[Path]]:
+    """What each TIMESTAMP folder has logged; those of trainings, and those of tests, the oldest first."""
+    if not work_dir.is_dir():
+        raise Unusable('it is a file' if work_dir.exists() else 'there is no such folder')
+    # testing often has a folder of its own below that of the training
+    logged = {path.parents[1] for path in work_dir.rglob('vis_data/config.py')}
+    results = {path.parent for path in work_dir.rglob('*.json') if path.stem == path.parent.name}
+    sessions = sorted(logged | results, key=lambda session: session.name)
+    if not sessions:
+        raise Unusable('no run of MMEngine is in it, neither TIMESTAMP/vis_data nor TIMESTAMP/TIMESTAMP.json')
+    logs = {session: read_records(session / 'vis_data' / 'scalars.json', notes) for session in sessions}
+    trainings = [session for session in sessions if any('loss' in record for record in logs[session])]
+    tests = [session for session in sessions if session in results]
+    homes = sorted({str(session.parent) for session in trainings or tests})
+    if len(homes) > 1:
+        raise Unusable(f'several runs are in it, name them one by one: {", ".join(homes)}')
+    if not homes:
+        raise Unusable('the run in it ended before it had logged anything')
+    return logs, trainings, tests
 
 
 def _length(config: Config) -> tuple[int | None, str]:
@@ -225,13 +219,12 @@ def _number_evaluations(records: list[dict], config: Config, length: int, unit: 
             record['step'] = min(length, -(-latest.get('step', 0) // every) * every)
 
 
-def _reached(trainings: list[Path], logs: dict, length: int, unit: str) -> int:
+def _reached(trainings: list[Path], records: list[dict], length: int, unit: str) -> int:
     """How far a training came; its end may lie after the last line of the log."""
     last = trainings[-1].parent / f'{unit}_{length}.pth'
     begun = (trainings[-1] / 'vis_data' / 'config.py').stat().st_mtime
     if last.exists() and last.stat().st_mtime >= begun:  # else of a former training
         return length
-    records = [record for session in trainings for record in logs[session]]
     evaluated = [record['step'] for record in records if 'loss' not in record and _prefix(record) is not None]
     if unit == 'epoch':  # that of a line may not be over
         return max([*evaluated, *(record.get('epoch', 1) - 1 for record in records if 'loss' in record)])
@@ -239,25 +232,46 @@ def _reached(trainings: list[Path], logs: dict, length: int, unit: str) -> int:
 
 
 def _results(
-    tests: list[Path], trainings: list[Path], logs: dict, unit: str, notes: list[str]
-) -> tuple[Path, dict[str, object], str, str]:
-    """The session that evaluated last, what it logged, the checkpoint it is of, and the split."""
+    tests: list[Path], trainings: list[Path], logs: dict[Path, list[dict]], notes: list[str]
+) -> tuple[Path, dict, str]:
+    """The session that evaluated last, what it logged, and the split."""
     if tests:
         path = tests[-1] / f'{tests[-1].name}.json'
         try:
-            metrics = dict(json.loads(path.read_text()))
+            return tests[-1], dict(json.loads(path.read_text())), 'test'
         except (OSError, ValueError, TypeError) as error:
             raise Unusable(f'its test result {path} is broken: {error}') from error
-        return tests[-1], metrics, str(_config(tests[-1]).get('load_from') or tests[-1]), 'test'
     for session in reversed(trainings):
         for record in reversed(logs[session]):
             if 'loss' not in record and _prefix(record) is not None:
-                checkpoint = session.parent / f'{unit or "iter"}_{record.get("step")}.pth'
-                return session, record, str(checkpoint), 'val'
+                return session, record, 'val'
     raise Unusable(
         'it was neither validated nor tested with mIoU among the iou_metrics; mmseg-imbalance test CONFIG '
         f'CHECKPOINT --work-dir DIR does it{"".join(f". Note: {note}" for note in notes)}'
     )
+
+
+def _metrics(record: dict, session: Path, notes: list[str]) -> tuple[dict[str, float], dict | None]:
+    """The numbers of an evaluation, and the rows of its images, where they are kept."""
+    prefix = _prefix(record) or ''
+    metrics = {
+        key.removeprefix(prefix): float(value)
+        for key, value in record.items()
+        if isinstance(value, int | float) and key != 'step'
+    }
+    if not any(key.startswith('IoU.') for key in metrics):
+        raise Unusable(
+            'its results lack the IoU of each class; test it with ImbalanceIoUMetric: '
+            'mmseg-imbalance test CONFIG CHECKPOINT --cfg-options test_evaluator.type=ImbalanceIoUMetric'
+        )
+    file = session / image_scores_name(prefix.removesuffix('/'))
+    try:
+        return metrics, load_image_scores(file)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        notes.append(f'no interval over images: {error}')
+    return metrics, None
 
 
 def _prefix(record: dict) -> str | None:
@@ -267,10 +281,8 @@ def _prefix(record: dict) -> str | None:
 
 def _source(checkpoint: str, split: str, tested: Config) -> str:
     """What was evaluated, and by what it is more than the model's own prediction."""
-    model, more = tested.get('model') or {}, []
-    while 'module' in model:
-        more.append(type_name(model))
-        model = model['module']
+    model, wrappers = unwrapped(tested)
+    more = [type_name(wrapper) for wrapper in wrappers]
     if (model.get('test_cfg') or {}).get('mode') == 'slide':
         more.append('sliding window')
     for hook in deciding_hooks(tested):
@@ -289,19 +301,15 @@ def read_records(path: Path, notes: list[str]) -> list[dict]:
     records = []
     if path.exists():
         for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
-            record = _parsed(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
             if isinstance(record, dict):
                 records.append(record)
             else:  # cut off where a run was killed
                 notes.append(f'line {number} of {path} is broken and left out')
     return records
-
-
-def _parsed(line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _config(session: Path) -> Config:
