@@ -3,10 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.cbook import is_math_text
 from PIL import Image
 from test_tables import counted, three_classes
 
 from mmseg_imbalance.class_balance import ClassBalance
+from mmseg_imbalance.fonts import plain
 from mmseg_imbalance.plots import (
     SubclassMaps,
     draw_subclasses,
@@ -32,6 +34,7 @@ def test_the_chart_has_a_bar_for_each_class_also_for_one_that_never_occurs(tmp_p
 
 def test_names_between_dollars_are_no_formulas(tmp_path):
     names = [r'$\no$', '$b$', 'c']  # the first would be an error
+    assert not any(is_math_text(plain(name)) for name in names)
     plot_class_weights(replace(counted(), classes=names), np.ones(3), tmp_path / 'chart.png')
     shares = np.full(3, 0.3)
     report = ClassBalance(1, shares, shares, shares, shares)

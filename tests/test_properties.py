@@ -67,11 +67,13 @@ def batches(draw, classes=FEW, dtypes=FLOATS, most=7):
     """Logits, target, ignore_index and a generator of random numbers."""
     c, images = draw(classes), draw(st.integers(1, 2))
     small = draw(st.tuples(st.integers(1, most), st.integers(1, most)))
-    large = draw(st.one_of(st.just(small), st.tuples(st.integers(1, 2 * most), st.integers(1, 2 * most))))
+    large = draw(st.one_of(st.just(small), st.tuples(st.integers(1, 2 * most), st.integers(1, 3 * most))))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     dtype, kind = draw(st.sampled_from(dtypes)), draw(st.sampled_from(INTEGERS))
     ignore_index = draw(st.sampled_from([None, 255, -100, 0]))
     target = torch.randint(0, min(c, torch.iinfo(kind).max + 1), (images, *large), generator=generator)
+    if draw(st.booleans()):  # rows of one class
+        target = target[..., :1].expand_as(target).clone()
     if can_hold(kind, ignore_index):
         share = draw(st.sampled_from([0.0, 0.3, 1.0]))
         target[torch.rand(target.shape, generator=generator) < share] = ignore_index

@@ -178,16 +178,16 @@ def show_registers(args: argparse.Namespace) -> int:
     rows = list(lines(args.registers or [80, 90, 100], args.classes, args.scale, dtypes))
     title = 'Triton kernels: registers and bytes of stack of a thread, bytes of shared memory of a program'
     print(show(rows, title, NUMBERS, ('gpu', 'classes', 'dtype')))
-    write_files(args, dict(title=title, rows=rows), markdown(rows, title, NUMBERS))
+    write_files(args, dict(title=title, rows=rows), lambda: markdown(rows, title, NUMBERS))
     return 0
 
 
-def write_files(args: argparse.Namespace, numbers: dict, text: str) -> None:
+def write_files(args: argparse.Namespace, numbers: dict, text: Callable[[], str]) -> None:
     """Those that the options name."""
-    for path, content in ((args.json, json.dumps(numbers, indent=2)), (args.markdown, text)):
+    for path, content in ((args.json, lambda: json.dumps(numbers, indent=2)), (args.markdown, text)):
         if path:
             with write_atomically(path) as file:
-                file.write(content)
+                file.write(content())
 
 
 def find_cases(args: argparse.Namespace, folder: str) -> list[Callable]:
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     title = f'{machine(args.device, bandwidth)}, {args.dtype}'
     lines = without_empty([cells(line) for line in records])
     print(show(lines, title))
-    write_files(args, dict(title=title, options=vars(args), rows=records), markdown(lines, title))
+    write_files(args, dict(title=title, options=vars(args), rows=records), lambda: markdown(lines, title))
     if args.plot:
         plot(records, title, args.plot)
     return int(any(line['ours'] and not line['skipped'] and line['ms'] is None for line in records))

@@ -18,6 +18,7 @@ from torch import Tensor
 from mmseg_imbalance.ops import cpu_kernels as kernels
 from mmseg_imbalance.ops.bilinear import Taps, taps
 from mmseg_imbalance.ops.contract import Options, SoftStats, once_differentiable
+from mmseg_imbalance.ops.lanes import NUMBER
 from mmseg_imbalance.ops.threads import each
 
 # of a part, C times its pixels: enough for Python's share to be small, and a part for each thread
@@ -113,7 +114,7 @@ class _Pass:
         return (
             z,
             (low - first, high - first, distance),
-            min(self.target.shape[2], max(1, PIECE_NUMBERS // self.logits.shape[1])),
+            min(self.target.shape[2], max(1, PIECE_NUMBERS // self.logits.shape[1] // NUMBER) * NUMBER),
             self.target[part.image, part.rows],
             self.o.ignore_index,
             self.weight[part.image, part.rows],

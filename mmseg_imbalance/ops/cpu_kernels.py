@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,9 @@ def compiled(function: Callable) -> Any:
     # Numba's own guard, which works on Windows alone: a full disk is no reason to stop
     with suppress(AttributeError):
         kernel._cache._guard_against_spurious_io_errors = lambda: suppress(OSError)
+    with suppress(AttributeError, OSError):  # of what a kernel depends on, Numba looks at this file alone
+        kept = kernel._cache._cache_file
+        kept._source_stamp = kept._source_stamp, Path(__file__).with_name('lanes.py').read_bytes()
     return kernel
 
 

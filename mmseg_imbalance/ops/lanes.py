@@ -72,9 +72,14 @@ def _operation(symbol: Callable, name: str) -> None:
 
         return lanes(a, b), code
 
+    def of_lanes(a, b):
+        return operation(a, b)
+
+    of_lanes.__name__ = of_lanes.__qualname__ = f'{name}_of_lanes'  # compiled code is linked by name
+
     @overload(symbol)
     def choose(a, b):
-        return (lambda a, b: operation(a, b)) if _kind(a, b) == lanes else None
+        return of_lanes if _kind(a, b) == lanes else None
 
 
 _operation(operator.add, 'fadd')

@@ -97,14 +97,15 @@ def compare(
         | {key: _estimate(run.metrics[key] for run in members) for key in more}
         for label, members in groups.items()
     }
-    alike = {label for label, members in groups.items() if all(_same_images(runs[0], run) for run in members)}
+    base, *others = groups
+    alike = {base}
+    alike |= {label for label in others if all(_same_images(runs[0], run) for run in groups[label])}
     of_images, number = _jackknives(groups, alike, counted, blocks, notes)
     notes += [
         f"{label}: its images or their labels are not the baseline's, so nothing is known of the noise"
         for label in groups
         if label not in alike
     ]
-    base, *others = groups
     for label in others:
         for key, own in estimates[label].items():
             averaged = [counted.index(name) for name in means.get(key, [key]) if name in counted]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mmseg_imbalance.fonts import plain
 from mmseg_imbalance.reports.work_dirs import Run
 from mmseg_imbalance.scores import present_mean, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_CLASSES = 8  # rare ones
 MOST_OTHERS = 3  # of each, that it is confused with
@@ -103,6 +105,8 @@ def plot_confusion(found: Confusion, colours: list[str]) -> Figure:
         found: the shares.
         colours: of the configs, in their order.
     """
+    from matplotlib.figure import Figure
+
     configs, rare = len(found.labels), len(found.rare)
     figure = Figure(figsize=(12, 1.5 + rare * (0.3 + 0.3 * configs)), layout='constrained')
     axes = figure.subplots()
