@@ -65,6 +65,7 @@ def make_batch(make_batch):
 
 def sizes():
     yield (13, 17), (13, 17), False
+    yield (3, 53), (3, 53), False  # pieces of sixteen, and the rest
     for label in (
         (10, 14),
         (20, 28),
