@@ -305,7 +305,7 @@ def sum_rows(
             for x in range(0, n, NUMBER):
                 wanted, c = load(label, (x,)), int(label[x])
                 one_class = sum_of(where_equal(wanted, label[x], ONE, ZERO)) == f32(NUMBER)
-                if one_class and plain:  # most blocks of a real label, at a tenth of the time
+                if one_class and plain:  # as most blocks of a real label are
                     if c >= 0:
                         counted = load(m, (x,))
                         correct += int(sum_of(where_equal(load(largest, (x,)), wanted, ONE, ZERO)))
