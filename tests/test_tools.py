@@ -1,12 +1,14 @@
 """Training and testing, run as a user runs them: as processes, from the repository's folder."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from PIL import Image
 from processes import run, succeed
@@ -161,11 +163,8 @@ def test_unknown_config_and_options_end_without_a_traceback(tmp_path):
 
 
 def test_small_regions_are_removed_from_whatever_is_predicted(scenes, tmp_path):
-    import numpy as np
-    import torch
     from mmengine.config import Config
     from mmseg.registry import MODELS
-    from PIL import Image
 
     from mmseg_imbalance.components import components, remove_small
 
@@ -223,6 +222,37 @@ tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transfo
     assert any((augmented[1][name] != labels).any() for name, labels in plain[1].items())
     options += ['--remove-small', 100, '--launcher', 'pytorch']
     as_if_removed(augmented, predict('ranks', *options, command=ranks))
+
+
+def test_one_rank_writes_the_results(scenes, tmp_path):
+    """MMEngine's logger lets every rank write the same file at once, which mixed their texts."""
+    (tmp_path / 'late.py').write_text("""
+import time
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class LateRank(Hook):
+    def after_test_epoch(self, runner, metrics=None):
+        runner.message_hub.update_scalar('test/rank', float(runner.rank))
+        time.sleep(runner.rank)
+""")
+    config = tmp_path / 'config.py'
+    config.write_text(f"""
+_base_ = [r'{REPOSITORY / PLAIN}']
+custom_imports = dict(imports=['mmseg_imbalance', 'late'], allow_failed_imports=False)
+custom_hooks = [dict(type='LateRank', priority='HIGHEST')]
+""")
+    checkpoint = tmp_path / 'empty.pth'
+    torch.save(dict(state_dict={}), checkpoint)
+    succeed(
+        *(sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', free_port()),
+        *('tools/test.py', config, checkpoint, '--work-dir', tmp_path, '--launcher', 'pytorch'),
+        *small(scenes),
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPOSITORY)]),
+    )
+    (results,) = tmp_path.glob('*/*.json')
+    assert json.loads(results.read_text())['rank'] == 0
 
 
 def test_an_area_to_remove_is_a_positive_number_of_pixels(capsys):

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 
 from launch import build_runner, parser, read_config
+from mmengine.dist import is_main_process
+from mmengine.hooks import LoggerHook
 
 from mmseg_imbalance.decisions import RULES
 
@@ -79,7 +81,13 @@ def main(argv=None):
         # MMSegmentation's metric makes it on rank 0 alone, and the other ranks do not wait for that
         Path(args.out).mkdir(parents=True, exist_ok=True)
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
-    build_runner(cfg).test()
+    runner = build_runner(cfg)
+    if not is_main_process():
+        for hook in runner.hooks:
+            if isinstance(hook, LoggerHook):
+                # MMEngine's writes the results on every rank, into the same file at the same time
+                hook.after_test_epoch = lambda *_, **__: None
+    runner.test()
 
 
 if __name__ == '__main__':
