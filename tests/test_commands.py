@@ -222,7 +222,9 @@ def test_subclasses_ends_with_one_clear_error(subclassified, scenes, tmp_path):
     assert not list(tmp_path.glob('*.html'))
 
 
-def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_on(monkeypatch, tmp_path):
+def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_on(
+    monkeypatch, tmp_path, capsys
+):
     from mmseg_imbalance.commands import demo
     from mmseg_imbalance.commands.options import read_config
 
@@ -230,11 +232,21 @@ def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_
 
     def record(command, **options):
         commands.append([str(part) for part in command][1:])
+        if 'compare' in commands[-1]:
+            estimates = [{part: dict(mean=at + n) for n, part in enumerate(demo.MEANS)} for at in (10, 20)]
+            results = dict(configs=[dict(estimates=each) for each in estimates])
+            out = Path(commands[-1][-1])
+            out.mkdir()
+            (out / 'comparison.json').write_text(json.dumps(results))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(demo.subprocess, 'run', record)
     monkeypatch.setattr('mmseg_imbalance.backbones.imagenet_weights', dict)
-    assert main(['demo', '--out', str(tmp_path / 'with a space, and a comma')]) == 0
+    assert main(['demo', '--out', str(tmp_path / 'with a space, and a comma'), '--seed', '3']) == 0
+    assert (
+        'mIoU 10.0 to 20.0, head 11.0 to 21.0, body 12.0 to 22.0, tail 13.0 to 23.0'
+        in capsys.readouterr().out
+    )
     scripts = [Path(command[0]).name for command in commands]
     assert scripts == ['-m', '-m', 'train.py', 'test.py', 'train.py', 'test.py', '-m']
     assert [command[2] for command in commands if command[0] == '-m'] == [
@@ -247,6 +259,7 @@ def test_the_demo_trains_a_pair_and_tests_it_on_other_images_than_those_trained_
         cfg = read_config(train[1], None)
         assert test[1] == train[1]
         losses.append(cfg.model.decode_head.loss_decode.type)
+        assert cfg.randomness.seed == 3
         work_dir = Path(train[train.index('--work-dir') + 1])
         # the checkpoint that is written at the end, and a result where the comparison finds it
         assert Path(test[2]) == work_dir / f'iter_{cfg.train_cfg.max_iters}.pth'

@@ -162,11 +162,11 @@ def test_claims_are_those_below_5_per_cent_in_both_directions(regime):
     assert '3 of 6 tests are below 0.05' in page
 
 
-def test_what_is_within_noise_before_the_correction_did_not_help(tmp_path):
+def test_what_is_within_noise_before_the_correction_is_not_proven(tmp_path):
     equal = runs('equal', shifted(BASE, [1.0, -1.1, 0.9, -1.0]), shifted(TAILS, [2.0, -2.2, 1.8, -1.9]))
     page = results_page(read_results(write_rows(tmp_path, ROWS[:4] + equal)), 'results')
     found = {heading: rows for (heading, _), rows in tables(page).items()}
-    assert [cells[1] for cells in found['What did not help']] == ['equal']
+    assert [cells[1] for cells in found['Not beyond noise']] == ['equal']
     assert page.count('None.') == 3
 
 
@@ -331,6 +331,32 @@ def test_a_class_that_no_label_holds_makes_no_other_groups(tmp_path):
     assert not any('groups' in note for note in regime.notes)
 
 
+def test_a_class_that_no_label_holds_is_left_out_of_the_means_of_all_runs(tmp_path):
+    """Where it is predicted it has an IoU of 0, else none: no difference of the methods."""
+    pixels = {f'Pixels.{name}': n for name, n in dict(road=900, car=60, pole=30, rider=10).items()}
+    rows = []
+    for seed, noise in enumerate((0.0, 1.0, 2.0)):
+        ious = {'IoU.road': 90.0, 'IoU.car': 60.0 + noise, 'IoU.pole': 30.0}
+        tail = {'mIoU.head': 75.0 + noise / 2, 'mIoU.body': 30.0}
+        rows.append(row('cross-entropy', seed, 60 + noise / 3, math.nan, **pixels, **ious, **tail))
+        ious['IoU.pole'] += 3 + noise / 2
+        tail['mIoU.body'] = ious['IoU.pole']
+        miou = (90 + 60 + noise + ious['IoU.pole'] + 0) / 4
+        rows.append(row('lonely', seed, miou, 0.0, **pixels, **ious, **tail))
+    for each in rows:
+        each['IoU.rider'] = each['mIoU.tail']
+    (regime,) = read_results(write_rows(tmp_path, rows))
+    assert regime.differences('mIoU')['lonely'].mean == pytest.approx((3 + 3.5 + 4) / 3 / 3, abs=0.01)
+    assert regime.differences('mIoU.body')['lonely'].mean == pytest.approx(3.5)
+    assert math.isnan(regime.differences('mIoU.tail')['lonely'].mean)
+    (note,) = [note for note in regime.notes if 'rider' in note]
+    assert note.startswith('Left out of the means is rider')
+    own = [{k: v for k, v in each.items() if k[:7] != 'Pixels.'} for each in rows]
+    (regime,) = read_results(write_rows(tmp_path / 'groups', own))
+    assert any(note.startswith('Left out of mIoU, but not of the groups, is rider') for note in regime.notes)
+    assert regime.differences('mIoU')['lonely'].mean == pytest.approx((3 + 3.5 + 4) / 3 / 3, abs=0.01)
+
+
 def test_rows_of_other_labels_are_named(tmp_path):
     rows = [r | {'Pixels.road': 1000, 'Pixels.pole': 10} for r in ROWS]
     [regime] = read_results(write_rows(tmp_path / 'same', rows))
@@ -449,3 +475,88 @@ def test_seeds_of_other_configs_are_named(tmp_path):
     ]
     (plain,) = read_results(write_rows(tmp_path / 'plain', ROWS))
     assert not any('the same config' in note for note in plain.notes)
+
+
+# rows of the table of docs/what-helps.md by the name of the method in the suite
+METHODS = {
+    'Jaccard, weights fade': 'Jaccard, fading',
+    'combined, weights fade': 'combined, fading',
+    'combined, constant weights': 'combined, auto',
+    "the same, `'ignore'`": 'combined, auto, present',
+    "the same, `'batch'`": 'combined, auto, batch',
+    "the same, `balance='gradnorm'`": 'combined, auto, gradnorm',
+    'the same, a fifth in `SubclassifiedLoss`': 'combined, auto, clusters',
+    'combined, no class weights': 'combined',
+    'cross-entropy, constant weights': 'CE, sqrt_inv_freq',
+    '`RecallWeightedLoss`': 'CE, recall',
+    '`HardnessWeightedLoss`': 'hardness',
+    '`SkeletonRecallLoss`': 'skeleton recall',
+    'cross-entropy, `RareClassSampler`': 'CE, rare class sampling',
+    'cross-entropy, repeat factors': 'CE, repeat factor sampling',
+    'cross-entropy; bias': 'cross-entropy, bias',
+    'combined, weights fade; bias': 'combined, fading, bias',
+    'combined, constant weights; bias': 'combined, auto, bias',
+}
+DATA = {'CamVid': 'camvid', 'clothing': 'clothing', 'magn. tile': 'magnetic_tile', 'neu_seg': 'neu_seg'}
+
+
+def markdown_rows(file, first):
+    """The rows of the table of a page whose header begins so, each by the header's cells."""
+    lines = (REPOSITORY / file).read_text(encoding='utf-8').splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith(f'| {first} |'))
+    split = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines[start : start + 40]]
+    end = next(at for at, cells in enumerate(split) if not cells)
+    return [dict(zip(split[0], cells, strict=True)) for cells in split[2:end]]
+
+
+def regime_of(regimes, data, iterations):
+    return next(r for r in regimes if (r.dataset, r.iterations) == (DATA[data], int(iterations)))
+
+
+def test_the_table_of_what_helps_is_that_of_the_committed_rows():
+    regimes = read_results(COMMITTED)
+    first, *rows = markdown_rows('docs/what-helps.md', 'method')
+    columns = [name for name in first if name.rpartition(' ')[0] in DATA]
+    assert len(columns) == len(regimes)
+    shown = {row['method']: [row[name] for name in columns] for row in rows}
+    expected = {name: [] for name in shown}
+    baseline = []
+    for column in columns:
+        regime = regime_of(regimes, *column.rsplit(' ', 1))
+        both = [regime.values(metric)['cross-entropy'] for metric in ('mIoU', 'mIoU.tail')]
+        means = [f'{np.mean(list(values.values())):.1f}' for values in both]
+        baseline.append(' / '.join(means) + ('' if len(both[0]) == 3 else f' ({len(both[0])})'))
+        for name in shown:
+            tests = [regime.differences(metric).get(METHODS[name]) for metric in ('mIoU', 'mIoU.tail')]
+            seeds = len(tests[0].seeds) if tests[0] else 0
+            cells = [
+                f'**{test.mean:+.1f}**' if test.holm is not None and test.holm < 0.05 else f'{test.mean:+.1f}'
+                for test in tests
+                if seeds > 1
+            ]
+            number = '' if seeds in (0, 1, 3) else f' ({seeds})'
+            expected[name].append(' / '.join(cells) + number)
+    assert [first[name] for name in columns] == baseline
+    assert shown == expected
+
+
+def test_the_readme_expects_what_the_committed_rows_give():
+    regimes, of = read_results(COMMITTED), {'constant': 'combined, auto', 'fading': 'combined, fading'}
+    data = ''
+    for row in markdown_rows('README.md', 'data, iterations'):
+        data = row['data, iterations'] or data
+        parts = data.replace('magnetic_tile', 'magn. tile').partition(':')[0].split(', ')
+        regime = regime_of(regimes, parts[0], parts[-1])
+        method = of.get(row['weights'], 'Jaccard, fading')
+        for column, metric in (('mIoU', 'mIoU'), ('tail', 'mIoU.tail')):
+            values, test = regime.values(metric), regime.differences(metric)[method]
+            means = [np.mean([values[name][s] for s in test.seeds]) for name in ('cross-entropy', method)]
+            assert row[column] == '{:.1f} to {:.1f}'.format(*means), (data, method)
+            significant = test.holm < 0.05
+            if not significant and (p := re.search(rf'{column} p ([\d.]+)', row['significant'])):
+                assert p[1] == f'{test.holm:.2f}', (data, method)
+            else:
+                assert significant == bool(re.match(rf'yes|(.*; )?{column}\b', row['significant'])), (
+                    data,
+                    method,
+                )

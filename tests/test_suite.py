@@ -489,6 +489,56 @@ def test_a_training_that_a_killed_suite_leaves_behind_keeps_the_work_dir(quick):
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_runs_train_side_by_side_but_no_model_twice_and_the_end_is_estimated(
+    write, tmp_path, monkeypatch, capsys
+):
+    text = SUITE.replace(
+        "'cross-entropy': dict(),", "'cross-entropy': dict(), 'CE + bias': dict(fit_bias='cross-entropy'),"
+    )
+    (tmp_path / 'data' / 'camvid').mkdir(parents=True)
+    now, running, together = [0.0], [], []
+
+    class Process:
+        """A command of a minute."""
+
+        def __init__(self, command, **options):
+            self.until, self.returncode = now[0] + 60, None
+            self.work_dir = (
+                Path(command[command.index('--work-dir') + 1]) if '--work-dir' in command else None
+            )
+            running.append(self)
+            together.append([each.work_dir for each in running])
+
+        def poll(self):
+            if now[0] >= self.until and self.returncode is None:
+                self.returncode = 0
+                running.remove(self)
+            return self.returncode
+
+    monkeypatch.setattr('mmseg_imbalance.suite.commit_of', lambda _: 'abc1234')
+    monkeypatch.setattr('mmseg_imbalance.commands.suite.subprocess.Popen', Process)
+    monkeypatch.setattr('mmseg_imbalance.commands.suite.time.sleep', lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr('mmseg_imbalance.commands.suite.time.monotonic', lambda: now[0])
+    run = SimpleNamespace(complete=True, metrics=dict(mIoU=50.0), seconds=60, class_pixels={})
+    monkeypatch.setattr('mmseg_imbalance.reports.work_dirs.read_run', lambda folder: run)
+    options = dict(data=tmp_path / 'data', work_dir=tmp_path / 'runs', results=tmp_path / 'rows')
+    args = SimpleNamespace(suite=str(write(text)), jobs=2, seeds=None, only=None, **options)
+    assert Execution(args, None).all() == 0
+
+    rows = read_rows(tmp_path / 'rows' / 'camvid.csv')
+    assert len({(row['schedule'], row['method'], row['seed']) for row in rows}) == len(rows) == 7
+    assert {len(folders) for folders in together} == {1, 2}
+    trained = [[folder for folder in folders if folder] for folders in together]
+    assert all(len(folders) == len(set(folders)) for folders in trained)
+    ends = [line for line in capsys.readouterr().out.splitlines() if 'the rest takes' in line]
+    # two minutes of one slot are 4 of the 12 iterations; the second end is at the same time as the first
+    assert [line.rpartition('the rest takes ')[2] for line in (*ends[:2], ends[-1])] == [
+        '5 minutes',
+        '2 minutes',
+        '0 minutes',
+    ]
+
+
 def test_a_row_that_cannot_be_added_ends_no_other_training(tmp_path, capsys):
     folder, results = write_run(tmp_path / 'run'), tmp_path / 'results'
     results.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ RUNS = {
     'combined, auto': 'segformer_efficientnet-lite0-combined_1xb4-200i_longtail-cityscapes-256x128',
 }
 CHECKPOINT = 'iter_200.pth'
+MEANS = ('mIoU', 'mIoU.head', 'mIoU.body', 'mIoU.tail')
 READING = """\
 Tail: the third of the classes with the fewest pixels in training, here 6 of 19, each with less than 0.4 %.
 IoU is of 40 images that were not trained on. One seed and short training: in a long one, cross-entropy learns
@@ -29,8 +31,8 @@ rare classes too. What is left of the difference then is in docs/what-helps.md."
 class Demo:
     """The steps, which write into one folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / 'log.txt'
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.folder, self.seed, self.log = folder, seed, folder / 'log.txt'
         self.data = folder / 'data'
 
     def show(self, name: str, *args: object) -> None:
@@ -49,7 +51,7 @@ class Demo:
 
     def config(self, name: str) -> Path:
         """The config with the folder of the data in it; a command line takes no path with a space."""
-        cfg = read_config(str(configs() / 'experiments' / f'{name}.py'), ['randomness.seed=0'])
+        cfg = read_config(str(configs() / 'experiments' / f'{name}.py'), [f'randomness.seed={self.seed}'])
         for split in ('train', 'val', 'test'):
             cfg[f'{split}_dataloader'].dataset.data_root = str(self.data)
         path = self.folder / 'configs' / f'{name}.py'
@@ -64,18 +66,31 @@ class Demo:
         test = [work_dir / CHECKPOINT, '--work-dir', work_dir / 'test', '--save-predictions']
         self.run('test.py', path, *test)
 
+    def compare(self) -> str:
+        """The comparison, and its means in one line."""
+        out = self.folder / 'comparison'
+        self.show('compare', *(self.folder / config for config in RUNS.values()), '--out', out)
+        configs = json.loads((out / 'comparison.json').read_text())['configs']
+        before, after = (config['estimates'] for config in configs)
+        return ', '.join(
+            f'{key.removeprefix("mIoU.")} {before[key]["mean"]:.1f} to {after[key]["mean"]:.1f}'
+            for key in MEANS
+        )
+
 
 def main(argv: list[str] | None = None) -> int:
     options = command_parser('demo', DESCRIPTION, '--out demo')
     options.add_argument('--out', type=Path, default=Path('demo'), metavar='DIR', help='default %(default)s')
-    folder = options.parse_args(argv).out
+    options.add_argument('--seed', type=int, default=0, help='of the trainings; default %(default)s')
+    args = options.parse_args(argv)
+    folder = args.out
     need_mmsegmentation()
     from rich.console import Console
 
     from mmseg_imbalance.backbones import imagenet_weights
 
     imagenet_weights()  # where they are not installed, say so before the work
-    console, demo = Console(), Demo(folder)
+    console, demo = Console(), Demo(folder, args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     demo.log.unlink(missing_ok=True)
     demo.show('make-scenes', demo.data, '--train', 120, '--val', 40, '--size', '256x128')
@@ -87,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         with console.status(f'{name}: training, then testing'):
             demo.train_and_test(config)
 
-    demo.show('compare', *(folder / config for config in RUNS.values()), '--out', folder / 'comparison')
+    means = demo.compare()
     print(READING)
     for path, what in (
         (demo.data, 'the generated data'),
@@ -97,4 +112,5 @@ def main(argv: list[str] | None = None) -> int:
         (demo.log, 'what the commands printed'),
     ):
         print(f'{path}: {what}')
+    print(f'IoU in per cent, from {" to ".join(f"({name})" for name in RUNS)}: {means}')
     return 0

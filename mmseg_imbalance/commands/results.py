@@ -10,7 +10,7 @@ DESCRIPTION = """\
 Write the page DIR.md, and its plots into DIR, from the rows that
 mmseg-imbalance suite has put into DIR/*.csv: means over seeds, differences to
 the baseline paired by seed, tests corrected by Holm, which differences are
-significant and what did not help. The same rows give the same page."""
+significant and what is not beyond noise. The same rows give the same page."""
 
 
 def main(argv: list[str] | None = None) -> int:

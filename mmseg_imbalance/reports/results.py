@@ -19,6 +19,7 @@ TESTED = ('mIoU', 'mIoU.tail')  # what claims are made of
 SUMMARIES = (*TESTED, 'mIoU.body', 'mIoU.head')
 
 Row = dict[str, str]
+Methods = dict[str, dict[int, Row]]  # by name and seed
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Regime:
     dataset: str
     schedule: str
     baseline: str
-    methods: dict[str, dict[int, Row]]  # rows by seed; the baseline first, then the highest mIoU
+    methods: Methods  # the baseline first, then the highest mIoU
     pixels: dict[str, int]  # of the training annotations by class; empty where no row tells
     tests: dict[str, dict[str, PairedTest]]  # by metric and method; empty without the baseline
     notes: list[str]
@@ -51,9 +52,7 @@ class Regime:
     @property
     def parts(self) -> dict[str, list[str]]:
         """The classes of head, body and tail as thirds; empty where the rows have other groups, or none."""
-        names = self.classes
-        thirds = class_groups(np.array([self.pixels.get(name, 0) for name in names]))
-        parts = {part: [names[c] for c in members] for part, members in thirds.items() if len(members)}
+        parts = _thirds(self.classes, self.pixels)
         return {} if any(_has_other_groups(row, parts) for row in self.rows) else parts
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
@@ -67,8 +66,49 @@ class Regime:
         return self.tests.get(metric) or paired_tests(self.values(metric), self.baseline)
 
 
-def _values(methods: dict[str, dict[int, Row]], metric: str) -> dict[str, dict[int, float]]:
+def _values(methods: Methods, metric: str) -> dict[str, dict[int, float]]:
     return {name: {s: number(row, metric) for s, row in rows.items()} for name, rows in methods.items()}
+
+
+def _thirds(names: list[str], pixels: dict[str, int]) -> dict[str, list[str]]:
+    groups = class_groups(np.array([pixels.get(name, 0) for name in names]))
+    return {part: [names[c] for c in members] for part, members in groups.items() if len(members)}
+
+
+def _with_common_classes(methods: Methods, pixels: dict[str, int]) -> tuple[Methods, list[str]]:
+    """The rows with means over the classes that all have, and a note if that leaves any out.
+
+    A class that no tested label holds has an IoU of 0 in a run that predicts it, and none in the others.
+    """
+    rows = [row for of_seed in methods.values() for row in of_seed.values()]
+    names = [key for key in rows[0] if key.startswith('IoU.')]
+    known = [{name for name in names if math.isfinite(number(row, name))} for row in rows]
+    common = set.intersection(*known)
+    if not common or not (extra := sorted(set.union(*known) - common)):
+        return methods, []
+    parts = _thirds([name.removeprefix('IoU.') for name in names], pixels) if pixels else {}
+    if any(_has_other_groups(row, parts) for row in rows):
+        parts = {}
+    means = {'mIoU': common}
+    for part, members in parts.items():
+        means[f'mIoU.{part}'] = common.intersection(f'IoU.{name}' for name in members)
+
+    def changed(row: Row) -> Row:
+        return row | {metric: str(_mean_of(row, classes)) for metric, classes in means.items()}
+
+    note = (
+        f'Left out of {"the means" if parts else "mIoU, but not of the groups,"} is '
+        f'{", ".join(name.removeprefix("IoU.") for name in extra)}: not all runs have an IoU of it. A class '
+        'that no tested label holds has 0 where it is predicted, and none elsewhere'
+    )
+    return {name: {s: changed(row) for s, row in of_seed.items()} for name, of_seed in methods.items()}, [
+        note
+    ]
+
+
+def _mean_of(row: Row, metrics: Iterable[str]) -> float:
+    values = [number(row, metric) for metric in sorted(metrics)]
+    return round(math.fsum(values) / len(values), 2) if values else math.nan
 
 
 def _has_other_groups(row: Row, parts: dict[str, list[str]]) -> bool:
@@ -141,7 +181,13 @@ def read_results(folder: Path, baseline: str = 'cross-entropy') -> list[Regime]:
 
 
 def _regime(rows: list[Row], baseline: str) -> Regime:
-    methods: dict[str, dict[int, Row]] = {}
+    methods: Methods = {}
+    pixels = {
+        key.removeprefix('Pixels.'): int(count)
+        for row in rows
+        for key, count in row.items()
+        if key.startswith('Pixels.') and count
+    }
     notes = []
     for row in rows:
         seeds = methods.setdefault(row['method'], {})
@@ -152,6 +198,7 @@ def _regime(rows: list[Row], baseline: str) -> Regime:
             )
         seeds[int(row['seed'])] = row
     methods = {name: dict(sorted(methods[name].items())) for name in sorted(methods)}
+    methods, left_out = _with_common_classes(methods, pixels)
     tests = {}
     if baseline in methods:
         tests = {metric: paired_tests(_values(methods, metric), baseline) for metric in TESTED}
@@ -163,17 +210,13 @@ def _regime(rows: list[Row], baseline: str) -> Regime:
     rank |= {name: test.mean for name, test in tests.get('mIoU', {}).items()}
     order = sorted(methods, key=lambda name: (name != baseline, -np.nan_to_num(rank[name], nan=-math.inf)))
     methods = {name: methods[name] for name in order}
-    pixels = {
-        key.removeprefix('Pixels.'): int(count)
-        for row in rows
-        for key, count in row.items()
-        if key.startswith('Pixels.') and count
-    }
     names = (rows[0][column] for column in ('suite', 'dataset', 'schedule'))
-    return Regime(*names, baseline, methods, pixels, tests, [*sorted(notes), *_notes(methods, baseline)])
+    return Regime(
+        *names, baseline, methods, pixels, tests, [*left_out, *sorted(notes), *_notes(methods, baseline)]
+    )
 
 
-def _notes(methods: dict[str, dict[int, Row]], baseline: str) -> list[str]:
+def _notes(methods: Methods, baseline: str) -> list[str]:
     """What a reader of the comparison has to know besides the numbers."""
     notes = []
     for column, what in (
@@ -212,7 +255,7 @@ def _notes(methods: dict[str, dict[int, Row]], baseline: str) -> list[str]:
     return notes
 
 
-def _holders(methods: dict[str, dict[int, Row]], column: str, value: str) -> str:
+def _holders(methods: Methods, column: str, value: str) -> str:
     """The methods whose rows have a value, with the seeds where it is not all of them."""
     held = {
         name: [str(s) for s, row in rows.items() if row[column] == value] for name, rows in methods.items()

@@ -36,7 +36,9 @@ HINT = (
     'The range of mIoU or tail leaves out 0, but p is not below 0.05 after the correction. No claims. '
     'Few seeds prove only what is much the same in each.'
 )
-NEITHER = 'Tested, and 0 lies in the ranges of both.'
+NEITHER = (
+    'Tested, and 0 lies in the ranges of both. That no help is proven does not prove that there is none.'
+)
 
 
 class Plot(NamedTuple):
@@ -134,7 +136,7 @@ def _verdicts(regimes: list[Regime]) -> Iterator[str]:
         (f'### Better than {base}', better),
         (f'### Worse than {base}', worse),
         (f'### Hints\n\n{HINT}', hints),
-        (f'## What did not help\n\n{NEITHER}', neither),
+        (f'## Not beyond noise\n\n{NEITHER}', neither),
     ):
         yield f'{title}\n'
         yield from markdown_table(header, rows) if rows else ('None.\n',)
@@ -258,7 +260,7 @@ def plots(regime: Regime) -> list[Plot]:
         found.append(Plot(f'{stem}-methods.png', 'Difference by method', caption, plot_methods))
         order = 'most frequent class first' if regime.pixels else 'in the order of the data set'
         caption = (
-            f'IoU of each class minus that of {base}, {order}: the methods with the highest mIoU. Bars: 95 % '
+            f'IoU of each class minus that of {base}, {order}: the methods with the highest mIoU, of several seeds where there are such. Bars: 95 % '
             'interval over seeds, not corrected. Hollow: it holds 0, or is not known.'
         )
         found.append(Plot(f'{stem}-classes.png', 'Difference by class', caption, plot_classes))
@@ -282,7 +284,9 @@ def plot_methods(regime: Regime) -> Figure:
 
 def plot_classes(regime: Regime) -> Figure:
     """Difference to the baseline of the IoU of each class, a row for each, by frequency, for the best."""
-    names, classes = list(regime.methods)[1 : BEST + 1], regime.classes
+    tested = [name for name, test in regime.differences('mIoU').items() if test.p is not None]
+    names = sorted(tested or regime.differences('mIoU'), key=list(regime.methods).index)[:BEST]
+    classes = regime.classes
     figure = Figure(figsize=(11, 1.6 + 0.1 * (2 + len(names)) * len(classes)), layout='constrained')
     axes = figure.subplots()
     tests = [regime.differences(f'IoU.{label}') for label in classes]
