@@ -53,7 +53,8 @@ class GradNorm(nn.Module):
         factors: (T,), at least 0, F their sum, which stays.
         asymmetry: at least 0; 0 gives all terms the same pull.
         interval: calls of the loss in training, one an iteration as a rule, from one measurement to the next;
-            at least 1.
+            at least 1. Take 'fixed' with a head that calls its loss for several outputs (DAHead): the
+            measurements would be of one or another of them.
 
     Source: Chen et al. 2018, https://arxiv.org/abs/1711.02257, equations 1 and 2, with asymmetry (alpha) 1.5.
     Differs: gradients at the logits, not at the last shared layer; a step to where their equation 2 leads, in

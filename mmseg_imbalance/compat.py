@@ -51,6 +51,8 @@ def load_from_local(filename: str, map_location: object = None) -> object:
             f'{filename} is damaged, or it holds more than weights and loading it could run code. If you '
             f'trust it, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment: all of it loads. {error}'
         ) from error
+    except (EOFError, KeyError) as error:  # of an empty file, of some texts
+        raise RuntimeError(f'{filename} is no checkpoint that torch can read: {error!r}') from error
 
 
 def _register() -> None:

@@ -69,6 +69,9 @@ class LogitAdjustmentHook(Hook):
         self.num_workers = num_workers
         self.label_transforms = label_transforms
 
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        _warn_of_class_bias(runner, checkpoint, f'LogitAdjustmentHook with tau={self.tau}')
+
     def before_test(self, runner) -> None:
         head = classifying_head(runner.model, 'LogitAdjustmentHook')
         for name, loss in runner.model.named_modules():
@@ -157,11 +160,8 @@ class DecisionHook(Hook):
         self.rank = None if rule == 'argmax' else _rankseg(rule)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        if self.rank is not None and 'class_bias' in (checkpoint.get('meta') or {}):
-            runner.logger.warning(
-                f'{self.rule} comes on top of the class bias that fit-bias has written into this checkpoint; '
-                'test the one that the training wrote'
-            )
+        if self.rank is not None:
+            _warn_of_class_bias(runner, checkpoint, self.rule)
 
     def before_test(self, runner) -> None:
         if self.rank is not None:
@@ -190,6 +190,14 @@ class DecisionHook(Hook):
         if self.remove_small > 1:
             labels = torch.from_numpy(remove_small(labels[0].long().cpu().numpy(), self.remove_small))[None]
         sample.pred_sem_seg.data = labels.to(predicted)
+
+
+def _warn_of_class_bias(runner, checkpoint: dict, what: str) -> None:
+    if 'class_bias' in (checkpoint.get('meta') or {}):
+        runner.logger.warning(
+            f'{what} comes on top of the class bias that fit-bias has written into this checkpoint; test the '
+            'one that the training wrote'
+        )
 
 
 def _probabilities(views: Iterable[SegDataSample]) -> Tensor:

@@ -33,6 +33,7 @@ from mmseg_imbalance.weighting import (
     check_options,
     check_power_schedule,
     class_weights,
+    scheduled_power,
     scheduled_weights,
 )
 
@@ -59,7 +60,8 @@ class ClassWeightHook(RunHook):
         label_transforms: names of the transforms that change labels, see
             :func:`~mmseg_imbalance.counting.count_classes`.
         power_schedule: points (progress, power) of an exponent on the weights while training, see
-            :func:`~mmseg_imbalance.weighting.scheduled_weights`; None: the weights stay.
+            :func:`~mmseg_imbalance.weighting.scheduled_weights`, logged as class_weight_power; None: the
+            weights stay.
         **options: of the scheme: beta, unit, k, power, max_ratio.
 
     Raises:
@@ -82,7 +84,10 @@ class ClassWeightHook(RunHook):
         parameters = inspect.signature(class_weights).parameters.values()
         known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
         if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f'ClassWeightHook has no option {unknown}; those of the schemes are {known}')
+            raise TypeError(
+                f'ClassWeightHook has no option {unknown}; those of the schemes are {known}, and '
+                'weights that change while training are power_schedule=[(progress, power), ...]'
+            )
         check_options(**options)
         check_counting(max_images, num_workers)
         self.scheme = scheme
@@ -124,6 +129,9 @@ class ClassWeightHook(RunHook):
             return
         record = self._find_record(runner)
         self._warn_of_other_counts(runner, record)
+        for loss in model.modules():
+            if isinstance(loss, QueryClassLoss):
+                loss.check_classes(len(record.classes))
         for weight in waiting:
             if weight.waiting:
                 weight.set_weights(record.weights)
@@ -140,6 +148,8 @@ class ClassWeightHook(RunHook):
             weights = scheduled_weights(self.record.weights, self.power_schedule, progress)
             for weight in self.scheduled:
                 weight.set_weights(weights)
+            power = float(scheduled_power(self.power_schedule, progress))
+            runner.message_hub.update_scalar('train/class_weight_power', power)
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None

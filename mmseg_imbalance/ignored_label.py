@@ -97,13 +97,17 @@ def current_config() -> Any:
     return Config.fromstring(text, '.py') if text else None
 
 
+def heads_of_run() -> list[Any]:
+    """The decode heads in the config of the run; none where it is not known."""
+    try:
+        return decode_heads((current_config() or {}).get('model'))
+    except (ImportError, NameError, SyntaxError):  # objects in a config make a text that is no Python
+        return []
+
+
 def check_heads_of_run(user: Any, counted: int) -> None:
     """As :func:`check_counted`, by the config of the run, where it is known and its heads say a label."""
-    try:
-        config = current_config() or {}
-    except (ImportError, NameError, SyntaxError):  # objects in a config make a text that is no Python
-        return
-    label = ignored_label(heads=decode_heads(config.get('model')))
+    label = ignored_label(heads=heads_of_run())
     if label != UNSAID:
         check_counted(user, counted, label)
 

@@ -119,6 +119,11 @@ class WeightedLoss(nn.Module):
             name: own[0] if own else self.class_weight for name, (_, _, *own) in terms.items()
         }
         check_at_least_0(**{f'the factor of {name!r}': factor for name, factor in self.factors.items()})
+        if not any(self.factors.values()):
+            raise ValueError(
+                f'all factors on the terms of {type(self).__name__} are 0, {self.factors}; one has to be '
+                'above 0. A loss that shall not count gets loss_weight=0'
+            )
         self.pass_options = pass_options(self.terms)
         self.needs_marked = any(getattr(term, 'needs_marked', False) for term in self.terms.values())
         self.balance = make_balance(balance, self.factors)

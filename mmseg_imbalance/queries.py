@@ -54,6 +54,7 @@ class QueryClassLoss(nn.Module):
         check_choice('use_sigmoid', use_sigmoid, (False,))
         check_choice('reduction', reduction, ('mean',))
         self.object_weight = ClassWeight(object_weight, owner=type(self).__name__, name='object_weight')
+        self.number = len(numbers)
         self.no_object_weight = float(numbers[-1])
         self.loss_weight = loss_weight
 
@@ -61,6 +62,14 @@ class QueryClassLoss(nn.Module):
     def class_weights(self) -> list[ClassWeight]:
         """What :class:`~mmseg_imbalance.hooks.ClassWeightHook` fills."""
         return [self.object_weight]
+
+    def check_classes(self, classes: int) -> None:
+        """Raise a ValueError unless ``class_weight`` is of so many classes; the head reads it by index."""
+        if self.number != classes + 1:
+            raise ValueError(
+                f'class_weight of QueryClassLoss has {self.number} numbers, but there are {classes} classes '
+                f"and 'no object': write class_weight=[1.0] * {classes} + [{self.no_object_weight}]"
+            )
 
     def forward(
         self, cls_score: Tensor, label: Tensor, weight: Tensor | None = None, avg_factor: object = None
@@ -73,6 +82,8 @@ class QueryClassLoss(nn.Module):
             weight: (Q,) >= 0; a query of weight k counts as k queries.
             avg_factor: not used. A head makes it of its own ``class_weight``; the sum of w is known here.
         """
+        if self.number > 1:  # without a head, the number of "no object" alone will do
+            self.check_classes(cls_score.shape[1] - 1)
         w = self.object_weight.for_logits(cls_score[:, :-1])  # (C,)
         score = cls_score.to(torch.promote_types(cls_score.dtype, torch.float32))
         w = score.new_ones(score.shape[1] - 1) if w is None else w.to(score)

@@ -96,6 +96,11 @@ class ResUNet(BaseModule):
         norm_cfg = norm_cfg or dict(type='BN')
         act_cfg = act_cfg or dict(type='ReLU')
         upsample_cfg = upsample_cfg or dict(type='InterpConv')
+        if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
+            raise ValueError(
+                f"norm_cfg={norm_cfg!r}, allowed are dict(type='BN'), dict(type='SyncBN') and "
+                "dict(type='GN', num_groups=8)"
+            )
         groups = norm_cfg.get('num_groups', 0 if norm_cfg.get('type') == 'GN' else 1)
         if not isinstance(groups, int) or groups < 1 or base_channels % groups:
             raise ValueError(

@@ -12,6 +12,8 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 
 from mmseg_imbalance.class_weight import ClassWeightSpec
+from mmseg_imbalance.config_fields import get_field
+from mmseg_imbalance.ignored_label import heads_of_run
 from mmseg_imbalance.losses import WeightedLoss
 from mmseg_imbalance.options import check_at_least_0, check_whole, take
 from mmseg_imbalance.terms import CrossEntropy, Overlap, SkeletonRecall
@@ -35,7 +37,8 @@ class SkeletonTubes(BaseTransform):
 
     Raises:
         ImportError: scikit-image is missing.
-        ValueError: an option out of its range; in use, no labels, or a ``gt_edge_map`` is there already.
+        ValueError: an option out of its range; in use, an index that is no class of the heads of the run, no
+            labels, or a ``gt_edge_map`` is there already.
 
     Source: Kirchhoff et al., Skeleton Recall Loss, ECCV 2024, https://arxiv.org/abs/2404.03010, algorithm 1.
     Differs: its public code takes the skeleton of all classes but the background together, and cuts it up by
@@ -57,10 +60,13 @@ class SkeletonTubes(BaseTransform):
         self.classes = classes
         self.radius = radius
         self.ignore_index = ignore_index
+        self.checked = False
         _skeletonize()  # before training, not in a worker
 
     def transform(self, results: dict) -> dict:
         """Add ``gt_edge_map``."""
+        if not self.checked:
+            self._check_classes()
         labels = results.get('gt_seg_map')
         if labels is None or labels.ndim != 2:
             found = 'none' if labels is None else f'shape {labels.shape}'
@@ -81,6 +87,16 @@ class SkeletonTubes(BaseTransform):
         fields = results.get('seg_fields', [])  # what a later flip or crop moves
         results['seg_fields'] = [*fields, TUBES]
         return results
+
+    def _check_classes(self) -> None:
+        """A class that does not exist would have no tube, and the loss would take that for none missed."""
+        numbers = [number for head in heads_of_run() if (number := get_field(head, 'num_classes'))]
+        if self.classes is not None and numbers and max(self.classes) >= max(numbers):
+            raise ValueError(
+                f'classes={self.classes} of SkeletonTubes: the heads have {max(numbers)} classes, with the '
+                f'indices 0 to {max(numbers) - 1}.'
+            )
+        self.checked = True
 
     def _draw(self, tubes: np.ndarray, mask: np.ndarray) -> None:
         """Mark the tube of a class; beyond the box around its pixels there is nothing to look at."""

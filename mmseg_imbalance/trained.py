@@ -43,7 +43,11 @@ def load_segmentor(
     model = MODELS.build(cfg.model).to(get_device()).eval()
     give_ignored_label(model, label_of_evaluation(cfg))
     checkpoint = CheckpointLoader.load_checkpoint(os.fspath(checkpoint_path), map_location='cpu')
-    expected, found = model.state_dict(), checkpoint.get('state_dict', {})
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
+        raise ValueError(
+            f"{checkpoint_path} holds no 'state_dict'; take a checkpoint as MMEngine writes it while training"
+        )
+    expected, found = model.state_dict(), checkpoint['state_dict']
     wrong = [name for name, x in expected.items() if name not in found or found[name].shape != x.shape]
     if wrong:
         raise ValueError(
@@ -80,8 +84,8 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
 
     Cross-entropy with weights w_c is lowest where the softmax is w_c p_c over its sum: -ln w_c takes them
     back. With logit adjustment tau it is lowest where the softmax of z_c + tau ln f_c is p. The weights are
-    those of the first cross-entropy in the last iteration before the checkpoint. A region loss has no such
-    closed form, and recall weighs anew in each batch: both are left as they are.
+    those of the last iteration before the checkpoint. Losses and terms with a factor of 0 do not count. A
+    region loss has no such closed form, and recall weighs anew in each batch: both are left as they are.
 
     Args:
         cfg: the config of the training.
@@ -89,25 +93,48 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
         checkpoint: where what :class:`~mmseg_imbalance.hooks.ClassWeightHook` has counted is kept.
 
     Raises:
-        ValueError: the losses have weights 'auto' or the prior, which the checkpoint does not say.
+        ValueError: the losses have weights 'auto' or the prior, which the checkpoint does not say; or several
+            cross-entropies have different ones, of which there is no single softmax.
     """
-    offset = np.zeros(max(head.num_classes, 2))
-    for loss in _losses(head):
-        if isinstance(loss, WeightedLoss):
-            names = [name for name, term in loss.terms.items() if isinstance(term, CrossEntropy | NLLSum)]
-            if not names:
-                continue
-            weights = _last_weights(cfg, loss.class_weight_of[names[0]], checkpoint)
-            if loss.logit_adjustment > 0:
-                offset += loss.logit_adjustment * log_prior(_record(checkpoint).pixels)
-        elif isinstance(loss, CrossEntropyLoss):  # MMSegmentation's own
-            weights = loss.class_weight
-        else:
-            continue
-        if weights is not None:
-            weights = np.asarray(weights, dtype=np.float64)
-            offset -= np.log(weights, out=np.zeros_like(weights), where=weights > 0)
-        return offset
+    nothing = np.zeros(max(head.num_classes, 2))
+    found = [
+        _offset_of(cfg, loss, checkpoint, nothing)
+        for loss in _losses(head)
+        if getattr(loss, 'loss_weight', 1) != 0 and _has_cross_entropy(loss)
+    ]
+    # up to a constant, which changes no softmax
+    if any(np.ptp(offset - found[0]) > 1e-6 for offset in found[1:]):
+        raise ValueError(
+            'the cross-entropies of the head have different class weights or logit adjustments; what the '
+            'model believes in is known where they have the same ones, or where only one has a loss_weight '
+            'above 0'
+        )
+    return found[0] if found else nothing
+
+
+def _has_cross_entropy(loss: nn.Module) -> bool:
+    return (
+        bool(_cross_entropies(loss)) if isinstance(loss, WeightedLoss) else isinstance(loss, CrossEntropyLoss)
+    )
+
+
+def _cross_entropies(loss: WeightedLoss) -> list[str]:
+    """The names of the terms that are one, and that count."""
+    kinds = CrossEntropy | NLLSum
+    return [name for name, term in loss.terms.items() if isinstance(term, kinds) and loss.factors[name] > 0]
+
+
+def _offset_of(cfg: Config, loss: nn.Module, checkpoint: dict, nothing: np.ndarray) -> np.ndarray:
+    offset = nothing.copy()
+    if isinstance(loss, WeightedLoss):
+        weights = _last_weights(cfg, loss.class_weight_of[_cross_entropies(loss)[0]], checkpoint)
+        if loss.logit_adjustment > 0:
+            offset += loss.logit_adjustment * log_prior(_record(checkpoint).pixels)
+    else:  # MMSegmentation's own
+        weights = loss.class_weight
+    if weights is not None:
+        weights = np.asarray(weights, dtype=np.float64)
+        offset -= np.log(weights, out=np.zeros_like(weights), where=weights > 0)
     return offset
 
 

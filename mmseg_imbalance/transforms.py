@@ -117,7 +117,8 @@ class RareClassPaste(BaseTransform):
         prob: share of the images that an object is pasted into, from 0 to 1.
         classes: names of those that are pasted; None: all.
         temperature: T > 0; the lower, the more often the rarest classes are pasted.
-        min_pixels: of a component, in the donor, at least 1.
+        min_pixels: of a component, at the size of the donor's file, at least 1. The donor's pipeline may
+            resize it: the number changes with the area.
         scale: smallest and largest factor, at random between.
         max_share: of the image's pixels, about what an object covers at most, above 0 and at most 1; larger
             ones are made smaller.
@@ -145,6 +146,11 @@ class RareClassPaste(BaseTransform):
     ) -> None:
         if not isinstance(prob, int | float) or not 0 <= prob <= 1:
             raise ValueError(f'prob={prob!r}, allowed are numbers from 0 to 1, as 0.5.')
+        listed = isinstance(classes, list | tuple) and classes and all(isinstance(c, str) for c in classes)
+        if classes is not None and not listed:
+            raise ValueError(
+                f"classes={classes!r}, allowed are names of classes, as ['pole', 'rider'], or None for all."
+            )
         check_temperature(temperature)
         check_whole(1, min_pixels=min_pixels)
         if not isinstance(scale, tuple | list) or len(scale) != 2 or not 0 < scale[0] <= scale[1] < np.inf:
@@ -230,7 +236,9 @@ class RareClassPaste(BaseTransform):
         """(h, w, channels) pixels around a component of the class, and (h, w), which of them are of it."""
         mask = (donor['gt_seg_map'] == class_index).astype(np.uint8)
         _, ids, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        large = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= self.min_pixels) + 1
+        height, width = donor.get('ori_shape', mask.shape)[:2]
+        least = max(1, self.min_pixels * mask.size // (height * width))
+        large = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least) + 1
         if not len(large):
             return None
         chosen = large[np.random.randint(len(large))]

@@ -98,16 +98,21 @@ def scheduled_weights(
     section 3.3), with weights as they are chosen here.
     """
     weights = np.asarray(weights, dtype=np.float64)
-    after = sum(at <= progress for at, _ in power_schedule)  # points passed
-    earlier, later = power_schedule[max(after - 1, 0)], power_schedule[min(after, len(power_schedule) - 1)]
-    width = later[0] - earlier[0]
-    part = (progress - earlier[0]) / width if width > 0 else 0.0
-    power = earlier[1] + min(max(part, 0.0), 1.0) * (later[1] - earlier[1])
+    power = scheduled_power(power_schedule, progress)
     occurs = weights > 0
     result = np.zeros(len(weights))
     # relative to the largest: no overflow
     result[occurs] = (weights[occurs] / weights[occurs].max()) ** power
     return result / result[occurs].mean()
+
+
+def scheduled_power(power_schedule: Sequence[tuple[float, float]], progress: float) -> float:
+    """The exponent at a moment of the training, see :func:`scheduled_weights`."""
+    after = sum(at <= progress for at, _ in power_schedule)  # points passed
+    earlier, later = power_schedule[max(after - 1, 0)], power_schedule[min(after, len(power_schedule) - 1)]
+    width = later[0] - earlier[0]
+    part = (progress - earlier[0]) / width if width > 0 else 0.0
+    return earlier[1] + min(max(part, 0.0), 1.0) * (later[1] - earlier[1])
 
 
 def check_power_schedule(points: object) -> None:

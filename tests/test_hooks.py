@@ -235,6 +235,9 @@ def test_weights_follow_their_schedule_and_a_resumed_run_goes_on_in_it(small_con
     assert np.ptp([weight for weight in seen[1] if weight]) < np.ptp([w for w in seen[0] if w])
     assert [weight for weight in seen[2] if weight] == pytest.approx([1.0] * np.count_nonzero(seen[2]))
     assert seen[3] == seen[2]
+    (log,) = Path(cfg.work_dir).glob('*/vis_data/scalars.json')
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line['class_weight_power'] for line in logged if 'loss' in line] == [1.0, 0.5, 0.0, 0.0]
 
     cfg.load_from, cfg.resume = str(Path(cfg.work_dir, 'iter_1.pth')), True
     cfg.experiment_name = 'resumed'

@@ -420,6 +420,7 @@ def test_weights_stay_out_of_checkpoints_and_out_of_the_order_of_buffers():
         (dict(gamma=0.0), 'gamma must be a finite number above 0, got 0.0'),
         (dict(region='tversky', square_denominator=True), 'can leave'),
         (dict(balance='learnt'), r"balance must be one of \('fixed', 'uncertainty', 'gradnorm'\), got 'lea"),
+        (dict(ce_weight=0, dice_weight=0), 'all factors on the terms of CombinedWeightedLoss are 0'),
         (dict(balance='uncertainty', ce_weight=0.0), r'must be above 0, got .*0\.0.*0\.4'),
         (dict(logit_adjustment=-1.0), 'logit_adjustment must be'),
         (dict(logit_variation=math.inf), 'logit_variation must be'),

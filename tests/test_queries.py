@@ -99,6 +99,17 @@ def test_auto_that_nobody_has_filled_says_so():
         QueryClassLoss([1.0, 1, 1])(cls_score, label)
 
 
+def test_a_class_weight_of_other_classes_is_refused():
+    cls_score, label, _ = queries()
+    with pytest.raises(
+        ValueError, match=r'has 4 numbers, but there are 5 classes.*write class_weight=\[1.0\] \* 5'
+    ):
+        QueryClassLoss(None, [1.0] * 3 + [0.1])(cls_score, label)
+    loss = QueryClassLoss()
+    with pytest.raises(ValueError, match='has 1 numbers, but there are 5 classes'):
+        loss.check_classes(5)
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [

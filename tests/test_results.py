@@ -485,6 +485,7 @@ METHODS = {
     "the same, `'ignore'`": 'combined, auto, present',
     "the same, `'batch'`": 'combined, auto, batch',
     "the same, `balance='gradnorm'`": 'combined, auto, gradnorm',
+    'the same, `ce_weight=0.1`, `dice_weight=0.9`': 'combined, auto, Dice 0.9',
     'the same, a fifth in `SubclassifiedLoss`': 'combined, auto, clusters',
     'combined, no class weights': 'combined',
     'cross-entropy, constant weights': 'CE, sqrt_inv_freq',

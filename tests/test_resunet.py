@@ -129,6 +129,7 @@ def test_it_is_built_from_a_config_with_and_without_a_scope():
         ),
         (dict(norm_cfg=dict(type='GN')), 'num_groups must divide base_channels=64. Take num_groups=8'),
         (dict(norm_cfg=dict(type='GN', num_groups=0)), 'num_groups must divide base_channels=64'),
+        (dict(norm_cfg='GN'), "norm_cfg='GN', allowed are dict"),
         (dict(upsample_cfg='bilinear'), r"upsample_cfg='bilinear'.*dict\(type='DeconvModule'\)"),
     ],
 )

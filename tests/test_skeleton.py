@@ -6,6 +6,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.structures import PixelData
 from mmseg.datasets.transforms import PackSegInputs, RandomCrop, RandomFlip
 from mmseg.models.data_preprocessor import SegDataPreProcessor
@@ -100,6 +102,14 @@ def test_it_is_found_by_the_framework_and_says_its_options(skeletonize):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SkeletonTubes(**options)
+
+
+def test_a_class_that_the_heads_do_not_have_is_refused(skeletonize, tmp_path):
+    config = Config(dict(model=dict(decode_head=dict(num_classes=5), auxiliary_head=dict(num_classes=5))))
+    MessageHub.get_instance(tmp_path.name).update_info('cfg', config.pretty_text)
+    SkeletonTubes(classes=[1, 4]).transform(results_of(labels_of(0)))
+    with pytest.raises(ValueError, match=r'classes=\[1, 5\] of SkeletonTubes: the heads have 5 classes'):
+        SkeletonTubes(classes=[1, 5]).transform(results_of(labels_of(0)))
 
 
 def test_what_it_cannot_work_on_is_refused(skeletonize):

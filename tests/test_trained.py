@@ -105,6 +105,28 @@ def test_the_weights_are_those_of_cross_entropy_at_the_end():
     np.testing.assert_allclose(offset_of(zero), [0, 0, -np.log(2)])
 
 
+def test_a_cross_entropy_that_does_not_count_has_no_weights_to_take_back():
+    plain = dict(type='WeightedCrossEntropyLoss')
+    weighted = dict(type='WeightedCrossEntropyLoss', class_weight=WEIGHTS)
+    assert (offset_of(dict(type='CombinedWeightedLoss', ce_weight=0.0, **AUTO)) == 0).all()
+    assert (offset_of(dict(weighted, loss_weight=0.0), plain) == 0).all()
+    own = dict(type='CrossEntropyLoss', class_weight=WEIGHTS, loss_weight=0.0)
+    np.testing.assert_allclose(offset_of(own, weighted), -np.log(WEIGHTS))
+
+
+def test_cross_entropies_of_different_weights_are_refused_and_of_equal_ones_taken():
+    weighted = dict(type='WeightedCrossEntropyLoss', class_weight=WEIGHTS)
+    np.testing.assert_allclose(
+        offset_of(weighted, dict(type='CombinedWeightedLoss', **AUTO)), -np.log(WEIGHTS)
+    )
+    doubled = dict(
+        weighted, class_weight=[2 * w for w in WEIGHTS]
+    )  # the mean of cross-entropy divides by them
+    np.testing.assert_allclose(offset_of(weighted, doubled), -np.log(WEIGHTS))
+    with pytest.raises(ValueError, match='have different class weights or logit adjustments'):
+        offset_of(dict(type='WeightedCrossEntropyLoss', loss_weight=0.2), dict(weighted, loss_weight=0.8))
+
+
 def test_the_weights_of_a_checkpoint_on_the_way_are_those_of_its_last_iteration():
     combined = dict(type='CombinedWeightedLoss', **AUTO)
     hooks = [dict(type='ClassWeightHook', power_schedule=[(0.25, 1.0), (0.75, 0.0)])]
@@ -241,12 +263,24 @@ def test_fit_bias_says_what_it_cannot_do(trained, capsys, tmp_path):
     no_bias = cfg.copy()
     no_bias.train_dataloader = None
     no_bias.dump(other)
+    foreign = cfg.copy()
+    foreign.model.decode_head.type = 'NoSuchHead'
+    foreign.dump(tmp_path / 'foreign.py')
+    (tmp_path / 'empty.pth').write_bytes(b'')
+    (tmp_path / 'text.pth').write_text('no weights')
+    torch.save([1], tmp_path / 'list.pth')
+    torch.save(torch.load(checkpoint, weights_only=False)['state_dict'], tmp_path / 'bare.pth')
     for arguments, code, words in [
         ([config, corrected], 1, 'was corrected before'),
         ([config, checkpoint, '--out', checkpoint], 2, 'is the checkpoint itself'),
         ([config, checkpoint, '--images', '0'], 2, '--images must be at least 1, got 0'),
         ([config, tmp_path / 'none.pth'], 1, 'there is no such checkpoint'),
         ([other, checkpoint], 1, 'the config has no train_dataloader'),
+        ([tmp_path / 'foreign.py', checkpoint], 1, 'fit-bias: NoSuchHead is not in the'),
+        ([config, tmp_path / 'empty.pth'], 1, 'empty.pth is no checkpoint that torch can read'),
+        ([config, tmp_path / 'text.pth'], 1, 'text.pth is '),  # damaged, or nothing that can be read
+        ([config, tmp_path / 'list.pth'], 1, "list.pth holds no 'state_dict'"),
+        ([config, tmp_path / 'bare.pth'], 1, "bare.pth holds no 'state_dict'"),
     ]:
         with pytest.raises(SystemExit) as ended:
             main(['fit-bias', *map(str, arguments)])

@@ -375,6 +375,15 @@ def test_an_object_is_one_component_of_enough_pixels():
         assert min(found.values()) > 8
 
 
+def test_in_a_donor_that_was_made_smaller_an_object_needs_fewer_pixels():
+    labels = np.zeros((12, 14), np.uint8)
+    labels[5:8, 2:5] = 2  # 9 pixels, 36 at twice the height and width
+    for shape, min_pixels, pasted in (((24, 28), 36, 9), ((24, 28), 40, 0), ((6, 7), 3, 0), ((6, 7), 2, 9)):
+        donor = given_donor(labels)
+        donor['mix_results'][0]['ori_shape'] = shape
+        assert (paste(donor, min_pixels=min_pixels)['gt_seg_map'] == 2).sum() == pasted
+
+
 @pytest.mark.parametrize(('scale', 'factor'), [((0.5, 0.5), 0.5), ((1, 1), 1), ((1.5, 1.5), 1.5)])
 def test_an_object_is_scaled(scale, factor):
     labels = np.zeros((12, 14), np.uint8)
@@ -540,6 +549,9 @@ def test_other_maps_of_an_image_are_refused():
         (dict(scale=(1.5, 0.5)), r'scale=\(1.5, 0.5\), allowed are two finite numbers'),
         (dict(scale=2), 'scale=2, allowed are two finite numbers'),
         (dict(max_share=0), 'max_share=0, allowed are numbers above 0 and at most 1'),
+        (dict(classes='pole'), "classes='pole', allowed are names of classes"),
+        (dict(classes=8), 'classes=8, allowed are names of classes'),
+        (dict(classes=[]), r'classes=\[\], allowed are names of classes'),
     ],
 )
 def test_options_out_of_range_are_refused(option, words):

@@ -56,6 +56,7 @@ methods = {
     'combined, auto, batch': loss(**AUTO, region_reduction='batch'),
     'combined, auto, uncertainty': loss(**AUTO, balance='uncertainty'),
     'combined, auto, gradnorm': loss(**AUTO, balance='gradnorm'),
+    'combined, auto, Dice 0.9': loss(**AUTO, ce_weight=0.1, dice_weight=0.9),
     'combined, auto, clusters': subclassified(
         'SubclassifiedLoss', num_subclasses=2, warmup_iters=200, ramp_iters=200
     ),
