@@ -70,7 +70,8 @@ class LogitAdjustmentHook(Hook):
         self.label_transforms = label_transforms
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        _warn_of_class_bias(runner, checkpoint, f'LogitAdjustmentHook with tau={self.tau}')
+        if self.tau != 0:
+            _warn_of_class_bias(runner, checkpoint, f'LogitAdjustmentHook with tau={self.tau}')
 
     def before_test(self, runner) -> None:
         head = classifying_head(runner.model, 'LogitAdjustmentHook')

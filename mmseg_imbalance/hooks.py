@@ -125,13 +125,16 @@ class ClassWeightHook(RunHook):
             runner.logger.warning(
                 "power_schedule of ClassWeightHook changes nothing: no loss says class_weight='auto'"
             )
+        classes = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
+        for loss in model.modules():
+            if isinstance(loss, QueryClassLoss) and classes:  # before the head reads its numbers
+                loss.check_classes(len(classes))
+        if not self.power_schedule or not auto:  # of a run that this one resumes
+            runner.message_hub.log_scalars.pop('train/class_weight_power', None)
         if not waiting:
             return
         record = self._find_record(runner)
         self._warn_of_other_counts(runner, record)
-        for loss in model.modules():
-            if isinstance(loss, QueryClassLoss):
-                loss.check_classes(len(record.classes))
         for weight in waiting:
             if weight.waiting:
                 weight.set_weights(record.weights)

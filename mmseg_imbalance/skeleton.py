@@ -90,11 +90,12 @@ class SkeletonTubes(BaseTransform):
 
     def _check_classes(self) -> None:
         """A class that does not exist would have no tube, and the loss would take that for none missed."""
-        numbers = [number for head in heads_of_run() if (number := get_field(head, 'num_classes'))]
-        if self.classes is not None and numbers and max(self.classes) >= max(numbers):
+        found = [get_field(head, 'num_classes') for head in heads_of_run()]
+        number = max((2, *filter(None, found)))  # with num_classes=1, labels are 0 and 1
+        if self.classes is not None and any(found) and max(self.classes) >= number:
             raise ValueError(
-                f'classes={self.classes} of SkeletonTubes: the heads have {max(numbers)} classes, with the '
-                f'indices 0 to {max(numbers) - 1}.'
+                f'classes={self.classes} of SkeletonTubes: the heads have {number} classes, with the indices '
+                f'0 to {number - 1}.'
             )
         self.checked = True
 

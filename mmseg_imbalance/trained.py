@@ -40,7 +40,11 @@ def load_segmentor(
     Raises:
         ValueError: the checkpoint is not of this config.
     """
-    model = MODELS.build(cfg.model).to(get_device()).eval()
+    try:
+        model = MODELS.build(cfg.model)
+    except KeyError as error:  # a type that is not registered, whose text a KeyError shows in quotes
+        raise ValueError(f'{config} has a model that cannot be built: {error.args[0]}') from error
+    model = model.to(get_device()).eval()
     give_ignored_label(model, label_of_evaluation(cfg))
     checkpoint = CheckpointLoader.load_checkpoint(os.fspath(checkpoint_path), map_location='cpu')
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
@@ -96,20 +100,24 @@ def belief_offset(cfg: Config, head: nn.Module, checkpoint: dict) -> np.ndarray:
         ValueError: the losses have weights 'auto' or the prior, which the checkpoint does not say; or several
             cross-entropies have different ones, of which there is no single softmax.
     """
-    nothing = np.zeros(max(head.num_classes, 2))
+    classes = max(head.num_classes, 2)
     found = [
-        _offset_of(cfg, loss, checkpoint, nothing)
+        _offset_of(cfg, loss, checkpoint, classes)
         for loss in _losses(head)
         if getattr(loss, 'loss_weight', 1) != 0 and _has_cross_entropy(loss)
     ]
-    # up to a constant, which changes no softmax
-    if any(np.ptp(offset - found[0]) > 1e-6 for offset in found[1:]):
-        raise ValueError(
-            'the cross-entropies of the head have different class weights or logit adjustments; what the '
-            'model believes in is known where they have the same ones, or where only one has a loss_weight '
-            'above 0'
-        )
-    return found[0] if found else nothing
+    if not found:
+        return np.zeros(classes)
+    offset, weighed = found[0]
+    for other, counted in found[1:]:
+        # up to a constant, which changes no softmax
+        if (weighed != counted).any() or np.ptp((other - offset)[weighed]) > 1e-6:
+            raise ValueError(
+                'the cross-entropies of the head have different class weights or logit adjustments; what the '
+                'model believes in is known where they have the same ones, or where only one has a '
+                'loss_weight above 0'
+            )
+    return offset
 
 
 def _has_cross_entropy(loss: nn.Module) -> bool:
@@ -124,18 +132,18 @@ def _cross_entropies(loss: WeightedLoss) -> list[str]:
     return [name for name, term in loss.terms.items() if isinstance(term, kinds) and loss.factors[name] > 0]
 
 
-def _offset_of(cfg: Config, loss: nn.Module, checkpoint: dict, nothing: np.ndarray) -> np.ndarray:
-    offset = nothing.copy()
+def _offset_of(cfg: Config, loss: nn.Module, checkpoint: dict, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """That of one cross-entropy, (C,), and which classes have a weight above 0; others are not known."""
+    offset = np.zeros(classes)
     if isinstance(loss, WeightedLoss):
         weights = _last_weights(cfg, loss.class_weight_of[_cross_entropies(loss)[0]], checkpoint)
         if loss.logit_adjustment > 0:
             offset += loss.logit_adjustment * log_prior(_record(checkpoint).pixels)
     else:  # MMSegmentation's own
         weights = loss.class_weight
-    if weights is not None:
-        weights = np.asarray(weights, dtype=np.float64)
-        offset -= np.log(weights, out=np.zeros_like(weights), where=weights > 0)
-    return offset
+    given = np.ones(classes) if weights is None else np.asarray(weights, dtype=np.float64)
+    offset -= np.log(given, out=np.zeros(classes), where=given > 0)
+    return offset, given > 0
 
 
 def _losses(head: nn.Module) -> list[nn.Module]:

@@ -117,8 +117,8 @@ class RareClassPaste(BaseTransform):
         prob: share of the images that an object is pasted into, from 0 to 1.
         classes: names of those that are pasted; None: all.
         temperature: T > 0; the lower, the more often the rarest classes are pasted.
-        min_pixels: of a component, at the size of the donor's file, at least 1. The donor's pipeline may
-            resize it: the number changes with the area.
+        min_pixels: of a component, at the size of the donor's file, at least 1. Where the donor's pipeline
+            has a Resize, it changes with the area.
         scale: smallest and largest factor, at random between.
         max_share: of the image's pixels, about what an object covers at most, above 0 and at most 1; larger
             ones are made smaller.
@@ -236,8 +236,8 @@ class RareClassPaste(BaseTransform):
         """(h, w, channels) pixels around a component of the class, and (h, w), which of them are of it."""
         mask = (donor['gt_seg_map'] == class_index).astype(np.uint8)
         _, ids, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        height, width = donor.get('ori_shape', mask.shape)[:2]
-        least = max(1, self.min_pixels * mask.size // (height * width))
+        wider, higher = donor.get('scale_factor', (1.0, 1.0))  # of MMCV's Resize
+        least = max(1, int(self.min_pixels * wider * higher))
         large = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least) + 1
         if not len(large):
             return None

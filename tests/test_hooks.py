@@ -244,6 +244,14 @@ def test_weights_follow_their_schedule_and_a_resumed_run_goes_on_in_it(small_con
     Runner.from_cfg(cfg).train()
     assert seen[4:] == [pytest.approx(weights) for weights in seen[1:4]]
 
+    cfg.custom_hooks, cfg.experiment_name = [dict(type='ClassWeightHook')], 'without'
+    Runner.from_cfg(cfg).train()
+    *_, log = sorted(
+        Path(cfg.work_dir).glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime
+    )
+    assert 'loss' in log.read_text()
+    assert 'class_weight_power' not in log.read_text()
+
 
 def test_a_schedule_without_auto_weights_is_warned_of(small_config):
     cfg = small_config(BALANCED)

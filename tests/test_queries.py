@@ -211,6 +211,15 @@ def test_the_hook_fills_a_query_head_and_a_resumed_run_goes_on(small_config, tmp
     assert torch.equal(resumed.model.decode_head.loss_cls.object_weight.values, loss.object_weight.values)
 
 
+@pytest.mark.parametrize('object_weight', ['auto', None])
+def test_a_class_weight_of_other_classes_ends_before_training(small_config, object_weight):
+    loss_cls = dict(type='QueryClassLoss', object_weight=object_weight, class_weight=[1.0, 1.0, 0.1])
+    runner = Runner.from_cfg(query_config(small_config, loss_cls, [dict(type='ClassWeightHook')]))
+    with pytest.raises(ValueError, match=f'has 3 numbers, but there are {CLASSES} classes'):
+        runner.train()
+    assert runner.iter == 0
+
+
 def test_the_hook_leaves_their_loss_alone_and_names_ours(small_config):
     runner = Runner.from_cfg(query_config(small_config, dict(type=TheirLoss), [dict(type='ClassWeightHook')]))
     runner.train()

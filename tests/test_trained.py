@@ -123,6 +123,11 @@ def test_cross_entropies_of_different_weights_are_refused_and_of_equal_ones_take
         weighted, class_weight=[2 * w for w in WEIGHTS]
     )  # the mean of cross-entropy divides by them
     np.testing.assert_allclose(offset_of(weighted, doubled), -np.log(WEIGHTS))
+    zeros = [dict(weighted, class_weight=[0.0, factor, 2 * factor]) for factor in (2.0, 3.0)]
+    np.testing.assert_allclose(offset_of(*zeros), [0, -np.log(2), -np.log(4)])
+    for one, other in (([1.0, 1.0, 4.0], [1.0, 1.0, 8.0]), ([0.0, 1.0, 2.0], [1.0, 1.0, 2.0])):
+        with pytest.raises(ValueError, match='have different class weights'):
+            offset_of(dict(weighted, class_weight=one), dict(weighted, class_weight=other))
     with pytest.raises(ValueError, match='have different class weights or logit adjustments'):
         offset_of(dict(type='WeightedCrossEntropyLoss', loss_weight=0.2), dict(weighted, loss_weight=0.8))
 
@@ -276,7 +281,11 @@ def test_fit_bias_says_what_it_cannot_do(trained, capsys, tmp_path):
         ([config, checkpoint, '--images', '0'], 2, '--images must be at least 1, got 0'),
         ([config, tmp_path / 'none.pth'], 1, 'there is no such checkpoint'),
         ([other, checkpoint], 1, 'the config has no train_dataloader'),
-        ([tmp_path / 'foreign.py', checkpoint], 1, 'fit-bias: NoSuchHead is not in the'),
+        (
+            [tmp_path / 'foreign.py', checkpoint],
+            1,
+            'foreign.py has a model that cannot be built: NoSuchHead is not in the',
+        ),
         ([config, tmp_path / 'empty.pth'], 1, 'empty.pth is no checkpoint that torch can read'),
         ([config, tmp_path / 'text.pth'], 1, 'text.pth is '),  # damaged, or nothing that can be read
         ([config, tmp_path / 'list.pth'], 1, "list.pth holds no 'state_dict'"),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from mmcv.transforms import Resize
 from mmcv.transforms.utils import cache_random_params
 from mmengine.dataset import pseudo_collate, worker_init_fn
 from mmengine.hooks import Hook
@@ -378,9 +379,19 @@ def test_an_object_is_one_component_of_enough_pixels():
 def test_in_a_donor_that_was_made_smaller_an_object_needs_fewer_pixels():
     labels = np.zeros((12, 14), np.uint8)
     labels[5:8, 2:5] = 2  # 9 pixels, 36 at twice the height and width
-    for shape, min_pixels, pasted in (((24, 28), 36, 9), ((24, 28), 40, 0), ((6, 7), 3, 0), ((6, 7), 2, 9)):
+    for factor, min_pixels, pasted in (
+        (0.5, 36, 9),
+        (0.5, 40, 0),
+        (2.0, 3, 0),
+        (2.0, 2, 9),
+        (None, 9, 9),
+        (None, 10, 0),
+    ):
         donor = given_donor(labels)
-        donor['mix_results'][0]['ori_shape'] = shape
+        donor['mix_results'][0]['ori_shape'] = (24, 28)  # of a donor that was cropped as well
+        if factor:
+            Resize(scale_factor=factor).transform(resized := dict(img=np.zeros((24, 28, 3), np.uint8)))
+            donor['mix_results'][0]['scale_factor'] = resized['scale_factor']
         assert (paste(donor, min_pixels=min_pixels)['gt_seg_map'] == 2).sum() == pasted
 
 

@@ -51,9 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         options.error(f'--out {out} is the checkpoint itself, which stays as it is; give another file')
     try:
         fit(read_config(args.config, args.cfg_options), args.config, checkpoint, out, args.split, args.images)
-    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
-        # a KeyError, as of a model that is not registered, shows its text in quotes
-        options.exit(1, f'{options.prog}: {error.args[0] if isinstance(error, KeyError) else error}\n')
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        options.exit(1, f'{options.prog}: {error}\n')
     return 0
 
 

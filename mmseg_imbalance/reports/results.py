@@ -94,12 +94,13 @@ def _with_common_classes(methods: Methods, pixels: dict[str, int]) -> tuple[Meth
         means[f'mIoU.{part}'] = common.intersection(f'IoU.{name}' for name in members)
 
     def changed(row: Row) -> Row:
-        return row | {metric: str(_mean_of(row, classes)) for metric, classes in means.items()}
+        kept = {m: str(_mean_of(row, of)) for m, of in means.items() if math.isfinite(number(row, m))}
+        return row | kept | dict(curve='')  # whose means are over other classes
 
     note = (
-        f'Left out of {"the means" if parts else "mIoU, but not of the groups,"} is '
-        f'{", ".join(name.removeprefix("IoU.") for name in extra)}: not all runs have an IoU of it. A class '
-        'that no tested label holds has 0 where it is predicted, and none elsewhere'
+        f'Left out of {"the means" if parts else "mIoU, not of the groups"}: '
+        f'{", ".join(name.removeprefix("IoU.") for name in extra)}. Not all runs have an IoU there: a class '
+        'that no tested label holds has 0 where it is predicted, and none elsewhere. No curves are shown'
     )
     return {name: {s: changed(row) for s, row in of_seed.items()} for name, of_seed in methods.items()}, [
         note

@@ -260,9 +260,9 @@ def plots(regime: Regime) -> list[Plot]:
         found.append(Plot(f'{stem}-methods.png', 'Difference by method', caption, plot_methods))
         order = 'most frequent class first' if regime.pixels else 'in the order of the data set'
         caption = (
-            f'IoU of each class minus that of {base}, {order}: the methods with the highest mIoU, of '
-            'several seeds where there are such. Bars: 95 % '
-            'interval over seeds, not corrected. Hollow: it holds 0, or is not known.'
+            f'IoU of each class minus that of {base}, {order}: the methods with the highest mIoU, only those '
+            'with several seeds, if there are any. Bars: 95 % interval over seeds, not corrected. Hollow: it '
+            'holds 0, or is not known.'
         )
         found.append(Plot(f'{stem}-classes.png', 'Difference by class', caption, plot_classes))
     if any(len(curve(row)) > 1 for row in regime.rows):
