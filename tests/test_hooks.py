@@ -244,7 +244,8 @@ def test_weights_follow_their_schedule_and_a_resumed_run_goes_on_in_it(small_con
     Runner.from_cfg(cfg).train()
     assert seen[4:] == [pytest.approx(weights) for weights in seen[1:4]]
 
-    cfg.custom_hooks, cfg.experiment_name = [dict(type='ClassWeightHook')], 'without'
+    cfg.custom_hooks = [dict(type='ClassWeightHook')]
+    cfg.experiment_name = cfg.visualizer.name = 'without'
     Runner.from_cfg(cfg).train()
     *_, log = sorted(
         Path(cfg.work_dir).glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime
