@@ -119,9 +119,7 @@ def test_cross_entropies_of_different_weights_are_refused_and_of_equal_ones_take
     np.testing.assert_allclose(
         offset_of(weighted, dict(type='CombinedWeightedLoss', **AUTO)), -np.log(WEIGHTS)
     )
-    doubled = dict(
-        weighted, class_weight=[2 * w for w in WEIGHTS]
-    )  # the mean of cross-entropy divides by them
+    doubled = dict(weighted, class_weight=[2 * w for w in WEIGHTS])  # the mean divides by them
     np.testing.assert_allclose(offset_of(weighted, doubled), -np.log(WEIGHTS))
     zeros = [dict(weighted, class_weight=[0.0, factor, 2 * factor]) for factor in (2.0, 3.0)]
     np.testing.assert_allclose(offset_of(*zeros), [0, -np.log(2), -np.log(4)])
