@@ -41,17 +41,18 @@ class _DepthwiseConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight.to(x.dtype), stride=stride, groups=len(weight))
+        ctx.options = dict(stride=stride, padding=padding, groups=len(weight))
+        return F.conv2d(x, weight.to(x.dtype), **ctx.options)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        grad, options = grad.float(), dict(stride=ctx.stride, groups=len(weight))
-        grad_x = conv2d_input(x.shape, weight, grad, **options)
-        return grad_x.to(x.dtype), conv2d_weight(x.float(), weight.shape, grad, **options), None
+        grad = grad.float()
+        grad_x = conv2d_input(x.shape, weight, grad, **ctx.options)
+        grad_weight = conv2d_weight(x.float(), weight.shape, grad, **ctx.options)
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 class SamePadConv(nn.Conv2d):
@@ -60,15 +61,20 @@ class SamePadConv(nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
         total = kernel - stride
-        self.pad = (total // 2, total - total // 2) * 2
+        options = dict(padding=total // 2, groups=groups, bias=False)
+        super().__init__(in_channels, out_channels, kernel, stride, **options)
+        self.uneven = total % 2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.pad)
+        if self.kernel_size == (1, 1):
+            # in channels_last a product of matrices, without the copies that the convolution makes on a CPU
+            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+        if self.uneven:
+            x = F.pad(x, (0, 1, 0, 1))
         # what autocast hands on; the weight stays float32
         if self.groups > 1 and x.is_cpu and x.dtype == torch.bfloat16 != self.weight.dtype:
-            return _DepthwiseConv.apply(x, self.weight, self.stride[0])
+            return _DepthwiseConv.apply(x, self.weight, self.stride, self.padding)
         return super().forward(x)
 
 

@@ -59,6 +59,19 @@ def test_a_white_disc_is_a_ping_pong_ball(pretrained):
     assert shares.max(1).values.min() > 0.3
 
 
+@pytest.mark.parametrize(('kernel', 'stride'), [(1, 1), (3, 1), (3, 2), (5, 1)])
+def test_every_layout_gives_the_convolution_of_padded_images(kernel, stride):
+    torch.manual_seed(0)
+    conv = SamePadConv(3, 5, kernel, stride)
+    x = torch.randn(2, 3, 9, 12)
+    before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
+    expected = F.conv2d(F.pad(x, (before, after) * 2), conv.weight, stride=stride)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        output = conv(x.contiguous(memory_format=layout))
+        torch.testing.assert_close(output, expected)
+        assert output.is_contiguous(memory_format=layout) or kernel == 1
+
+
 @pytest.mark.parametrize(('kernel', 'stride'), [(3, 1), (3, 2), (5, 1), (5, 2)])
 def test_the_gradient_of_a_depthwise_convolution_in_bfloat16_is_that_of_float32(kernel, stride):
     torch.manual_seed(0)
@@ -70,7 +83,9 @@ def test_the_gradient_of_a_depthwise_convolution_in_bfloat16_is_that_of_float32(
     output.backward(upstream)
     exact = low.detach().float().requires_grad_()
     weight = conv.weight.detach().clone().requires_grad_()
-    F.conv2d(F.pad(exact, conv.pad), weight, stride=stride, groups=7).backward(upstream.float())
+    before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
+    padded = F.pad(exact, (before, after) * 2)
+    F.conv2d(padded, weight, stride=stride, groups=7).backward(upstream.float())
     torch.testing.assert_close(low.grad, exact.grad.bfloat16())
     torch.testing.assert_close(conv.weight.grad, weight.grad)
 
