@@ -322,13 +322,17 @@ def evaluations(work_dir: Path) -> dict[int, float]:
 
 
 def prepare_resume(work_dir: Path, iterations: int) -> None:
-    """Let a training that was ended in its last evaluation do it: MMEngine resumes behind it."""
-    last = work_dir / f'iter_{iterations}.pth'
+    """Let a training that was ended in its last evaluation do it, where MMEngine would resume behind it.
+
+    The file that names the checkpoint holds the path of its folder, which may have moved since.
+    """
+    last, name = work_dir / f'iter_{iterations}.pth', work_dir / 'last_checkpoint'
     if last.exists() and iterations not in evaluations(work_dir):
         last.unlink()
         earlier = max(work_dir.glob('iter_*.pth'), key=lambda path: path.stat().st_mtime, default=None)
-        name = work_dir / 'last_checkpoint'
         name.unlink() if earlier is None else name.write_text(str(earlier))
+    elif name.exists():
+        name.write_text(str(work_dir / Path(name.read_text()).name))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

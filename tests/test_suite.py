@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
+from mmengine.runner import find_latest_checkpoint
 from test_comparison import write_run
 
 from mmseg_imbalance.commands import main
@@ -371,6 +372,13 @@ def test_a_training_that_was_ended_in_its_last_evaluation_goes_back_one_checkpoi
     prepare_resume(tmp_path, 100)  # evaluated
     assert (tmp_path / 'iter_100.pth').exists()
     assert evaluations(tmp_path) == {100: 10.0}
+
+
+def test_a_training_whose_folder_was_moved_is_resumed(tmp_path):
+    (tmp_path / 'iter_100.pth').touch()
+    (tmp_path / 'last_checkpoint').write_text('/where/it/was/iter_100.pth')
+    prepare_resume(tmp_path, 300)
+    assert find_latest_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_100.pth')
 
 
 def test_the_commit_says_where_files_differ_from_it(tmp_path):
