@@ -556,7 +556,7 @@ def test_the_readme_expects_what_the_committed_rows_give():
         for column, metric in (('mIoU', 'mIoU'), ('tail', 'mIoU.tail')):
             values, test = regime.values(metric), regime.differences(metric)[method]
             means = [np.mean([values[name][s] for s in test.seeds]) for name in ('cross-entropy', method)]
-            assert row[column] == '{:.1f} to {:.1f}'.format(*means), (data, method)
+            assert row[column] == '{:.1f} → {:.1f}'.format(*means), (data, method)
             significant, said = test.holm < 0.05, row['significant']
             assert significant == bool(re.match(rf'yes|(.*; )?{column}\b(?! p)', said)), (data, method)
             if p := re.search(rf'{column} p ([\d.]+)', said):
