@@ -21,7 +21,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
 from mmseg.structures import SegDataSample
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmseg_imbalance.components import remove_small
 from mmseg_imbalance.counting import check_counting, training_frequency
@@ -191,6 +191,29 @@ class DecisionHook(Hook):
         if self.remove_small > 1:
             labels = torch.from_numpy(remove_small(labels[0].long().cpu().numpy(), self.remove_small))[None]
         sample.pred_sem_seg.data = labels.to(predicted)
+
+
+def mend_merged_threshold(model: nn.Module) -> None:
+    """Let test time augmentation of a single output channel hold the mean probability against the threshold.
+
+    MMSegmentation's takes the sigmoid of each view a second time: all is above 0.5 then.
+
+    Args:
+        model: as a runner has it; others than such are left alone.
+    """
+    model = unwrapped(model)
+    if not isinstance(model, BaseTTAModel) or model.module.out_channels > 1:
+        return
+    merge, threshold = model.merge_preds, model.module.decode_head.threshold
+
+    def mended(views_of_images: list[list[SegDataSample]]) -> list[SegDataSample]:
+        samples = merge(views_of_images)
+        for sample, views in zip(samples, views_of_images, strict=True):
+            labels = _probabilities(views)[1:] > threshold
+            sample.pred_sem_seg.data = labels.to(sample.pred_sem_seg.data)
+        return samples
+
+    model.merge_preds = mended
 
 
 def _warn_of_class_bias(runner, checkpoint: dict, what: str) -> None:

@@ -23,6 +23,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ import mmseg_imbalance.compat  # noqa: F401  where mmseg:: bases are found
 from mmseg_imbalance.config_fields import innermost
 from mmseg_imbalance.files import locked, write_atomically
 from mmseg_imbalance.reports.identity import settings
-from mmseg_imbalance.reports.work_dirs import read_records
+from mmseg_imbalance.reports.work_dirs import metric_prefix, read_records
 
 SPLITS = ('train', 'val', 'test')
 KEY = ('suite', 'dataset', 'schedule', 'method', 'seed')  # columns that name a run in the rows of results
@@ -195,8 +196,17 @@ class Suite:
         return self.schedules[run.schedule]
 
     def config(self, run: SuiteRun) -> Config:
-        """The config of a run, with the data where the config of the data set says."""
+        """The config of a run, with the data where the config of the data set says.
+
+        A test, as of a model with a fitted bias, is of the validation images, as every row of results is.
+        """
         cfg = Config.fromfile(self.datasets[run.dataset])
+        for split in ('train', 'val'):
+            if not cfg.get(f'{split}_dataloader'):
+                raise ValueError(f'{self.datasets[run.dataset]} has no {split}_dataloader: a suite needs one')
+        for part in ('dataloader', 'evaluator'):
+            cfg[f'test_{part}'] = deepcopy(cfg[f'val_{part}'])
+        cfg.test_cfg = dict(type='TestLoop')
         iterations = self.iterations(run)
         warmup = max(1, min(100, iterations // 5))
         cfg.merge_from_dict(
@@ -221,8 +231,7 @@ class Suite:
         cfg.merge_from_dict(lines)
         if augment:
             add_transforms(cfg.train_dataloader, augment)
-        loaders = [cfg.get(f'{split}_dataloader') or {} for split in SPLITS]
-        inner = [dataset for loader in loaders for dataset in innermost(loader.get('dataset'))]
+        inner = [each for split in SPLITS for each in innermost(cfg[f'{split}_dataloader'].dataset)]
         if len(roots := {str(dataset.get('data_root')).rstrip('/') for dataset in inner}) > 1:
             raise ValueError(
                 f'{self.datasets[run.dataset]} has data below {sorted(roots)}, but a suite takes all of a '
@@ -313,26 +322,28 @@ def commit_of(folder: Path) -> str:
 def evaluations(work_dir: Path) -> dict[int, float]:
     """The mIoU of each evaluation of a training by its iteration, also of one that was resumed."""
     records = [
-        record
+        (record, prefix)
         for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
         for record in read_records(path, [])
-        if 'mIoU' in record
+        if 'loss' not in record and (prefix := metric_prefix(record)) is not None
     ]
-    return dict(sorted((record['step'], record['mIoU']) for record in records))
+    return dict(sorted((record['step'], record[f'{prefix}mIoU']) for record, prefix in records))
 
 
 def prepare_resume(work_dir: Path, iterations: int) -> None:
     """Let a training that was ended in its last evaluation do it, where MMEngine would resume behind it.
 
-    The file that names the checkpoint holds the path of its folder, which may have moved since.
+    The file that names the last checkpoint may be of a folder that was moved, or of a checkpoint that was
+    removed: then it gets the path of the newest one that is there, or goes.
     """
     last, name = work_dir / f'iter_{iterations}.pth', work_dir / 'last_checkpoint'
     if last.exists() and iterations not in evaluations(work_dir):
         last.unlink()
-        earlier = max(work_dir.glob('iter_*.pth'), key=lambda path: path.stat().st_mtime, default=None)
-        name.unlink() if earlier is None else name.write_text(str(earlier))
-    elif name.exists():
-        name.write_text(str(work_dir / Path(name.read_text()).name))
+    if name.exists():
+        named = work_dir / Path(name.read_text()).name
+        kept = [named] if named.is_file() else work_dir.glob('iter_*.pth')
+        newest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
+        name.unlink() if newest is None else name.write_text(str(newest))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -325,6 +325,11 @@ def test_what_was_resumed_adds_up_and_what_was_begun_anew_does_not(tmp_path):
     [group] = compare([folder]).groups
     assert group.runs[0].seconds == (20 + 10) * 0.5  # iterations 11 to 20 twice
 
+    log.write_text(log.read_text().split('\n', 1)[1])  # a single line, of iterations 16 to 20
+    config.write_text(config.read_text() + 'default_hooks = dict(logger=dict(interval=5))\n')
+    [group] = compare([folder]).groups
+    assert group.runs[0].seconds == (20 + 5) * 0.5
+
 
 def test_a_seed_without_image_scores_is_named_where_others_have_them(tmp_path):
     seeds = [write_run(tmp_path / f'{seed}', seed=seed) for seed in range(3)]
@@ -452,6 +457,31 @@ def test_the_last_validation_stands_in_for_a_test(tmp_path, steps):
     assert group.estimates['road'].values == [2.0]
     assert group.runs[0].source == 'validation of iter_20.pth'
     assert group.runs[0].complete
+
+
+def test_validations_between_two_lines_of_the_log_have_their_own_iterations(tmp_path):
+    """With ``log_metric_by_epoch``, MMEngine's default, their step in the log is 0."""
+    folder = write_run(tmp_path / 'a', limit=25, tested=False)
+    session = folder / '20260101_000000'
+    text = CONFIG.format(loss='CE', limit=25, seed=0, work_dir=str(folder), load_from=None)
+    (session / 'vis_data' / 'config.py').write_text(text)
+    train = dict(loss=1.0, time=0.5, memory=2048, iter=12, step=12)
+    tests = [{'mIoU': n, 'IoU.road': n, 'step': 0} for n in (1.0, 2.0, 3.0)]  # after 10, 20 and 25
+    lines = [tests[0], train, *tests[1:]]
+    (session / 'vis_data' / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    [group] = compare([folder]).groups
+    assert group.runs[0].source == 'validation of iter_25.pth'
+    assert group.runs[0].complete
+
+
+def test_of_two_evaluators_that_with_the_classes_is_taken(tmp_path):
+    run = write_run(tmp_path / 'a')
+    path = next(run.glob('test/*/*.json'))
+    ours = {f'ours/{key}': value for key, value in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(dict(aAcc=1.0, mIoU=2.0) | ours))
+    (path.parent / 'image_scores.npz').rename(path.parent / 'image_scores_ours.npz')
+    [group] = compare([run]).groups
+    assert group.estimates['mIoU'].mean == pytest.approx(ours['ours/mIoU'], abs=0.01)
 
 
 def test_runs_of_one_config_name_that_differ_are_told_apart_by_what_differs(tmp_path):

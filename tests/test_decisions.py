@@ -29,7 +29,7 @@ from torch import nn
 from mmseg_imbalance.compat import adapt_to_cpu
 from mmseg_imbalance.components import remove_small
 from mmseg_imbalance.counting import count_classes
-from mmseg_imbalance.decisions import RULES, DecisionHook, LogitAdjustmentHook
+from mmseg_imbalance.decisions import RULES, DecisionHook, LogitAdjustmentHook, mend_merged_threshold
 from mmseg_imbalance.frequency import ClassFrequency
 from mmseg_imbalance.trained import classifying_head
 from mmseg_imbalance.weighting import log_prior
@@ -350,6 +350,29 @@ def test_with_augmentation_the_rule_gets_the_mean_probabilities_of_all_views(sma
         expected = remove_small(labels[0].numpy(), 9)
         assert np.array_equal(sample.pred_sem_seg.data[0].numpy(), expected)
         assert not np.array_equal(labels[0].numpy(), expected)
+
+
+def test_with_augmentation_a_single_channel_is_held_against_its_threshold(small_config):
+    """MMSegmentation's merge takes the sigmoid twice: no pixel is below 0.5."""
+    cfg = small_config(BALANCED)
+    cfg.model.decode_head.update(num_classes=2, out_channels=1, threshold=0.5)
+    cfg.test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'], ignore_index=255)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=('sky', 'building'))
+
+    class Mend(Hook):
+        def before_test(self, runner):
+            mend_merged_threshold(runner.model)
+
+    runner, samples = run_test(augmented(cfg), Mend())
+    for data, sample in zip(runner.test_dataloader, samples, strict=True):
+        views = [
+            runner.model.module.test_step(dict(inputs=inputs, data_samples=each))[0].seg_logits.data
+            for inputs, each in zip(data['inputs'], data['data_samples'], strict=True)
+        ]
+        p = torch.stack(views).mean(0)
+        assert 0 < p.min() < 0.5 < p.max() < 1
+        assert torch.equal(sample.pred_sem_seg.data, (p > 0.5).to(p))
 
 
 def labels_of_rank(text):

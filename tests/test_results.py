@@ -226,6 +226,9 @@ def test_the_same_rows_in_another_order_give_the_same_page(tmp_path):
     headings = re.findall('^## (.*)', page, re.M)
     assert headings[-2:] == ['camvid, converged: 2,000 iterations', 'camvid, short: 500 iterations']
     assert f'**{2 * len(ROWS)} runs, {len(ROWS):.1f} hours of training**' in page  # half an hour each
+    fitted = [row | dict(config=f'{row["config"]}+bias') for row in ROWS]
+    page = results_page(read_results(write_rows(tmp_path / 'bias', fitted)), 'results')
+    assert f'**{len(ROWS)} runs, 0.0 hours of training**' in page  # another method has trained these
 
 
 def test_rows_of_another_commit_length_or_machine_are_named(tmp_path):

@@ -163,6 +163,31 @@ def test_data_below_two_folders_are_refused_before_they_are_taken_from_one(confi
         config_of_wrapped(two, [])
 
 
+def test_a_model_with_a_fitted_bias_is_tested_on_the_validation_images_as_others_are(write):
+    """Rows of a test split would be compared with validations."""
+    base = f'_base_ = {str(CAMVID)!r}'
+    other = """
+test_dataloader = dict(dataset=dict(data_prefix=dict(img_path='images/test')))
+test_evaluator = dict(blocks=3)
+"""
+    none = 'test_dataloader, test_evaluator, test_cfg = None, None, None'
+    prints = set()
+    for text in (base, base + other, f'{base}\n{none}'):
+        write(text, 'mine')
+        suite = Suite(write(SUITE.replace(repr(str(CAMVID)), "'mine.py'")))
+        cfg = suite.config(suite.runs()[0])
+        assert cfg.test_dataloader.dataset.data_prefix.img_path == 'images/val'
+        assert cfg.test_dataloader == cfg.val_dataloader
+        assert cfg.test_evaluator == cfg.val_evaluator
+        on_this_machine(cfg, Path('/somewhere'), workers=0, float32=False, fused=False)
+        assert cfg.test_dataloader.dataset.data_root == '/somewhere'
+        prints.add(fingerprint(cfg))
+    assert len(prints) == 1
+    write(f'{base}\nval_dataloader = None', 'mine')
+    with pytest.raises(ValueError, match=r'mine\.py has no val_dataloader: a suite needs one'):
+        suite.config(suite.runs()[0])
+
+
 def test_a_method_that_changes_the_model_of_another_has_its_config_and_comes_after_it(write):
     text = SUITE.replace(
         "'cross-entropy': dict(),", "'cross-entropy': dict(), 'CE + bias': dict(fit_bias='cross-entropy'),"
@@ -344,6 +369,13 @@ def test_a_work_dir_is_of_one_suite_at_a_time(write, tmp_path, capsys):
     assert 'another suite runs in' in capsys.readouterr().err
 
 
+def test_rows_in_the_work_dir_itself_are_refused_as_its_lock_would_wait_for_itself(write, tmp_path, capsys):
+    folder = str(tmp_path)
+    with pytest.raises(SystemExit):
+        main(['suite', str(write()), '--data', '.', '--work-dir', folder, '--results', f'{folder}/x/..'])
+    assert 'are the same folder' in capsys.readouterr().err
+
+
 def test_rows_of_several_processes_are_all_there(tmp_path):
     code = (
         'import sys; from pathlib import Path; from mmseg_imbalance.suite import COLUMNS, append_row\n'
@@ -379,6 +411,26 @@ def test_a_training_whose_folder_was_moved_is_resumed(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/where/it/was/iter_100.pth')
     prepare_resume(tmp_path, 300)
     assert find_latest_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_100.pth')
+
+
+def test_a_training_whose_last_checkpoint_was_removed_goes_on_from_an_earlier_one_or_begins_anew(tmp_path):
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_300.pth'))
+    for step in (200, 100):  # the newer file is the one that was written later
+        (tmp_path / f'iter_{step}.pth').touch()
+        os.utime(tmp_path / f'iter_{step}.pth', (step, step))
+    prepare_resume(tmp_path, 300)
+    assert find_latest_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_200.pth')
+    for step in (200, 100):
+        (tmp_path / f'iter_{step}.pth').unlink()
+    prepare_resume(tmp_path, 300)
+    assert not (tmp_path / 'last_checkpoint').exists()
+
+
+def test_evaluations_of_an_evaluator_with_a_prefix_are_found(tmp_path):
+    log = tmp_path / 'session' / 'vis_data' / 'scalars.json'
+    log.parent.mkdir(parents=True)
+    log.write_text('{"mIoU": 1.0, "ours/mIoU": 10.0, "ours/IoU.sky": 10.0, "step": 100}\n')
+    assert evaluations(tmp_path) == {100: 10.0}
 
 
 def test_the_commit_says_where_files_differ_from_it(tmp_path):

@@ -10,7 +10,7 @@ from launch import build_runner, parser, read_config
 from mmengine.dist import is_main_process
 from mmengine.hooks import LoggerHook
 
-from mmseg_imbalance.decisions import RULES
+from mmseg_imbalance.decisions import RULES, mend_merged_threshold
 
 
 def pixels(text):
@@ -82,6 +82,7 @@ def main(argv=None):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     runner = build_runner(cfg)
+    mend_merged_threshold(runner.model)
     if not is_main_process():
         for hook in runner.hooks:
             if isinstance(hook, LoggerHook):

@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     need_mmsegmentation()
     from mmseg_imbalance.files import locked
 
+    if args.results is not None and args.results.resolve() == args.work_dir.resolve():
+        options.error(f'--results and --work-dir are the same folder, {args.results}: give --results another')
+
     try:
         with locked(args.work_dir, wait=False) as lock:
             return Execution(args, lock).all()

@@ -110,11 +110,12 @@ def _read(work_dir: Path) -> Run:
         tests = [session for session in tests if session not in former]
         notes += [f'the test {session.name} is older than the training and is left out' for session in former]
         config.load_from = config_of(trainings[0]).get('load_from')
+    interval = _logger(config).get('interval', 10)
     length, unit = _length(config)
     end = length  # of the training
     if trainings and length is not None:
         records = [record for session in trainings for record in logs[session]]
-        _number_evaluations(records, config, length, unit)
+        _number_evaluations([logs[session] for session in trainings], config, length, unit)
         end = _reached(trainings, records, length, unit)
         if end < length and has_hook(config, 'EarlyStoppingHook') and STOPPED.search(_log(trainings[-1])):
             notes.append(f'ended by EarlyStoppingHook after {end} of {length} {unit}s')
@@ -156,7 +157,7 @@ def _read(work_dir: Path) -> Run:
         scores=scores,
         class_pixels=class_pixels,
         length=end if trainings else None,
-        seconds=sum(_seconds(logs[each], n > 0) for n, each in enumerate(trainings)) or None,
+        seconds=sum(_seconds(logs[each], n > 0, interval) for n, each in enumerate(trainings)) or None,
         memory=max((record['memory'] for record in train if 'memory' in record), default=None),
         processes=processes,
         hardware=_hardware(text) if trainings else None,
@@ -196,27 +197,34 @@ def _length(config: Config) -> tuple[int | None, str]:
     return None, ''
 
 
-def _number_evaluations(records: list[dict], config: Config, length: int, unit: str) -> None:
+def _logger(config: Config) -> dict:
+    return (config.get('default_hooks') or {}).get('logger') or {}
+
+
+def _number_evaluations(sessions: list[list[dict]], config: Config, length: int, unit: str) -> None:
     """Let ``step`` of evaluations be of the unit of the training, whatever ``log_metric_by_epoch`` says.
 
     With it, a training by iterations has 0 there; without, one by epochs has iterations.
     """
-    logger = (config.get('default_hooks') or {}).get('logger') or {}
-    if logger.get('log_metric_by_epoch', True) == (unit == 'epoch'):
+    if _logger(config).get('log_metric_by_epoch', True) == (unit == 'epoch'):
         return
     loop, latest, first = config.train_cfg, {}, 0
     every = loop.get('val_interval', 1000 if unit == 'iter' else 1)
     begin = min(length, -(-loop.get('val_begin', 1) // every) * every)  # of the first evaluation
-    for record in records:
-        if 'loss' in record:
-            latest = record
-        elif _prefix(record) is None:
-            continue
-        elif unit == 'epoch':
-            first = first or record['step']
-            record['step'] = latest.get('epoch', round(begin * record['step'] / first))
-        elif record['step'] == 0:
-            record['step'] = min(length, -(-latest.get('step', 0) // every) * every)
+    for number, records in enumerate(sessions):
+        # of the last evaluation in this session; where one that was resumed begins is not known
+        before = begin - every if number == 0 else 0
+        for record in records:
+            if 'loss' in record:
+                latest = record
+            elif metric_prefix(record) is None:
+                continue
+            elif unit == 'epoch':
+                first = first or record['step']
+                record['step'] = latest.get('epoch', round(begin * record['step'] / first))
+            elif record['step'] == 0:
+                reached = -(-latest.get('step', 0) // every) * every
+                record['step'] = before = min(length, max(reached, before + every))
 
 
 def _reached(trainings: list[Path], records: list[dict], length: int, unit: str) -> int:
@@ -225,7 +233,9 @@ def _reached(trainings: list[Path], records: list[dict], length: int, unit: str)
     begun = (trainings[-1] / 'vis_data' / 'config.py').stat().st_mtime
     if last.exists() and last.stat().st_mtime >= begun:  # else of a former training
         return length
-    evaluated = [record['step'] for record in records if 'loss' not in record and _prefix(record) is not None]
+    evaluated = [
+        record['step'] for record in records if 'loss' not in record and metric_prefix(record) is not None
+    ]
     if unit == 'epoch':  # that of a line may not be over
         return max([*evaluated, *(record.get('epoch', 1) - 1 for record in records if 'loss' in record)])
     return max([*evaluated, *(record.get('step', 0) for record in records if 'loss' in record)])
@@ -243,7 +253,7 @@ def _results(
             raise Unusable(f'its test result {path} is broken: {error}') from error
     for session in reversed(trainings):
         for record in reversed(logs[session]):
-            if 'loss' not in record and _prefix(record) is not None:
+            if 'loss' not in record and metric_prefix(record) is not None:
                 return session, record, 'val'
     raise Unusable(
         'it was neither validated nor tested with mIoU among the iou_metrics; mmseg-imbalance test CONFIG '
@@ -253,7 +263,7 @@ def _results(
 
 def _metrics(record: dict, session: Path, notes: list[str]) -> tuple[dict[str, float], dict | None]:
     """The numbers of an evaluation, and the rows of its images, where they are kept."""
-    prefix = _prefix(record) or ''
+    prefix = metric_prefix(record) or ''
     metrics = {
         key.removeprefix(prefix): float(value)
         for key, value in record.items()
@@ -274,9 +284,14 @@ def _metrics(record: dict, session: Path, notes: list[str]) -> tuple[dict[str, f
     return metrics, None
 
 
-def _prefix(record: dict) -> str | None:
-    """What an evaluator was told to put before its keys; None: it is no evaluation."""
-    return next((key.removesuffix('mIoU') for key in record if re.fullmatch('(.*/)?mIoU', key)), None)
+def metric_prefix(record: dict) -> str | None:
+    """What an evaluator was told to put before its keys; None: it is no evaluation.
+
+    Of several evaluators that of one with the IoU of each class.
+    """
+    found = [key.removesuffix('mIoU') for key in record if re.fullmatch('(.*/)?mIoU', key)]
+    with_classes = (prefix for prefix in found if any(key.startswith(f'{prefix}IoU.') for key in record))
+    return next(with_classes, found[0] if found else None)
 
 
 def _source(checkpoint: str, split: str, tested: Config) -> str:
@@ -332,11 +347,13 @@ def _class_pixels(home: Path, scores: dict | None) -> dict[str, int]:
         return {}
 
 
-def _seconds(records: list[dict], resumed: bool) -> float:
+def _seconds(records: list[dict], resumed: bool, interval: int) -> float:
     """Of the iterations of one session: the log has the mean time of the latest ones, every so many."""
     lines = [record for record in records if 'loss' in record and 'iter' in record]
     steps = [line['iter'] for line in lines]
-    before = max(0, 2 * steps[0] - steps[1]) if resumed and len(steps) > 1 else 0
+    if len(steps) > 1:
+        interval = steps[1] - steps[0]
+    before = max(0, steps[0] - interval) if resumed and steps else 0
     return sum(line.get('time', 0) * n for line, n in zip(lines, np.diff(steps, prepend=before), strict=True))
 
 
