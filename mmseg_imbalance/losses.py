@@ -176,6 +176,8 @@ class WeightedLoss(nn.Module):
         """
         logits, target, weight = _as_images(pred, target, weight)
         check_arguments(logits, target, weight)
+        if self.balance is not None:
+            logits = logits.view_as(logits)  # a gradient by it, which GradNorm takes, runs no hooks on pred
         refuse_other_reductions(type(self).__name__, avg_factor, reduction_override, pred.shape[1])
         if self.needs_marked and marked is None:
             raise RuntimeError(not_handed_over(f'{type(self).__name__} needs the tubes around skeletons'))
@@ -212,7 +214,8 @@ class WeightedLoss(nn.Module):
 
     def combine(self, stats: SoftStats, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What each class adds to the loss, (C,), and the scalar; leaves the terms in ``logged``."""
-        if any(getattr(term, 'sync', False) for term in self.terms.values()):
+        # evaluation waits for nobody: ranks may have other numbers of batches
+        if self.training and any(getattr(term, 'sync', False) for term in self.terms.values()):
             stats = stats.sum_images(across_ranks=True)  # once, for all terms
         weights = {name: own.for_logits(stats.nll) for name, own in self.class_weight_of.items()}
         if self.balance is None and not stats.truth.requires_grad and self._on_triton(logits):

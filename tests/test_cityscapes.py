@@ -208,13 +208,26 @@ def drawn(random, images=LOOKED_AT, share=IN_IMAGES):
     """Counts and ignored pixels of images drawn at random; objects are of very different sizes."""
     sizes = CITYSCAPES_TRAIN.pixels / CITYSCAPES_TRAIN.images * random.lognormal(-0.5, 1, (images, 19))
     part = sizes * (random.random((images, 19)) < share)
-    counts = np.ceil(part / part.sum(axis=1, keepdims=True) * PIXELS * 0.8).astype(int)
+    valid = 2975 * PIXELS - CITYSCAPES_TRAIN.ignored
+    counts = np.ceil(part / part.sum(axis=1, keepdims=True) * valid / 2975).astype(int)
     return counts, PIXELS - counts.sum(axis=1)
 
 
 def test_some_images_may_differ_from_all():
     random = np.random.default_rng(0)
     assert all(looks_like_it(*drawn(random)) for _ in range(100))
+
+
+def test_ignored_borders_and_small_classes_that_shrink_are_noticed():
+    """As where the borders of objects are set to the ignored label, in files of the same names."""
+    pole, light = map(CITYSCAPES_TRAIN.classes.index, ('pole', 'traffic light'))
+    for seed in range(20):
+        counts, ignored = drawn(np.random.default_rng(seed))
+        eroded = counts * 8 // 10
+        assert not looks_like_it(eroded, ignored + (counts - eroded).sum(axis=1))
+        shrunk = counts.copy()
+        shrunk[:, [pole, light]] = np.ceil(counts[:, [pole, light]] * 0.1)
+        assert not looks_like_it(shrunk, ignored + (counts - shrunk).sum(axis=1))
 
 
 def test_one_image_of_another_size_is_noticed():

@@ -184,10 +184,13 @@ def test_shares_of_the_loss_are_those_of_plain_loops_and_add_up_to_it(make_batch
     assert values[0] == pytest.approx(0.5 * (expected.sum() + constant), rel=1e-6)
 
 
-@pytest.mark.parametrize('several', [False, True])
+@pytest.mark.parametrize('several', [False, True, 'gradnorm'])
 def test_share_of_the_gradient_is_that_of_the_logits_of_the_total_loss(make_batch, several):
     first = CombinedWeightedLoss(class_weight=WEIGHT)
     losses = [first, WeightedDiceLoss(loss_weight=3.0)] if several else [first]
+    if several == 'gradnorm':  # whose measurement is a backward of its own, after the first is watched
+        measuring = CombinedWeightedLoss(class_weight=WEIGHT, balance=dict(type='gradnorm', interval=1))
+        losses = [losses[1], measuring]
     watched = Watched(Model(decode_head=losses if several else first))
     features, target = make_batch((5, 7), (13, 17))
     features.requires_grad_()

@@ -95,3 +95,11 @@ def test_double_precision_is_tried_on_the_device():
     with Refusing():
         assert sum_dtype(like) == torch.float32
     assert sum_dtype(like) == torch.float64  # nothing is remembered
+
+
+def test_similarities_are_those_of_single_precision_under_autocast(make_batch):
+    logits, target = make_batch()
+    logits = logits.float()
+    expected = similarity_weight(logits, target, threshold=0.5)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(similarity_weight(logits, target, threshold=0.5), expected)

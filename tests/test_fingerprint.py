@@ -8,15 +8,18 @@ import subprocess
 import sys
 import types
 from collections import OrderedDict, deque
+from configparser import ConfigParser
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
+from typing import ClassVar
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmseg.datasets.transforms import LoadAnnotations
 
 from mmseg_imbalance.counting import fingerprint as fingerprint_module
@@ -73,6 +76,15 @@ DIFFERENT = [
     types.SimpleNamespace(a={1: np.arange(2000) // 1999 * 1000 + np.arange(2000)}),
     types.MappingProxyType({1: 2}),
     bytearray(b'1'),
+    # whose attributes and repr do not say what they hold
+    Config(dict(a=1)),
+    Config(dict(a=2)),
+    ElementTree.fromstring('<a b="1"/>'),
+    ElementTree.fromstring('<a b="2"/>'),
+    ConfigParser({'a': '1'}),
+    ConfigParser({'a': '2'}),
+    types.SimpleNamespace(table=zip([1], [2], strict=True)),
+    types.SimpleNamespace(table=zip([1], [3], strict=True)),
     len,
     os.path.join,
     LoadAnnotations(),
@@ -88,6 +100,29 @@ def test_values_that_differ_have_fingerprints_that_differ():
     assert len({of(value) for value in DIFFERENT}) == len(DIFFERENT)
     assert of(DIFFERENT) == of(list(DIFFERENT))
     assert [of(value) for value in DIFFERENT] == [of(value) for value in DIFFERENT]
+
+
+class Table:
+    """As a table of pandas: what it holds is in none of its attributes."""
+
+    __slots__ = ()
+    __module__ = 'installed.package'
+    held: ClassVar[dict] = {}
+
+    def __init__(self, *values):
+        self.held[id(self)] = values
+
+    def __reduce__(self):
+        return tuple, (self.held[id(self)],)
+
+
+def test_what_an_object_holds_out_of_sight_counts_but_not_the_state_of_a_generator():
+    first, second, same = Table(7, 1), Table(7, 2), Table(7, 1)
+    assert of(first) == of(same) != of(second)
+    numbers = np.random.default_rng(0)
+    before = of(numbers)
+    numbers.random()
+    assert of(numbers) == before
 
 
 def module(text, name='somebodys_module', **names):

@@ -205,7 +205,10 @@ OHEM = dict(type='OHEMPixelSampler', thresh=0.6, min_kept=50)
 def test_heads_that_work_pass_the_check():
     mixed = [COMBINED, THEIRS, dict(type='DiceLoss'), dict(type='LovaszLoss', per_image=True)]
     boundary = [dict(type='CrossEntropyLoss'), dict(type='BoundaryLoss')]  # not ours, not our concern
+    by_position = dict(in_channels=8, channels=8, num_classes=CLASSES)
+    pidnet = [CE, COMBINED, dict(type='BoundaryLoss'), CE]  # the third gets what it takes
     for head in (
+        MODELS.build(dict(type='PIDHead', loss_decode=pidnet, **by_position)),
         *pair('FCNHead', mixed, sampler=OHEM),
         ours('FCNHead', COMBINED, sampler=OHEM, **ONE_CHANNEL),
         *pair('FCNHead', boundary),

@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmseg_imbalance.commands import class_weights
-from mmseg_imbalance.counting import count_classes, training_frequency, transforms
+from mmseg_imbalance.counting import count_classes, label_steps, training_frequency, transforms
 from mmseg_imbalance.decisions import LogitAdjustmentHook
 from mmseg_imbalance.hooks import ClassWeightHook
 from mmseg_imbalance.losses import WeightedCrossEntropyLoss
@@ -1022,6 +1022,85 @@ AUGMENTATIONS = [
     crop_at_objects,
     DrawsItself(),
 ]
+
+
+class Floats(LoadAnnotations):
+    """As LoadBiomedicalAnnotation, which yields floats."""
+
+    def transform(self, results):
+        results = super().transform(results)
+        results['gt_seg_map'] = results['gt_seg_map'].astype(np.float32)
+        return results
+
+
+class Mask(LoadAnnotations):
+    """As a threshold that leaves True and False."""
+
+    def transform(self, results):
+        results = super().transform(results)
+        results['gt_seg_map'] = results['gt_seg_map'] == 1
+        return results
+
+
+def crop_what_is_there(results):
+    y, x = np.argwhere(results['gt_seg_map'] == 1)[0]
+    for key in ('img', 'gt_seg_map'):
+        if key in results:
+            results[key] = results[key][y : y + 3, x : x + 3]
+    return results
+
+
+@pytest.mark.parametrize('loader', [LoadAnnotations, Floats, Mask])
+@pytest.mark.parametrize('step', [crop_what_is_there, crop_at_class_1, flip])
+def test_a_crop_is_not_counted_whatever_the_type_of_the_labels(root, warned, loader, step):
+    draw(root, *[[0, 1, 2, 255]] * 5)
+    pipeline = [LoadImageFromFile(), loader(), step, PackSegInputs()]
+    expected = counted(make(root, [loader(), PackSegInputs()]))
+    assert expected[1] > 30
+    assert counted(make(root, pipeline)) == expected
+    assert not any('changes labels' in text or 'label_transforms' in text for text in warned)
+
+
+@pytest.mark.parametrize('loader', [LoadAnnotations, Floats])
+def test_a_rare_label_that_a_step_with_the_image_changes_is_named_whatever_the_type(root, warned, loader):
+    """The labels that it changes are in none of the images that are looked at."""
+
+    def artefact_is_void(results):
+        results['gt_seg_map'][(results['gt_seg_map'] == 2) & (results['img'].sum() > 0)] = 255
+        return results
+
+    draw(root, *[[0, 1]] * 5)
+    pipeline = [LoadImageFromFile(), loader(), artefact_is_void, PackSegInputs()]
+    counted(make(root, pipeline))
+    assert any('artefact_is_void' in text for text in warned)
+
+
+@pytest.mark.parametrize('needs_image', [False, True])
+def test_a_crop_around_a_tiny_object_of_a_large_background_is_not_counted(root, warned, needs_image):
+    def lesion_crop(results):
+        y, x = np.maximum(np.argwhere(results['gt_seg_map'] == 1)[0] - 10, 0)
+        for key in ('img', 'gt_seg_map'):
+            if needs_image or key in results:
+                results[key] = results[key][y : y + 64, x : x + 64]
+        return results
+
+    for at in range(5):
+        labels = np.zeros((200, 200), np.uint8)
+        labels[60:160, 20:140] = 2
+        labels[170 - at : 172 - at, 30 + 20 * at : 32 + 20 * at] = 1
+        Image.fromarray(labels).save(root / 'ann' / f'{at}.png')
+        Image.fromarray(np.zeros((200, 200, 3), np.uint8)).save(root / 'img' / f'{at}.jpg')
+    pipeline = [LoadImageFromFile(), LoadAnnotations(), lesion_crop, PackSegInputs()]
+    assert counted(make(root, pipeline)) == [5 * (40000 - 12000 - 4), 5 * 4, 5 * 12000]
+    assert warned == []
+
+
+def test_a_box_of_a_volume_is_found_in_it():
+    volume = np.zeros((20, 30, 40), np.uint8)
+    volume[11, 14, 17] = 1
+    assert label_steps._is_window(volume[4:15, 9:20, 12:30], volume)
+    assert not label_steps._is_window(volume[4:15, 9:20, 12:30] * 2, volume)
+    assert not label_steps._is_window(volume[0], volume)
 
 
 def test_an_augmentation_that_is_sometimes_drawn_costs_counting_no_image(root, warned, monkeypatch):

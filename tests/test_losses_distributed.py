@@ -146,8 +146,10 @@ def recall_on_rank():
     results = share_of_rank(recall_steps)
     loss = RecallWeightedLoss(momentum=0.3).eval()
     x, target = batch()
+    region = CombinedWeightedLoss(region_reduction='batch', sync_region=True).eval()
     if dist.get_rank() == 0:  # evaluation waits for nobody
         loss(nn.functional.pad(x, (0, 0, 0, 0, 0, 2)), target)
+        region(nn.functional.pad(x, (0, 0, 0, 0, 0, 2)), target)
     return results
 
 

@@ -19,8 +19,9 @@ CITYSCAPES_CITIES = {
 }  # fmt: skip
 PIXELS = 2048 * 1024  # of each image
 LOOKED_AT = 120  # images
-# Shares above 5 % are in 120 images hardly ever a quarter or four times as large, others never 20 times.
-FREQUENT, FACTOR, FAR_ABOVE = 0.05, 4, 20
+# In 120 images, shares above 5 % are hardly ever a quarter or four times as large, those of classes in 25 %
+# of the images hardly ever a quarter, others never 20 times. Ignored pixels are never half as many again.
+FREQUENT, FACTOR, FAR_ABOVE, IGNORED = 0.05, 4, 20, 1.5
 UNLIKELY = 1e-5  # chance that a class is in so few or so many of the images
 
 
@@ -78,7 +79,7 @@ def _has_the_names(classes: tuple[str, ...], annotations: Sequence[Annotation]) 
 
 
 def looks_like_it(counts: np.ndarray, ignored: np.ndarray) -> bool:
-    """Whether label images can be of Cityscapes train: by size, classes in them and shares of frequent ones.
+    """Whether label images can be of Cityscapes train: by size, classes in them, and shares of these.
 
     Args:
         counts: (images, C) int64, pixels of each class.
@@ -91,8 +92,15 @@ def looks_like_it(counts: np.ndarray, ignored: np.ndarray) -> bool:
         return False
     published = CITYSCAPES_TRAIN.share
     share = counts.sum(axis=0) / counts.sum()
-    close = (share * FACTOR > published) & (share < published * FACTOR)
-    return bool(close[published >= FREQUENT].all() and (share < published * FAR_ABOVE).all())
+    enough, often = share * FACTOR > published, np.array(_in_images()) >= 0.25
+    close = enough & (share < published * FACTOR)
+    total = CITYSCAPES_TRAIN.pixels.sum() + CITYSCAPES_TRAIN.ignored
+    return bool(
+        close[published >= FREQUENT].all()
+        and enough[often].all()
+        and (share < published * FAR_ABOVE).all()
+        and ignored.mean() / PIXELS < IGNORED * CITYSCAPES_TRAIN.ignored / total
+    )
 
 
 def _in_images() -> list[float]:

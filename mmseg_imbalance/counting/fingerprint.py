@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import pickle
 import re
 import sys
 import sysconfig
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 
 EDITED = ('mmcv', 'mmseg')  # users add their transforms to a clone
 FRAMEWORKS = ('mmengine', 'mmseg_imbalance')  # registries and backends, which change as they are used
@@ -33,6 +35,7 @@ UNIMPORTANT = {
     '__dict__', '__doc__', '__firstlineno__', '__module__', '__static_attributes__', '__weakref__',
     '_abc_impl',
 }  # fmt: skip
+CHANGING = ('numpy', 'torch', 'random')  # what these hold without attributes are generators of random numbers
 ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 
 
@@ -132,9 +135,14 @@ class _Walk:
             self.add_all(value)
             self.add_attributes(value)
         elif _top(type(value).__module__) in sys.stdlib_module_names and not _is_own(type(value).__module__):
-            self.text(re.sub('0x[0-9a-fA-F]+', '', repr(value)))
+            text = repr(value)
+            self.text(re.sub('0x[0-9a-fA-F]+', '', text))
+            if ' at 0x' in text:  # it does not say what it holds
+                self.add_state(value)
+        elif isinstance(value, Config):
+            self.add(value.to_dict())
         elif _top(type(value).__module__) != 'mmengine' or hasattr(value, 'transforms'):
-            self.add_attributes(value)  # but not those of registries and loggers
+            self.add_state(value)  # but not that of registries and loggers
 
     def add_all(self, values: Iterable[object]) -> None:
         for value in values:
@@ -147,6 +155,14 @@ class _Walk:
         for name in sorted(attributes, key=str):
             self.text(name)
             self.add(attributes[name])
+
+    def add_state(self, value: object) -> None:
+        """Attributes; of what has none, as a table of pandas that C code holds, what it is pickled as."""
+        before = self.digest.copy().digest()
+        self.add_attributes(value)
+        if self.digest.digest() == before and _top(type(value).__module__) not in CHANGING:
+            with suppress(Exception):  # it cannot be pickled: a lock, an open file
+                self.digest.update(pickle.dumps(value))
 
     def add_class(self, kind: type) -> None:
         self.text('class', kind.__module__, kind.__qualname__, _version(kind.__module__))

@@ -51,6 +51,11 @@ def reading(path: str) -> Iterator[None]:
                 f'environment variable OPEN{limit[0]} to a larger number before the program starts, or cut '
                 'the images into tiles.'
             ) from error
+        if isinstance(error, AssertionError) and 'reduce_zero_label' in str(error):
+            raise ValueError(
+                f'{path}: LoadAnnotations and the data set differ in reduce_zero_label ({error}). Set it in '
+                'the data set alone.'
+            ) from error
         if isinstance(error, KeyError | ImportError | NameError):
             raise ValueError(
                 f'{path}: the transform that loads the labels raises {type(error).__name__}: {error}. What '

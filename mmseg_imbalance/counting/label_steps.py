@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,6 +122,7 @@ def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) ->
 
     It is tried on these labels and on noise in their place, of all values, the small ones most.
     """
+    results = _in_numbers(results)
     noise = noisy(results)
     if noise is None:
         kept = attempt_labels(fresh(step), results)
@@ -134,13 +135,20 @@ def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) ->
 
 def noisy(results: dict[str, Any]) -> dict[str, Any] | None:
     """The results with noise in place of labels that fit into a byte; None: they do not."""
+    results = _in_numbers(results)
     labels = np.asarray(results['gt_seg_map'])
-    if labels.dtype.kind not in 'iu' or not _are_bytes(labels):
+    if labels.dtype.kind not in 'iuf' or not _are_bytes(labels):
         return None
     numbers = np.random.default_rng(0)
     drawn, shifts = (numbers.integers(0, end, labels.shape, np.uint8) for end in (256, 8))
     noise = drawn >> shifts
     return with_labels(results, noise.astype(labels.dtype))
+
+
+def _in_numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with masks of True and False as 1 and 0."""
+    labels = np.asarray(results['gt_seg_map'])
+    return with_labels(results, labels.astype(np.uint8)) if labels.dtype == bool else results
 
 
 def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index: int) -> bool:
@@ -168,7 +176,8 @@ def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index:
 
 
 def _are_bytes(labels: np.ndarray) -> bool:
-    return labels.dtype == np.uint8 or np.array_equal(labels, labels.astype(np.uint8))
+    with np.errstate(invalid='ignore'):  # floats out of range
+        return labels.dtype == np.uint8 or np.array_equal(labels, labels.astype(np.uint8))
 
 
 def _made(step: Any, results: dict[str, Any], labels: np.ndarray) -> np.ndarray | None:
@@ -177,13 +186,22 @@ def _made(step: Any, results: dict[str, Any], labels: np.ndarray) -> np.ndarray 
 
 
 def _is_window(part: np.ndarray, whole: np.ndarray) -> bool:
-    """Whether a rectangle of the second is the first."""
-    if part.ndim != 2 or whole.ndim != 2 or not part.size or (np.array(part.shape) > whole.shape).any():
+    """Whether a rectangle of the second, or a box of a volume, is the first."""
+    if part.ndim != whole.ndim or not part.size or (np.array(part.shape) > whole.shape).any():
         return False
-    height, width = part.shape
-    rows, columns = whole.shape[0] - height + 1, whole.shape[1] - width + 1
-    same = np.ones((rows, columns), dtype=bool)
-    for y, x in np.random.default_rng(2).integers(0, part.shape, (LOOKED_AT, 2)):
-        same &= whole[y : y + rows, x : x + columns] == part[y, x]
-    starts = np.argwhere(same)[:LOOKED_AT]
-    return any(np.array_equal(whole[y : y + height, x : x + width], part) for y, x in starts)
+    starts = [large - small + 1 for large, small in zip(whole.shape, part.shape, strict=True)]
+    drawn = np.random.default_rng(2).integers(0, part.size, LOOKED_AT)
+    # and the pixels whose label is rarest: most of a mask is background, which fits everywhere
+    _, label_of, number = np.unique(part, return_inverse=True, return_counts=True)
+    rarity = number[label_of.ravel()]
+    rarest = np.argpartition(rarity, min(LOOKED_AT, part.size) - 1)[:LOOKED_AT]
+    same = np.ones(starts, dtype=bool)
+    for at in zip(*np.unravel_index([*drawn, *rarest], part.shape), strict=True):
+        same &= whole[_box(at, starts)] == part[at]
+    return any(
+        np.array_equal(whole[_box(first, part.shape)], part) for first in np.argwhere(same)[:LOOKED_AT]
+    )
+
+
+def _box(first: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(first, size, strict=True))

@@ -72,6 +72,11 @@ def count_pixels(annotation: Annotation, num_classes: int) -> PixelCount:
         results, unusual = steps.changed(results, path)
     if results is None:
         return PixelCount(np.zeros(num_classes, dtype=np.int64), 0, (Note(unusual[0], 0),))
+    if 'gt_seg_map' not in results:
+        raise ValueError(
+            f'{path}: the pipeline yields no gt_seg_map for this image, and it does for others. Let it yield '
+            'the ignored label everywhere, or drop the image by returning None.'
+        )
     labels = np.asarray(results['gt_seg_map'])
     channels = labels.squeeze().shape[2:]
     _check_array(labels, path, colours=loads_images(steps) and channels in ((2,), (3,), (4,)))
