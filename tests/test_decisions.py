@@ -352,13 +352,17 @@ def test_with_augmentation_the_rule_gets_the_mean_probabilities_of_all_views(sma
         assert not np.array_equal(labels[0].numpy(), expected)
 
 
-def test_with_augmentation_a_single_channel_is_held_against_its_threshold(small_config):
-    """MMSegmentation's merge takes the sigmoid twice: no pixel is below 0.5."""
-    cfg = small_config(BALANCED)
-    cfg.model.decode_head.update(num_classes=2, out_channels=1, threshold=0.5)
+def with_one_channel(cfg, threshold):
+    cfg.model.decode_head.update(num_classes=2, out_channels=1, threshold=threshold)
     cfg.test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'], ignore_index=255)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=('sky', 'building'))
+    return cfg
+
+
+def test_with_augmentation_a_single_channel_is_held_against_its_threshold(small_config):
+    """MMSegmentation's merge takes the sigmoid twice: no pixel is below 0.5."""
+    cfg = with_one_channel(small_config(BALANCED), threshold=0.5)
 
     class Mend(Hook):
         def before_test(self, runner):
@@ -399,11 +403,7 @@ def test_two_ranks_decide_as_one_process(small_config, change):
 
 
 def test_a_head_of_one_channel_is_decided_by_both_classes(small_config):
-    cfg = small_config(BALANCED)
-    cfg.model.decode_head.update(num_classes=2, out_channels=1, threshold=0.3)
-    cfg.test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'], ignore_index=255)
-    for split in ('train', 'val', 'test'):
-        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=('sky', 'building'))
+    cfg = with_one_channel(small_config(BALANCED), threshold=0.3)
     _, decided = run_test(cfg, DecisionHook('rankseg-dice'))
     for sample in decided:
         p = sample.seg_logits.data
