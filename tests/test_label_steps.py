@@ -1024,6 +1024,25 @@ AUGMENTATIONS = [
 ]
 
 
+def test_a_loader_that_differs_from_the_data_set_in_reduce_zero_label_is_no_broken_file(root):
+    dataset = make(root, [LoadAnnotations(reduce_zero_label=True), PackSegInputs()])
+    with pytest.raises(ValueError, match=r'0\.png: LoadAnnotations and the data set differ in reduce_z'):
+        count_classes(dataset, num_workers=0)
+
+
+class LabelsSome(LoadAnnotations):
+    def transform(self, results):
+        return results if results['seg_map_path'].endswith('4.png') else super().transform(results)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_image_for_which_the_loader_yields_no_labels_is_named(root, workers):
+    draw(root, *[[0, 1, 2]] * 5)
+    dataset = make(root, [LabelsSome(), PackSegInputs()])
+    with pytest.raises(ValueError, match=r'4\.png: the pipeline yields no gt_seg_map for this image'):
+        count_classes(dataset, num_workers=workers)
+
+
 class Floats(LoadAnnotations):
     """As LoadBiomedicalAnnotation, which yields floats."""
 
