@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import pickle
 import re
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import (
     BuiltinFunctionType,
@@ -32,8 +31,8 @@ FRAMEWORKS = ('mmengine', 'mmseg_imbalance')  # registries and backends, which c
 # what Python itself writes into a class, as documentation, addresses or line numbers
 UNIMPORTANT = {
     '__abstractmethods__', '__annotate__', '__annotate_func__', '__annotations__', '__annotations_cache__',
-    '__dict__', '__doc__', '__firstlineno__', '__module__', '__static_attributes__', '__weakref__',
-    '_abc_impl',
+    '__dict__', '__doc__', '__firstlineno__', '__module__', '__slotnames__', '__static_attributes__',
+    '__weakref__', '_abc_impl',
 }  # fmt: skip
 CHANGING = ('numpy', 'torch', 'random')  # what these hold without attributes are generators of random numbers
 ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
@@ -157,12 +156,13 @@ class _Walk:
             self.add(attributes[name])
 
     def add_state(self, value: object) -> None:
-        """Attributes; of what has none, as a table of pandas that C code holds, what it is pickled as."""
+        """Attributes; of what has none, as a table of pandas that C code holds, what pickle makes it from."""
         before = self.digest.copy().digest()
         self.add_attributes(value)
         if self.digest.digest() == before and _top(type(value).__module__) not in CHANGING:
             with suppress(Exception):  # it cannot be pickled: a lock, an open file
-                self.digest.update(pickle.dumps(value))
+                made = value.__reduce_ex__(4)
+                self.add([list(part) if isinstance(part, Iterator) else part for part in made])
 
     def add_class(self, kind: type) -> None:
         self.text('class', kind.__module__, kind.__qualname__, _version(kind.__module__))
