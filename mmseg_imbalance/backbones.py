@@ -67,8 +67,8 @@ class SamePadConv(nn.Conv2d):
         self.uneven = total % 2
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1):
-            # in channels_last a product of matrices, without the copies that the convolution makes on a CPU
+        if self.kernel_size == (1, 1) and x.is_cpu:
+            # in channels_last a product of matrices, without the copies that the convolution makes
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
         if self.uneven:
             x = F.pad(x, (0, 1, 0, 1))

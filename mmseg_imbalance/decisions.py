@@ -20,6 +20,7 @@ from mmseg_imbalance.registry import HOOKS
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
+from mmseg.models import SegTTAModel
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
@@ -199,10 +200,11 @@ def mend_merged_threshold(model: nn.Module) -> None:
     MMSegmentation's takes the sigmoid of each view a second time: all is above 0.5 then.
 
     Args:
-        model: as a runner has it; others than such are left alone.
+        model: as a runner has it; others than MMSegmentation's with such a head are left alone.
     """
     model = unwrapped(model)
-    if not isinstance(model, BaseTTAModel) or model.module.out_channels > 1:
+    merging = getattr(type(model), 'merge_preds', None)
+    if merging is not SegTTAModel.merge_preds or model.module.out_channels > 1:
         return
     merge, threshold = model.merge_preds, model.module.decode_head.threshold
 

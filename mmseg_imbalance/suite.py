@@ -204,9 +204,6 @@ class Suite:
         for split in ('train', 'val'):
             if not cfg.get(f'{split}_dataloader'):
                 raise ValueError(f'{self.datasets[run.dataset]} has no {split}_dataloader: a suite needs one')
-        for part in ('dataloader', 'evaluator'):
-            cfg[f'test_{part}'] = deepcopy(cfg[f'val_{part}'])
-        cfg.test_cfg = dict(type='TestLoop')
         iterations = self.iterations(run)
         warmup = max(1, min(100, iterations // 5))
         cfg.merge_from_dict(
@@ -231,6 +228,9 @@ class Suite:
         cfg.merge_from_dict(lines)
         if augment:
             add_transforms(cfg.train_dataloader, augment)
+        for part in ('dataloader', 'evaluator'):
+            cfg[f'test_{part}'] = deepcopy(cfg[f'val_{part}'])
+        cfg.test_cfg = dict(type='TestLoop')
         inner = [each for split in SPLITS for each in innermost(cfg[f'{split}_dataloader'].dataset)]
         if len(roots := {str(dataset.get('data_root')).rstrip('/') for dataset in inner}) > 1:
             raise ValueError(

@@ -1080,6 +1080,17 @@ def test_a_crop_is_not_counted_whatever_the_type_of_the_labels(root, warned, loa
     assert not any('changes labels' in text or 'label_transforms' in text for text in warned)
 
 
+def test_a_step_that_reads_a_mask_as_such_needs_no_warning(root, warned):
+    def blank(results):
+        results['img'][~results['gt_seg_map']] = 0
+        return results
+
+    draw(root, *[[0, 1, 2, 255]] * 5)
+    pipeline = [LoadImageFromFile(), Mask(), blank, PackSegInputs()]
+    assert counted(make(root, pipeline)) == counted(make(root, [Mask(), PackSegInputs()]))
+    assert warned == []
+
+
 @pytest.mark.parametrize('loader', [LoadAnnotations, Floats])
 def test_a_rare_label_that_a_step_with_the_image_changes_is_named_whatever_the_type(root, warned, loader):
     """The labels that it changes are in none of the images that are looked at."""

@@ -34,7 +34,8 @@ UNIMPORTANT = {
     '__dict__', '__doc__', '__firstlineno__', '__module__', '__slotnames__', '__static_attributes__',
     '__weakref__', '_abc_impl',
 }  # fmt: skip
-CHANGING = ('numpy', 'torch', 'random')  # what these hold without attributes are generators of random numbers
+TABLES = ('configparser', 'xml')  # whose repr does not say what they hold
+CHANGING = ('numpy', 'torch')  # what these say so are generators of random numbers
 ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 
 
@@ -134,9 +135,11 @@ class _Walk:
             self.add_all(value)
             self.add_attributes(value)
         elif _top(type(value).__module__) in sys.stdlib_module_names and not _is_own(type(value).__module__):
-            text = repr(value)
-            self.text(re.sub('0x[0-9a-fA-F]+', '', text))
-            if ' at 0x' in text:  # it does not say what it holds
+            self.text(re.sub('0x[0-9a-fA-F]+', '', repr(value)))
+            if _top(type(value).__module__) in (
+                'configparser',
+                'xml',
+            ):  # whose repr does not say what they hold
                 self.add_state(value)
         elif isinstance(value, Config):
             self.add(value.to_dict())
@@ -156,13 +159,21 @@ class _Walk:
             self.add(attributes[name])
 
     def add_state(self, value: object) -> None:
-        """Attributes; of what has none, as a table of pandas that C code holds, what pickle makes it from."""
-        before = self.digest.copy().digest()
-        self.add_attributes(value)
-        if self.digest.digest() == before and _top(type(value).__module__) not in CHANGING:
-            with suppress(Exception):  # it cannot be pickled: a lock, an open file
+        """Attributes; of an installed class that says what pickle has to keep, as pandas' tables do, that.
+
+        Their content may be in no attribute, and what they find out as they are used is in some.
+        """
+        kind: Any = type(value)
+        says = any(
+            getattr(kind, name, None) is not getattr(object, name, None)
+            for name in ('__reduce__', '__reduce_ex__', '__getstate__')
+        )
+        if says and not self.is_own(kind.__module__) and _top(kind.__module__) not in CHANGING:
+            with suppress(Exception):  # it cannot be pickled all the same
                 made = value.__reduce_ex__(4)
                 self.add([list(part) if isinstance(part, Iterator) else part for part in made])
+                return
+        self.add_attributes(value)
 
     def add_class(self, kind: type) -> None:
         self.text('class', kind.__module__, kind.__qualname__, _version(kind.__module__))

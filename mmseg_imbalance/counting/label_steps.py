@@ -122,7 +122,6 @@ def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) ->
 
     It is tried on these labels and on noise in their place, of all values, the small ones most.
     """
-    results = _in_numbers(results)
     noise = noisy(results)
     if noise is None:
         kept = attempt_labels(fresh(step), results)
@@ -135,20 +134,15 @@ def moves_labels(step: Any, results: dict[str, Any], ignore_index: int = 255) ->
 
 def noisy(results: dict[str, Any]) -> dict[str, Any] | None:
     """The results with noise in place of labels that fit into a byte; None: they do not."""
-    results = _in_numbers(results)
     labels = np.asarray(results['gt_seg_map'])
-    if labels.dtype.kind not in 'iuf' or not _are_bytes(labels):
+    if labels.dtype.kind not in 'biuf' or not _are_bytes(labels):
         return None
     numbers = np.random.default_rng(0)
+    if labels.dtype == bool:
+        return with_labels(results, numbers.random(labels.shape) < 0.5)
     drawn, shifts = (numbers.integers(0, end, labels.shape, np.uint8) for end in (256, 8))
     noise = drawn >> shifts
     return with_labels(results, noise.astype(labels.dtype))
-
-
-def _in_numbers(results: dict[str, Any]) -> dict[str, Any]:
-    """The results with masks of True and False as 1 and 0."""
-    labels = np.asarray(results['gt_seg_map'])
-    return with_labels(results, labels.astype(np.uint8)) if labels.dtype == bool else results
 
 
 def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index: int) -> bool:
@@ -164,7 +158,10 @@ def _moves(step: Any, results: dict[str, Any], before: np.ndarray, ignore_index:
     numbers = np.random.default_rng(1)
     for first in (0, 1):  # the background is another number, or is not, for crops that look at objects
         table = np.arange(256, dtype=np.uint8)
-        table[first:255] = numbers.permutation(table[first:255])
+        if before.dtype == bool:  # the two have each other's place
+            table[:2] = 1, 0
+        else:
+            table[first:255] = numbers.permutation(table[first:255])
         other = _made(step, results, table[before.astype(np.uint8)].astype(before.dtype))
         if other is None or other.shape != after.shape:
             continue

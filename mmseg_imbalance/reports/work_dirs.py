@@ -224,7 +224,8 @@ def _number_evaluations(sessions: list[list[dict]], config: Config, length: int,
                 record['step'] = latest.get('epoch', round(begin * record['step'] / first))
             elif record['step'] == 0:
                 reached = -(-latest.get('step', 0) // every) * every
-                record['step'] = before = min(length, max(reached, before + every))
+                following = 0 if loop.get('dynamic_intervals') else before + every
+                record['step'] = before = min(length, max(reached, following))
 
 
 def _reached(trainings: list[Path], records: list[dict], length: int, unit: str) -> int:
@@ -264,11 +265,11 @@ def _results(
 def _metrics(record: dict, session: Path, notes: list[str]) -> tuple[dict[str, float], dict | None]:
     """The numbers of an evaluation, and the rows of its images, where they are kept."""
     prefix = metric_prefix(record) or ''
-    metrics = {
-        key.removeprefix(prefix): float(value)
-        for key, value in record.items()
-        if isinstance(value, int | float) and key != 'step'
+    numbers = {
+        key: float(value) for key, value in record.items() if isinstance(value, int | float) and key != 'step'
     }
+    # those of the evaluator with the prefix replace others of the same name
+    metrics = numbers | {key.removeprefix(prefix): v for key, v in numbers.items() if key.startswith(prefix)}
     if not any(key.startswith('IoU.') for key in metrics):
         raise Unusable(
             'its results lack the IoU of each class; test it with ImbalanceIoUMetric: '
