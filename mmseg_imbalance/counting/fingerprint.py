@@ -136,10 +136,7 @@ class _Walk:
             self.add_attributes(value)
         elif _top(type(value).__module__) in sys.stdlib_module_names and not _is_own(type(value).__module__):
             self.text(re.sub('0x[0-9a-fA-F]+', '', repr(value)))
-            if _top(type(value).__module__) in (
-                'configparser',
-                'xml',
-            ):  # whose repr does not say what they hold
+            if _top(type(value).__module__) in TABLES:
                 self.add_state(value)
         elif isinstance(value, Config):
             self.add(value.to_dict())
