@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
 
 EDITED = ('mmcv', 'mmseg')  # users add their transforms to a clone
 FRAMEWORKS = ('mmengine', 'mmseg_imbalance')  # registries and backends, which change as they are used
@@ -138,7 +137,7 @@ class _Walk:
             self.text(re.sub('0x[0-9a-fA-F]+', '', repr(value)))
             if _top(type(value).__module__) in TABLES:
                 self.add_state(value)
-        elif isinstance(value, Config):
+        elif _top(type(value).__module__) == 'mmengine' and type(value).__name__ == 'Config':
             self.add(value.to_dict())
         elif _top(type(value).__module__) != 'mmengine' or hasattr(value, 'transforms'):
             self.add_state(value)  # but not that of registries and loggers
