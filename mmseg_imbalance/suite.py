@@ -321,13 +321,13 @@ def commit_of(folder: Path) -> str:
 
 def evaluations(work_dir: Path) -> dict[int, float]:
     """The mIoU of each evaluation of a training by its iteration, also of one that was resumed."""
-    records = [
-        (record, prefix)
+    found = {
+        record['step']: record[f'{prefix}mIoU']
         for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
         for record in read_records(path, [])
-        if 'loss' not in record and (prefix := metric_prefix(record)) is not None
-    ]
-    return dict(sorted((record['step'], record[f'{prefix}mIoU']) for record, prefix in records))
+        if (prefix := metric_prefix(record)) is not None
+    }
+    return dict(sorted(found.items()))
 
 
 def prepare_resume(work_dir: Path, iterations: int) -> None:

@@ -79,7 +79,7 @@ def _page(regimes: list[Regime], folder: str) -> Iterator[str]:
         f'Written by `mmseg-imbalance results` from the rows in `{folder}/*.csv`. '
         '`mmseg-imbalance suite` adds a row as each run ends.\n'
     )
-    yield f'**{len(rows)} runs, {hours(rows):.1f} hours of training** (evaluations are not counted).\n'
+    yield f'**{len(rows)} runs, {_hours(rows):.1f} hours of training** (evaluations are not counted).\n'
     yield f'- Hardware: {_joined(row["hardware"] for row in rows)}'
     yield f'- Commits: {_joined(row["commit"] or "unknown" for row in rows)}'
     suites = _joined(f'`{regime.suite}.py`' for regime in regimes)
@@ -197,7 +197,7 @@ def _place(regime: Regime) -> str:
     return _text(f'{regime.dataset}, {regime.schedule}')
 
 
-def hours(rows: Iterable[dict[str, str]]) -> float:
+def _hours(rows: Iterable[dict[str, str]]) -> float:
     """Of training; a model with a fitted bias was trained as another method."""
     minutes = (number(row, 'minutes') for row in rows if not row['config'].endswith('+bias'))
     return sum(filter(math.isfinite, minutes)) / 60
@@ -206,7 +206,7 @@ def hours(rows: Iterable[dict[str, str]]) -> float:
 def _size(regime: Regime) -> list[str]:
     seeds = sorted({len(rows) for rows in regime.methods.values()})
     shown = str(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
-    return [str(len(regime.methods)), shown, str(len(regime.rows)), f'{hours(regime.rows):.1f}']
+    return [str(len(regime.methods)), shown, str(len(regime.rows)), f'{_hours(regime.rows):.1f}']
 
 
 def _name(metric: str) -> str:

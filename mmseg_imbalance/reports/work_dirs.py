@@ -234,9 +234,7 @@ def _reached(trainings: list[Path], records: list[dict], length: int, unit: str)
     begun = (trainings[-1] / 'vis_data' / 'config.py').stat().st_mtime
     if last.exists() and last.stat().st_mtime >= begun:  # else of a former training
         return length
-    evaluated = [
-        record['step'] for record in records if 'loss' not in record and metric_prefix(record) is not None
-    ]
+    evaluated = [record['step'] for record in records if metric_prefix(record) is not None]
     if unit == 'epoch':  # that of a line may not be over
         return max([*evaluated, *(record.get('epoch', 1) - 1 for record in records if 'loss' in record)])
     return max([*evaluated, *(record.get('step', 0) for record in records if 'loss' in record)])
@@ -254,7 +252,7 @@ def _results(
             raise Unusable(f'its test result {path} is broken: {error}') from error
     for session in reversed(trainings):
         for record in reversed(logs[session]):
-            if 'loss' not in record and metric_prefix(record) is not None:
+            if metric_prefix(record) is not None:
                 return session, record, 'val'
     raise Unusable(
         'it was neither validated nor tested with mIoU among the iou_metrics; mmseg-imbalance test CONFIG '
@@ -286,10 +284,12 @@ def _metrics(record: dict, session: Path, notes: list[str]) -> tuple[dict[str, f
 
 
 def metric_prefix(record: dict) -> str | None:
-    """What an evaluator was told to put before its keys; None: it is no evaluation.
+    """What an evaluator was told to put before its keys; None: it is no evaluation, but a line of training.
 
     Of several evaluators that of one with the IoU of each class.
     """
+    if 'loss' in record:
+        return None
     found = [key.removesuffix('mIoU') for key in record if re.fullmatch('(.*/)?mIoU', key)]
     with_classes = (prefix for prefix in found if any(key.startswith(f'{prefix}IoU.') for key in record))
     return next(with_classes, found[0] if found else None)
